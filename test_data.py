@@ -1,0 +1,486 @@
+"""data.py: readers, the toy, augmentation, loaders and AP, on folders made here by hand."""
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.tv_tensors import BoundingBoxes
+
+import data
+
+SHARED = Path(os.environ.get("SHARED", Path(__file__).parent.parent / "shared"))
+COUNTS = {"train": 6, "val": 4, "tune": 2}
+REST = "-1 -1 -1 -1000 -1000 -1000 -10"                             # KITTI's columns for an unknown 3D box
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy") / "toy"
+    data.make_toy(root, counts=COUNTS, workers=1)
+    return root
+
+
+def kitti_folder(root, labels, size=(120, 40)):
+    """labels: {stem: text of the label file, or None for no file}; images of width x height `size`."""
+    for folder in ("image_2", "label_2"):
+        (root / "training" / folder).mkdir(parents=True)
+    for stem, text in labels.items():
+        Image.new("RGB", size, (90, 90, 90)).save(root / f"training/image_2/{stem}.png")
+        if text is not None:
+            (root / f"training/label_2/{stem}.txt").write_text(text)
+    return root
+
+
+def line(kind, *box):
+    return f"{kind} 0.00 0 -10 {' '.join(map(str, box))} {REST}\n"
+
+
+def coco_folder(root, annotations, categories=((7, "cat"), (3, "dog")), images=((11, 60, 40), (5, 60, 40)), **replace):
+    """images: (id, width, height), written as JPEG. replace: whole lists of the JSON."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    for number, width, height in images:
+        Image.new("RGB", (width, height), (90, 90, 90)).save(root / f"val2017/{number}.jpg")
+    content = {"images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, w, h in images],
+               "categories": [{"id": i, "name": name} for i, name in categories], "annotations": annotations} | replace
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    return root
+
+
+def note(number, image_id=5, category_id=3, bbox=(10, 10, 20, 10), **more):
+    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), "iscrowd": 0} | more
+
+
+def one_line_error(kind, *words):
+    """The message is one line and holds all the words: the file, the place and the remedy."""
+    class Checked:
+        def __enter__(self):
+            self.raises = pytest.raises(kind)
+            self.info = self.raises.__enter__()
+
+        def __exit__(self, *args):
+            handled = self.raises.__exit__(*args)
+            message = str(self.info.value)
+            assert "\n" not in message and all(str(word) in message for word in words), message
+            return handled
+    return Checked()
+
+
+def found(image_id, scores, labels, boxes):
+    return {"image_id": image_id, "scores": torch.tensor(scores), "labels": torch.tensor(labels, dtype=torch.long),
+            "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4)}
+
+
+def truth(dataset):
+    """The ground truth as perfect detections."""
+    raws = [dataset.raw(index)[1] for index in range(len(dataset))]
+    return [found(t["image_id"], [1.0] * len(t["labels"]), t["labels"].tolist(), t["boxes"].tolist()) for t in raws]
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+def test_a_kitti_label_by_hand(tmp_path):
+    text = line("Pedestrian", 30, 10, 50, 30) + line("Van", 0, 0, 60, 40) + line("DontCare", 60, 0, 120, 20)
+    text += line("Car", 0, 20, 24, 40)[:-1] + " 0.9\n"               # a 16th column, a score, is allowed
+    root = kitti_folder(tmp_path, {"000007": text})
+    image, target = data.build("kitti", root, "all", size=(40, 1000))[0]
+    assert image.shape == (3, 40, 120) and target["image_id"] == 7
+    # Order of the file, fractions of 120 x 40; Van is no class of kitti3, so it is ignored like DontCare.
+    torch.testing.assert_close(target["boxes"], torch.tensor([[1 / 3, .5, 1 / 6, .5], [.1, .75, .2, .5]]))
+    assert target["labels"].tolist() == [1, 0]
+    torch.testing.assert_close(target["ignore"], torch.tensor([[.25, .5, .5, 1], [.75, .25, .5, .5]]))
+    assert target["size"].tolist() == target["orig_size"].tolist() == [40, 120]
+    torch.testing.assert_close(image[:, 0, 0], (torch.tensor([90 / 255] * 3) - torch.tensor(data.IMAGENET_MEAN))
+                               / torch.tensor(data.IMAGENET_STD))
+
+
+@pytest.mark.parametrize("class_map, others, classes, labels, ignored", [
+    (None, "ignore", ["Car", "Pedestrian", "Cyclist"], [0, 1], 4),
+    ("kitti3", "background", ["Car", "Pedestrian", "Cyclist"], [0, 1], 1),
+    ("kitti3_merged", "ignore", ["Car", "Pedestrian", "Cyclist"], [0, 0, 1, 1], 2),
+    ("kitti8", "ignore", list(data.KITTI_TYPES), [0, 1, 3, 4, 6], 1),
+    ("Tram,Car", "ignore", ["Tram", "Car"], [1, 0], 4),
+    ({"Van": "vehicle", "Car": "vehicle", "Tram": None}, "ignore", ["vehicle"], [0, 0], 4)])
+def test_class_maps(tmp_path, class_map, others, classes, labels, ignored):
+    types = ("Car", "Van", "Pedestrian", "Person_sitting", "Tram", "DontCare")
+    root = kitti_folder(tmp_path, {"000001": "".join(line(kind, 0, 0, 20, 20) for kind in types)})
+    dataset = data.build("kitti", root, "all", class_map=class_map, others=others)
+    target = dataset[0][1]
+    assert (dataset.classes, target["labels"].tolist(), len(target["ignore"])) == (classes, labels, ignored)
+
+
+def test_the_committed_kitti_split_is_its_rule(tmp_path):
+    data.write_splits(tmp_path)
+    for part, count in (("train", 5985), ("val", 1496)):
+        written = (data.SPLITS / f"kitti_{part}.txt").read_text()
+        assert written == (tmp_path / f"kitti_{part}.txt").read_text() and len(written.split()) == count
+    train, val = (set((data.SPLITS / f"kitti_{part}.txt").read_text().split()) for part in ("train", "val"))
+    assert train | val == {f"{n:06d}" for n in range(7481)} and not train & val
+
+
+def test_kitti_splits_of_a_part_of_the_folder_of_ones_own_and_from_a_file(tmp_path):
+    kitti = kitti_folder(tmp_path / "kitti", {f"{n:06d}": "" for n in range(10)})
+    val = [n for n in range(10) if f"{n:06d}" in (data.SPLITS / "kitti_val.txt").read_text()]
+    assert data.build("kitti", kitti, "val").ids == val
+    own = kitti_folder(tmp_path / "own", {f"frame_{n}": "" for n in range(10)})
+    parts = [data.build("kitti", own, part).ids for part in ("train", "val")]
+    assert sorted(sum(parts, [])) == list(range(10)) and len(parts[1]) == 2
+    (tmp_path / "ids.txt").write_text("# mine\n000003\n\n000001\n999999\n")
+    listed = data.build("kitti", kitti, str(tmp_path / "ids.txt"))
+    assert listed.ids == [1, 3] and "1 listed ids not in the folder" in listed.summary
+    assert data.build("kitti", kitti, "all", limit=4).ids == [0, 1, 2, 3]
+
+
+def test_coco_labels_are_contiguous_crowds_apart_and_empty_images_kept(tmp_path):
+    root = coco_folder(tmp_path, [note(1, area=150), note(2, category_id=7, iscrowd=1), note(3, category_id=7)])
+    dataset = data.build("coco", root, "val", size=(40, 100))
+    assert dataset.ids == [5, 11] and dataset.classes == ["dog", "cat"] and dataset.category_ids == [3, 7]
+    (_, full), (_, empty) = dataset[0], dataset[1]
+    torch.testing.assert_close(full["boxes"], torch.tensor([[1 / 3, 3 / 8, 1 / 3, 1 / 4]]).repeat(2, 1))
+    assert full["labels"].tolist() == [0, 1] and len(full["ignore"]) == 1
+    assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0,) and empty["ignore"].shape == (0, 4)
+    assert [a["iscrowd"] for a in dataset.coco.anns.values()] == [0, 1, 0]        # a crowd stays with its own category
+    assert dataset.coco.anns[1]["area"] == 150
+    (tmp_path / "ids.txt").write_text("11\n12\n")
+    listed = data.build("coco", root, str(tmp_path / "ids.txt"))
+    assert listed.ids == [11] and "1 listed ids not in the folder" in listed.summary
+
+
+def test_a_coco_format_folder_in_another_common_layout(tmp_path):
+    root = coco_folder(tmp_path, [note(1)])
+    (root / "annotations/instances_val2017.json").rename(root / "val2017/_annotations.coco.json")
+    (root / "val2017").rename(root / "valid")
+    assert data.build("coco", root, "val").ids == data.build("coco", root, "all").ids == [5, 11]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, kind, words", [
+    ("Car 0 0 -10 1 2 3\n", ValueError, ("000002.txt, line 2", "7 columns", "15")),
+    (line("Car", 1, "two", 30, 40), ValueError, ("000002.txt, line 2", "two")),
+    (line("Car", 1, "nan", 30, 40), ValueError, ("000002.txt, line 2", "NaN")),
+    (line("Dog", 1, 2, 30, 40), ValueError, ("000002.txt, line 2", "'Dog'", "class_map")),
+])
+def test_a_bad_label_line_is_named(tmp_path, text, kind, words):
+    root = kitti_folder(tmp_path, {"000001": "", "000002": line("Car", 1, 2, 30, 40) + text})
+    with one_line_error(kind, *words):
+        data.build("kitti", root, "all")
+
+
+def test_bad_boxes_are_dropped_or_clipped_and_counted(tmp_path):
+    boxes = ((10, 10, 10, 30), (30, 10, 20, 30), (200, 10, 220, 30), (-5, 10, 20, 45), (10, 10, 120.4, 30))
+    root = kitti_folder(tmp_path, {"000001": "".join(line("Car", *box) for box in boxes)})
+    dataset = data.build("kitti", root, "all")
+    assert dataset.raw(0)[1]["boxes"].tolist() == [[0, 10, 20, 40], [10, 10, 120, 30]]      # the last is only rounding
+    for count in ("2 boxes without area", "1 boxes outside", "1 boxes clipped"):
+        assert count in dataset.summary
+
+
+def test_missing_folders_images_and_labels(tmp_path):
+    with one_line_error(FileNotFoundError, tmp_path / "none", "root"):
+        data.build("kitti", tmp_path / "none", "all")
+    with one_line_error(FileNotFoundError, "image_2", "layout"):
+        data.build("kitti", tmp_path, "all")
+    with one_line_error(FileNotFoundError, "instances_val2017.json"):
+        data.build("coco", tmp_path, "val")
+    with one_line_error(FileNotFoundError, "image_2", "unpack"):
+        data.build("kitti", kitti_folder(tmp_path / "empty", {}), "all")
+    root = kitti_folder(tmp_path / "nolabel", {"000001": None})
+    with one_line_error(FileNotFoundError, "label_2/000001.txt", "empty means no objects"):
+        data.build("kitti", root, "all")
+    (tmp_path / "ids.txt").write_text("000009\n")
+    with one_line_error(ValueError, "none of the 1 ids", "ids.txt"):
+        data.build("kitti", root, str(tmp_path / "ids.txt"))
+    with one_line_error(FileNotFoundError, "'vall'", "train, val"):
+        data.build("kitti", root, "vall")
+    with one_line_error(ValueError, "voc", "kitti"):
+        data.build("voc", root, "all")
+
+
+def test_a_truncated_image_is_found_before_training(tmp_path):
+    root = kitti_folder(tmp_path / "kitti", {"000001": ""})
+    png = root / "training/image_2/000001.png"
+    png.write_bytes(png.read_bytes()[:-7])
+    with one_line_error(ValueError, png, "end marker", "again"):
+        data.build("kitti", root, "all")
+    png.write_bytes(b"no image at all")
+    with one_line_error(ValueError, png):
+        data.build("kitti", root, "all", check=False)               # the size is needed anyway
+    root = coco_folder(tmp_path / "coco", [])
+    jpg = root / "val2017/5.jpg"
+    whole = jpg.read_bytes()
+    jpg.write_bytes(whole + b"trailing bytes of some camera")
+    data.build("coco", root, "val")
+    jpg.write_bytes(whole[:-2])
+    with one_line_error(ValueError, jpg, "end marker"):
+        data.build("coco", root, "val")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_only_fails_to_decode_is_named_also_from_a_worker(tmp_path, workers):
+    root = kitti_folder(tmp_path, {"000001": ""}, size=(400, 400))
+    png = root / "training/image_2/000001.png"
+    noise = np.random.default_rng(0).integers(0, 255, (100, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(png)
+    bad = bytearray(png.read_bytes())
+    bad[2000:90000] = bytes(88000)                                  # header and end marker stay
+    png.write_bytes(bad)
+    dataset = data.build("kitti", root, "all")
+    with one_line_error(data.BrokenImage, png, "does not decode"):
+        next(iter(data.loader(dataset, 1, steps=1, workers=workers)))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(annotations=[note(1, category_id=4)]), ("annotation 1", "category 4")),
+    (dict(annotations=[note(1, image_id=9)]), ("annotation 1", "image 9")),
+    (dict(annotations=[note(1), note(1)]), ("annotations id 1", "twice")),
+    (dict(annotations=[], images=[{"id": 5, "file_name": "5.jpg", "width": 60, "height": 40}] * 2), ("images id 5",)),
+    (dict(annotations=[], categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), ("categories id 1", "twice")),
+    (dict(annotations=[note(1, bbox=(1, 2, 3, math.nan))]), ("annotation 1", "NaN")),
+    (dict(annotations=[note(1, bbox=(1, 2, 3))]), ("annotation 1", "four numbers")),
+    (dict(annotations=[{"id": 1}]), ("annotations[0]", "image_id")),
+    (dict(annotations=[], images=[{"id": "a", "file_name": "5.jpg", "width": 6, "height": 4}]), ("images[0]", "whole")),
+    (dict(annotations=[], images=[{"id": 5, "file_name": "5.jpg", "width": 40, "height": 60}]), ("60x40", "40x60")),
+])
+def test_a_bad_coco_file_is_named(tmp_path, change, words):
+    root = coco_folder(tmp_path / "coco", [])
+    path = root / "annotations/instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with one_line_error(ValueError, "instances_val2017.json", *words):
+        data.build("coco", root, "val")
+
+
+def test_other_bad_coco_folders(tmp_path):
+    root = coco_folder(tmp_path / "coco", [note(1, bbox=(10, 10, 0, 5)), note(2, bbox=(50, 10, 40, 5))])
+    dataset = data.build("coco", root, "val")
+    assert "1 boxes without area" in dataset.summary and "1 boxes clipped" in dataset.summary
+    (root / "val2017/11.jpg").unlink()
+    with one_line_error(FileNotFoundError, "11.jpg", "split"):
+        data.build("coco", root, "val")
+    path = root / "annotations/instances_val2017.json"
+    path.write_text(path.read_text()[:100])
+    with one_line_error(ValueError, path, "not a COCO annotation file"):
+        data.build("coco", root, "val")
+    path.write_text('{"images": []}')
+    with one_line_error(ValueError, path, "no list 'categories'"):
+        data.build("coco", root, "val")
+
+
+# --- the toy ---------------------------------------------------------------------------------------------------------
+
+def test_the_toy_is_the_same_byte_for_byte_with_workers_and_after_an_interruption(toy, tmp_path):
+    again = tmp_path / "toy"
+    shutil.copytree(toy, again)
+    (again / "toy.json").rename(again / "toy.json.part")            # as a run leaves it that was killed
+    for name in ("000002", "100001"):
+        (again / f"training/image_2/{name}.png").unlink()
+    data.make_toy(again, counts=COUNTS, workers=2)
+    files = sorted(p.relative_to(toy) for p in toy.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
+    assert all((toy / file).read_bytes() == (again / file).read_bytes() for file in files)
+    parallel = tmp_path / "parallel"
+    data.make_toy(parallel, counts={"train": 30}, workers=2)
+    assert (parallel / "training/image_2/000005.png").read_bytes() == (toy / "training/image_2/000005.png").read_bytes()
+
+
+def test_another_toy_or_a_strangers_folder_is_not_touched(toy, tmp_path):
+    for wrong in (dict(seed=1), dict(counts={"train": 7})):
+        with one_line_error(ValueError, "toy.json", "delete"):
+            data.make_toy(toy, **{"counts": COUNTS} | wrong)
+    data.make_toy(toy)                                              # no counts asked for: what is there will do
+    (tmp_path / "thesis.tex").write_text("important")
+    with one_line_error(ValueError, tmp_path, "empty"):
+        data.make_toy(tmp_path, counts=COUNTS)
+
+
+def test_the_toy_is_a_kitti_folder_with_objects_of_the_promised_kind(toy):
+    parts = {split: data.build("toy", toy, split) for split in ("train", "val", "tune", "all")}
+    assert {split: len(part) for split, part in parts.items()} == COUNTS | {"all": 12}
+    as_kitti = data.build("kitti", toy, str(toy / "ImageSets/val.txt"))
+    assert as_kitti.ids == parts["val"].ids == [100000, 100001, 100002, 100003]
+    boxes = torch.cat([parts["all"].raw(index)[1]["boxes"] for index in range(12)])
+    heights = boxes[:, 3] - boxes[:, 1]
+    assert len(boxes) > 20 and heights.min() >= 10 and heights.max() < 40
+    assert parts["train"][0][0].shape == (3, 48, 160)
+
+
+def test_toy_boxes_and_occlusion_are_those_of_the_pixels():
+    """A pole in front hides a known share of an object; past 45 % the object becomes DontCare."""
+    mask = np.zeros((96, 320), bool)
+    mask[20:60, 100:140] = True                                     # 40 x 40 canvas pixels: 20 x 20 in the image
+    corners = [(100, 20), (140, 60)]
+    for hidden, expected in ((0, "Car 0.00 0"), (8, "Car 0.00 1"), (18, "Car 0.00 2"), (19, "DontCare -1 -1")):
+        visible = mask.copy()
+        visible[:, 100:100 + hidden] = False                        # 0, 20, 45, 47.5 %
+        assert data.label_line("Car", corners, mask, visible) == f"{expected} -10 50.00 10.00 70.00 30.00 {REST}"
+    assert data.label_line("Car", [(80, 20), (140, 60)], mask, mask).startswith("Car 0.33 0")       # a third is cut off
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe, size", [("eval", (70, 100)), ("kitti", (133, 1000)), ("toy", None), ("toy", (30, 90)),
+                                          ("coco", (800, 1333)), ("coco", (96, 160))])
+def test_boxes_stay_on_their_pixels_under_every_augmentation(recipe, size):
+    """A picture of two coloured rectangles: after the transform each colour's extent is its box."""
+    picture = torch.full((3, 123, 201), 110, dtype=torch.uint8)
+    boxes = torch.tensor([[20.0, 30, 80, 111], [120, 9, 180, 60]])
+    colours = ((0, 1, 2), (255, 0, 0)), ((2, 0, 1), (255, 0, 0))    # red alone, blue alone
+    for (x0, y0, x1, y1), (channels, values) in zip(boxes.int().tolist(), colours):
+        for channel, value in zip(channels, values):
+            picture[channel, y0:y1, x0:x1] = value
+    cropped = 0
+    for trial in range(12):
+        both = BoundingBoxes(boxes.clone(), format="XYXY", canvas_size=(123, 201))
+        image, after = data.transform(picture, both, recipe, size, random.Random(trial))
+        height, width = image.shape[1:]
+        for box, (channels, _) in zip(after.as_subclass(torch.Tensor), colours):
+            strongest = image[channels[0]].float() - image[list(channels[1:])].float().amax(0)
+            here = strongest > 100                                  # about half of what any jitter leaves of the colour
+            rows, columns = here.any(1).nonzero(), here.any(0).nonzero()
+            if not (box[2:] > box[:2]).all():
+                cropped += 1
+                assert not here.any()
+                continue
+            if (box[2:] - box[:2]).min() < 4:                       # a sliver may blur away
+                continue
+            extent = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+            assert (box - extent).abs().max() <= 1.5, (trial, box, extent)      # up to 6.5-fold blur
+        assert after.canvas_size == (height, width)
+        if size and recipe != "coco":
+            assert min(height, width) <= size[0] and max(height, width) <= size[1]
+    assert recipe != "coco" or cropped                              # the crop did happen
+
+
+def test_sizes_are_detrs_by_hand():
+    box = BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(480, 640))
+    for (height, width), expected in (((480, 640), (800, 1066)), ((640, 480), (1066, 800)), ((375, 1242), (402, 1331)),
+                                      ((800, 900), (800, 900))):
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        assert data.resize(image, box, 800, 1333)[0].shape[1:] == expected
+
+
+def test_a_crop_drops_the_objects_it_cuts_away_with_their_labels(tmp_path):
+    cars = "".join(line("Car" if i % 2 else "Cyclist", 100 * i, 50, 100 * i + 40, 90) for i in range(12))
+    root = kitti_folder(tmp_path, {"000001": cars + line("DontCare", 0, 0, 30, 300)}, size=(1200, 400))
+    dataset = data.build("kitti", root, "all", augment="train")
+    dataset.name, counts = "coco", set()
+    for epoch in range(20):
+        target = dataset[epoch, 0][1]
+        counts.add(len(target["boxes"]))
+        assert len(target["boxes"]) == len(target["labels"])
+        assert (target["boxes"][:, 2:] > 0).all() and (target["ignore"][:, 2:] > 0).all()
+        assert (target["labels"][1:] != target["labels"][:-1]).all()              # neighbours alternate
+    assert 12 in counts and min(counts) < 12
+
+
+def test_ignored_regions_move_with_the_image(tmp_path):
+    root = kitti_folder(tmp_path, {"000001": line("DontCare", 0, 0, 30, 20)})
+    dataset = data.build("kitti", root, "all", augment="train")
+    seen = {round(dataset[epoch, 0][1]["ignore"][0, 0].item(), 3) for epoch in range(12)}
+    assert seen == {.125, .875}                                     # as it is, and flipped
+
+
+# --- batches and loaders ---------------------------------------------------------------------------------------------
+
+def test_collate_pads_at_the_right_and_bottom():
+    batch = data.collate([(torch.ones(3, 2, 5), {"image_id": 1}), (torch.ones(3, 4, 3), {"image_id": 2})])
+    assert batch.images.shape == (2, 3, 4, 5) and batch.images.sum() == 3 * (10 + 12)
+    assert batch.padding[0].tolist() == [[False] * 5] * 2 + [[True] * 5] * 2
+    assert batch.padding[1].tolist() == [[False] * 3 + [True] * 2] * 4
+    assert batch.to("cpu").targets == [{"image_id": 1}, {"image_id": 2}]
+
+
+def steps_of(dataset, *args, **options):
+    return [(batch.images, [t["image_id"] for t in batch.targets]) for batch in data.loader(dataset, *args, **options)]
+
+
+def test_a_training_step_depends_on_seed_and_number_only(toy):
+    dataset = data.build("toy", toy, "train", augment="train")
+    whole = steps_of(dataset, 4, steps=7)                           # 28 items of 6 images: more than four epochs
+    late = steps_of(data.build("toy", toy, "train", augment="train"), 4, steps=7, start=5, workers=2)
+    assert len(late) == 2
+    for (image, ids), (image_late, ids_late) in zip(whole[5:], late):
+        assert ids == ids_late and torch.equal(image, image_late)
+    order = sum((ids for _, ids in whole), [])
+    assert all(sorted(order[epoch:epoch + 6]) == [0, 1, 2, 3, 4, 5] for epoch in (0, 6, 12, 18))
+    assert order[:6] != order[6:12] and order != sum((ids for _, ids in steps_of(dataset, 4, steps=7, seed=1)), [])
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert not torch.equal(dataset[0, 0][0], dataset[1, 0][0])      # another epoch, another augmentation ..
+    assert torch.equal(before, torch.get_rng_state())               # .. drawn from no global generator
+
+
+def test_ranks_share_the_global_batch_and_small_sets_fill_large_batches(toy):
+    dataset = data.build("toy", toy, "train", augment="train")
+    one = steps_of(dataset, 8, steps=2)                             # larger than the set
+    two = [steps_of(dataset, 4, steps=2, rank=rank, world=2) for rank in (0, 1)]
+    for step, (images, ids) in enumerate(one):
+        for rank in (0, 1):
+            assert two[rank][step][1] == ids[rank::2] and torch.equal(two[rank][step][0], images[rank::2])
+    ranks = [[t["image_id"] for batch in data.eval_loader(dataset, 2, rank=rank, world=4) for t in batch.targets]
+             for rank in range(4)]
+    assert ranks == [[0, 4], [1, 5], [2], [3]]
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+def test_ap_by_hand(tmp_path, capsys):
+    """Two cars, one found exactly, one false alarm ranked above it: precision 1/2 up to recall 1/2, then nothing."""
+    root = kitti_folder(tmp_path, {"000001": line("Car", 0, 0, 20, 20), "000002": line("Car", 40, 0, 80, 40)})
+    dataset = data.build("kitti", root, "all")
+    result = data.evaluate([found(1, [.9, .8], [0, 0], [[90, 0, 110, 20], [0, 0, 20, 20]])], dataset)
+    half = 51 / 101 * .5                                            # recalls 0, .01, .., .5 of the 101
+    assert result["AP"] == pytest.approx(half) and result["AP50"] == pytest.approx(half)
+    assert result["per_class"]["Car"]["AP"] == pytest.approx(half)
+    assert math.isnan(result["per_class"]["Cyclist"]["AP"]) and math.isnan(result["APl"])
+    assert result["APs"] == pytest.approx(.5) and result["APm"] == 0              # 400 px^2 found, 1600 px^2 missed
+    loose = found(2, [.9], [0], [[40, 0, 80, 26]])                  # IoU .65: right at .5, .55, .6, .65
+    result = data.evaluate([loose], data.build("kitti", root, "all"))
+    assert result["AP50"] == pytest.approx(51 / 101) and result["AP75"] == 0
+    assert result["AP"] == pytest.approx(.4 * 51 / 101)
+    assert data.evaluate([], dataset)["AP"] == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_detections_on_ignored_regions_are_no_false_alarms(tmp_path):
+    text = line("Car", 0, 0, 20, 20) + line("DontCare", 60, 0, 120, 40) + line("Van", 25, 0, 45, 20)
+    dataset = data.build("kitti", kitti_folder(tmp_path, {"000001": text}), "all")
+    wrong = [[70, 5, 90, 25], [95, 5, 115, 25], [25, 0, 45, 20]]    # two in DontCare, one on the Van, all sure
+    here = [0, 0, 20, 20]
+    assert data.evaluate([found(1, [.9, .9, .9, .5], [0] * 4, wrong + [here])], dataset)["AP"] == pytest.approx(1)
+    outside = [[30, 22, 50, 40]]
+    assert data.evaluate([found(1, [.9, .5], [0, 0], outside + [here])], dataset)["AP"] == pytest.approx(.5)
+    strict = data.build("kitti", tmp_path, "all", others="background")            # now the Van is background
+    assert data.evaluate([found(1, [.9, .5], [0, 0], [wrong[2], here])], strict)["AP"] == pytest.approx(.5)
+
+
+def test_predictions_that_cannot_be_meant_are_refused(toy):
+    dataset = data.build("toy", toy, "val")
+    for wrong in ([found(0, [], [], [])], [found(100000, [], [], [])] * 2, [found(100000, [1.0], [3], [[0, 0, 9, 9]])]):
+        with one_line_error(ValueError, "predictions", "image"):
+            data.evaluate(wrong, dataset)
+
+
+def test_the_toys_ground_truth_has_ap_1(toy):
+    dataset = data.build("toy", toy, "all")
+    assert data.evaluate(truth(dataset), dataset)["AP"] == pytest.approx(1)
+
+
+# --- real images -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not (SHARED / "real").exists(), reason="no real images here")
+def test_real_kitti_and_coco():
+    kitti = data.build("kitti", SHARED / "real/kitti", "all")
+    assert [len(t["labels"]) for _, t in kitti] == [1, 2] and [len(t["ignore"]) for _, t in kitti] == [0, 5]
+    assert kitti[0][0].shape == (3, 402, 1331) or kitti[0][0].shape[2] <= 1333
+    coco = data.build("coco", SHARED / "real/coco", "val")
+    assert len(coco) == 128 and len(coco.classes) == 80 and coco.category_ids[-1] == 90
+    assert data.evaluate(truth(coco), coco)["AP"] == pytest.approx(1)
+    batch = next(iter(data.eval_loader(coco, 2)))
+    assert batch.images.shape[0] == 2 and batch.images.shape[2:].numel() <= 1333 * 1333

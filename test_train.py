@@ -1,0 +1,401 @@
+"""train.py: the loop, the commands and what they promise: resumption, provenance, readable errors.
+
+One tiny data set and one tiny model serve all: 12 toy scenes, a ResNet-18 of width 4, two threads' worth of seconds.
+"""
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import checkpoints
+import data
+import models
+import train
+from train import Config, Learner, Run
+
+HERE = Path(__file__).resolve().parent
+TINY = dict(data="toy", backbone="resnet18", backbone_width=4, pretrained_backbone="none", hidden_dim=16, heads=2, ffn_dim=16,
+            encoder_layers=1, decoder_layers=2, num_queries=10, feature_levels=3, points=2, denoising=6, steps=3, batch_size=2,
+            lr=1e-3, backbone_lr=1e-3, warmup=1, schedule="cosine", ema=0.9)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    data.make_toy(root, counts=dict(train=6, val=4, tune=2), workers=1)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def teacher(toy, tmp_path_factory):
+    """A run that serves as teacher: two decoder layers, untrained but for three steps."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train.fit(Config(root=toy, **TINY), Run(out=str(out), workers=0))
+    return out
+
+
+def distilling(toy, teacher, **changes):
+    return Config(**{**TINY, "root": toy, "teacher": str(teacher), "method": "clockdistill", "teacher_floor": 0.0,
+                     "method_options": ("lambda_mem=100", "box_noise=0.4"), **changes})
+
+
+def flags(settings):
+    """Settings as command line words."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        else:
+            words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else (str(value),))]
+    return words
+
+
+def one_learner(toy, teacher=None, **changes):
+    """(learner, teacher, batches) for the loop itself, without files."""
+    cfg = distilling(toy, teacher, **changes) if teacher else Config(**{**TINY, "root": toy, **changes})
+    dataset = train.build_data(cfg, "train")
+    torch.manual_seed(0)
+    student = train.build_model(cfg, len(dataset.classes))
+    network = train.load_model(teacher)[0].requires_grad_(False) if teacher else None
+    learner = Learner(student, train.open_method(cfg, network, student) if teacher else None).train()
+    batches = list(data.loader(dataset, cfg.batch_size, steps=cfg.steps))
+    return cfg, learner, network, batches
+
+
+def optimizer_of(learner, lr=0.0):
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=lr, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return optimizer
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+def test_lr_warms_up_then_drops_or_follows_a_cosine_by_hand():
+    drop = Config(warmup=4, schedule="drop", drop_at=0.5)
+    assert [train.lr_factor(drop, s, 10) for s in (0, 1, 3, 4, 5, 9)] == [0.25, 0.5, 1.0, 1.0, 0.1, 0.1]
+    cosine = Config(warmup=0, schedule="cosine")
+    assert train.lr_factor(cosine, 0, 100) == 1.0
+    assert train.lr_factor(cosine, 50, 100) == pytest.approx(0.02 + 0.98 / 2)       # cos(pi/2) = 0
+    assert train.lr_factor(cosine, 100, 100) == pytest.approx(0.02)
+
+
+def test_two_identical_batches_give_equal_gradients(toy):
+    """DAB-DETR issue 58: without zero_grad the second gradient holds the first. lr 0, so nothing else changes."""
+    cfg, learner, _, batches = one_learner(toy, denoising=0)
+    for module in learner.modules():                    # BatchNorm's running statistics are not used in training mode
+        assert not isinstance(module, torch.nn.Dropout) or module.p == 0
+    logs = [log for _, log in train.train_steps(learner, None, optimizer_of(learner), [batches[0]] * 2, cfg, 2)]
+    assert logs[0]["grad_norm"] == logs[1]["grad_norm"] > 0
+
+
+def test_the_log_holds_every_weighted_loss_by_name_and_their_sum(toy):
+    cfg, learner, _, batches = one_learner(toy)
+    (_, log), = train.train_steps(learner, None, optimizer_of(learner), batches[:1], cfg, 1)
+    names = [name for name in log if name.startswith("loss_")]
+    assert {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_ce_interm", "loss_ce_dn", "loss_giou_dn_0"} <= set(names)
+    assert log["loss"] == pytest.approx(sum(log[name] for name in names))
+    assert log["images"] == train.image_ids(batches[0])
+
+
+def test_accumulated_parts_are_the_mean_of_their_own_losses(toy):
+    cfg, learner, _, batches = one_learner(toy, denoising=0, accumulate=2)
+    (_, whole), = train.train_steps(learner, None, optimizer_of(learner), batches[:1], cfg, 1)
+    alone = [list(train.train_steps(learner, None, optimizer_of(learner), [part], dataclasses.replace(cfg, accumulate=1), 1))[0][1]
+             for part in train.in_parts(batches[0], 2)]
+    # BatchNorm sees each part alone in both cases.
+    assert whole["loss"] == pytest.approx(sum(log["loss"] for log in alone) / 2, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_images(toy):
+    cfg, learner, _, batches = one_learner(toy)
+    before = {k: v.clone() for k, v in learner.student.named_parameters()}
+    weights = learner.student.loss_weights
+    learner.student.loss_weights = {**weights, "loss_giou": float("nan")}
+    with pytest.raises(FloatingPointError, match=rf"step 0: loss_giou is not finite, on images \[{batches[0].targets[0]['image_id']}, "):
+        next(train.train_steps(learner, None, optimizer_of(learner, 1.0), batches, cfg, 3))
+    assert all(torch.equal(before[k], v) for k, v in learner.student.named_parameters())
+
+
+def test_autocast_losses_agree_with_fp32(toy, teacher):
+    cfg, learner, network, batches = one_learner(toy, teacher)
+    totals = {}
+    for precision in ("fp32", "bf16"):
+        (_, log), = train.train_steps(learner, network, optimizer_of(learner), batches[:1],
+                                      dataclasses.replace(cfg, precision=precision), 1)
+        totals[precision] = log
+    assert totals["bf16"]["loss"] == pytest.approx(totals["fp32"]["loss"], rel=0.05)
+    assert totals["bf16"]["memory"] == pytest.approx(totals["fp32"]["memory"], rel=0.1)
+
+
+# --- distillation in the loop ------------------------------------------------------------------------------------------
+
+def test_the_teacher_is_frozen_and_every_term_reaches_the_student(toy, teacher):
+    cfg, learner, network, batches = one_learner(toy, teacher, lr=1e-2)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    steps = list(train.train_steps(learner, network, optimizer_of(learner, 1e-2), batches, cfg, 3, probe_every=1))
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())     # BatchNorm statistics included
+    assert not network.training
+    report = steps[0][1]["report"]
+    assert list(report) == ["detection", "memory", "cls", "l1", "giou"]
+    assert all(norm > 0 for _, norm in report.values())                                # the precursor's cls had none
+    assert sum(share for share, _ in report.values()) == pytest.approx(1)
+
+
+def test_distillation_off_is_plain_training_to_the_last_bit(toy, teacher, tmp_path):
+    plain = train.fit(Config(root=toy, **TINY), Run(out=str(tmp_path / "plain"), workers=0))
+    off = train.fit(distilling(toy, teacher, method_options=("lambda_mem=0", "lambda_log=0")),
+                    Run(out=str(tmp_path / "off"), workers=0))
+    a, b = (checkpoints.load(tmp_path / name / "last.pt")["model"] for name in ("plain", "off"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    on = train.fit(distilling(toy, teacher), Run(out=str(tmp_path / "on"), workers=0))
+    c = checkpoints.load(tmp_path / "on" / "last.pt")["model"]
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+    assert plain["steps"] == off["steps"] == on["steps"]
+
+
+def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
+    """Student alone and distilled student must differ by the method, not by other random numbers."""
+    noise = {}
+    for name, options in (("off", ("lambda_mem=0", "lambda_log=0")), ("on", ("box_noise=0.4", "random_queries=5", "random_fixed=False"))):
+        cfg, learner, network, batches = one_learner(toy, teacher, method_options=options)
+        (_, log), = train.train_steps(learner, network, optimizer_of(learner), batches[:1], cfg, 1)
+        noise[name] = {k: v for k, v in log.items() if k.startswith("loss_")}
+    assert noise["on"] == pytest.approx(noise["off"], rel=1e-5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(teacher_floor=1.1), "under the floor"),
+    (dict(feature_levels=2), "do not fit"),
+    (dict(class_map="Car,Cyclist"), "knows 3 classes"),
+    (dict(method_options=("lamda_mem=1",)), "has no option 'lamda_mem'"),
+    (dict(method_options=("groups=many",)), "want a int"),
+    (dict(teacher="nowhere"), "nowhere"),
+])
+def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, change, message, capsys):
+    settings = {**TINY, "root": toy, "teacher": str(teacher), "teacher_floor": 0.0, **change}
+    assert train.main(["distill", "--out", str(tmp_path / "run"), "--workers", "0", *flags(settings)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+# --- resumption --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
+    """The same distillation twice: left alone, and killed in the middle and resumed. Weights and log must agree."""
+    settings = {**TINY, "root": toy, "steps": 24, "teacher": str(teacher), "teacher_floor": 0.0,
+                "method_options": ("lambda_mem=100", "box_noise=0.4")}
+
+    def command(out):
+        return [sys.executable, str(HERE / "train.py"), "distill", "--out", str(tmp_path / out), "--workers", "1",
+                "--save-minutes", "0", "--eval-every", "10", "--resume", *flags(settings)]
+
+    assert subprocess.run(command("whole"), capture_output=True).returncode == 0
+    run = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "cut" / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert run.poll() is None, run.stderr.read().decode()
+        time.sleep(0.02)
+    run.send_signal(how)
+    run.communicate()
+    assert run.returncode in (130, -signal.SIGKILL)
+    reached = len(log.read_text().splitlines())
+    assert reached < 24
+    assert subprocess.run(command("cut"), capture_output=True).returncode == 0
+
+    a, b = (checkpoints.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(torch.equal(a["resume"]["student"][k], b["resume"]["student"][k]) for k in a["model"])
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "log.jsonl").open()]
+            for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(24))
+    assert [p["step"] for p in a["resume"]["history"]] == [p["step"] for p in b["resume"]["history"]] == [10, 20, 24]
+
+
+def test_resume_refuses_other_settings_and_a_fresh_run_refuses_an_old_folder(toy, tmp_path, capsys):
+    train.fit(Config(root=toy, **TINY), Run(out=str(tmp_path / "run"), workers=0))
+    words = ["fit", "--out", str(tmp_path / "run"), "--workers", "0", *flags({**TINY, "root": toy})]
+    assert train.main(words) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert train.main([*words, "--resume", "--lr", "0.5"]) == 2
+    assert "other settings (lr)" in capsys.readouterr().err
+
+
+# --- several processes -------------------------------------------------------------------------------------------------
+
+class TinyBackbone(torch.nn.Module):
+    """Three maps at strides 8, 16, 32 without BatchNorm, whose statistics would differ between one process and two."""
+
+    channels = [8, 8, 8]
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 8, stride=8)
+        self.down = torch.nn.ModuleList(torch.nn.Conv2d(8, 8, 3, stride=2, padding=1) for _ in range(2))
+
+    def forward(self, images):
+        maps = [self.stem(images)]
+        for conv in self.down:
+            maps.append(conv(maps[-1].relu()))
+        return maps
+
+
+def gradients(toy, indices, empty=()):
+    """One distillation step on these images of the toy (without objects where `empty` says so) -> gradients, loss."""
+    torch.manual_seed(0)
+    make = lambda: models.build("dino", 3, backbone=TinyBackbone(), hidden_dim=16, heads=2, ffn_dim=16, encoder_layers=1,
+                                decoder_layers=2, num_queries=8, feature_levels=3, points=2, denoising=0)
+    student, teacher = make(), make().eval().requires_grad_(False)
+    method = train.CLoCKDistill(16, 16, lambda_mem=100)
+    learner = Learner(student, method)
+    dataset = data.build("toy", toy, "train")
+    items = [dataset[i] for i in indices]
+    for i, (_, target) in zip(indices, items):
+        if i in empty:
+            target["boxes"], target["labels"] = target["boxes"][:0], target["labels"][:0]
+    batch = data.collate(items)
+    wrapped = torch.nn.parallel.DistributedDataParallel(learner, find_unused_parameters=True) if dist.is_initialized() else learner
+    losses = wrapped(batch.images, batch.padding, batch.targets, train.teach(teacher, method, batch))
+    sum(losses.values()).backward()
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def worker(rank, port, toy, empty, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    with train.processes(torch.device("cpu")):
+        found = gradients(toy, [0, 2] if rank == 0 else [1, 3], empty)
+        if rank == 0:
+            torch.save(found, path)
+
+
+@pytest.mark.parametrize("empty", [(), (1, 3)], ids=["objects everywhere", "one process without objects"])
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(toy, tmp_path, empty):
+    port = 20000 + os.getpid() % 20000 + len(empty)
+    mp.start_processes(worker, (port, toy, empty, str(tmp_path / "grads.pt")), nprocs=2, start_method="spawn")
+    two, one = torch.load(tmp_path / "grads.pt"), gradients(toy, [0, 1, 2, 3], empty)
+    assert two.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def test_torchrun_trains_with_two_processes(toy, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+             str(41000 + os.getpid() % 10000), str(HERE / "train.py"), "fit", "--out", str(tmp_path / "run"), "--workers", "0",
+             *flags({**TINY, "root": toy, "steps": 2})]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["world"] == 2 and result["steps"] == 2
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+def test_fit_distill_eval_predict_export_from_the_command_line(toy, tmp_path, capsys):
+    out = str(tmp_path / "teacher")
+    common = ["--workers", "0", *flags({**TINY, "root": toy})]
+    assert train.main(["fit", "--out", out, *common]) == 0
+    assert {p.name for p in Path(out).iterdir()} == {"config.json", "log.jsonl", "last.pt", "best.pt", "result.json"}
+    result = json.loads(Path(out, "result.json").read_text())
+    assert {"AP", "AP50", "AP75", "params", "gflops", "minutes", "steps", "seed", "commit", "machine", "settings"} <= result.keys()
+
+    assert train.main(["export", "--checkpoint", out, "--out", str(tmp_path / "weights.safetensors")]) == 0
+    assert train.main(["distill", "--teacher", str(tmp_path / "weights.safetensors"), "--teacher-floor", "0",
+                       "--out", str(tmp_path / "student"), *common]) == 0
+    scores = tmp_path / "scores.json"
+    assert train.main(["eval", "--checkpoint", str(tmp_path / "student"), "--root", toy, "--workers", "0", "--out", str(scores)]) == 0
+    told = json.loads(scores.read_text())
+    again = json.loads((tmp_path / "student" / "result.json").read_text())
+    assert told["AP"] == again["AP"] or told["AP"] != told["AP"]
+    picture = str(next(Path(toy, "training/image_2").iterdir()))
+    assert train.main(["predict", "--checkpoint", str(tmp_path / "student"), "--out", str(tmp_path / "seen"),
+                       "--min-score", "0", picture]) == 0
+    listed = json.loads((tmp_path / "seen" / "predictions.json").read_text())
+    assert listed[0]["image"] == picture and listed[0]["detections"][0].keys() == {"class", "score", "box"}
+    assert (tmp_path / "seen" / f"{Path(picture).stem}.png").exists()
+
+
+def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
+    result = train.fit(Config(root=toy, **{**TINY, "steps": 0}), Run(out=str(tmp_path / "run"), workers=0))
+    assert result["steps"] == 0 and checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 0
+
+
+def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, tmp_path, monkeypatch, capsys):
+    small = dict(steps=4, warmup=1)
+    monkeypatch.setitem(train.DEMO, "quick", dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2),
+                                                  student=small, teacher=small, eval_every=2))
+    for recipe in ("toy-student", "toy-teacher"):
+        monkeypatch.setitem(train.RECIPES, recipe, {**train.RECIPES[recipe], "batch_size": 2, "teacher_floor": 0.0})
+    assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert list(summary)[:3] == ["teacher", "student", "distilled"] and {"machine", "commit"} <= summary.keys()
+    for name in ("teacher", "student", "distilled"):
+        assert {"AP", "AP50", "AP75", "params", "gflops", "minutes", "steps", "seed"} <= summary[name].keys()
+    assert len(list((tmp_path / "demo").glob("*.png"))) >= 4
+    assert "mean nothing" in capsys.readouterr().out
+    start = time.monotonic()
+    before = (tmp_path / "demo" / "distilled" / "last.pt").stat().st_mtime
+    assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
+    assert (tmp_path / "demo" / "distilled" / "last.pt").stat().st_mtime == before
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "distill", "eval", "predict", "export"])
+def test_help_tells_every_option_with_its_default(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    if command in ("fit", "distill"):
+        for field in dataclasses.fields(Config):
+            if command == "distill" or field.name not in train.TRAINING_ONLY:
+                assert "--" + field.name.replace("_", "-") in text
+        assert "(default: 0.0001)" in text and "toy-student" in text
+    if command == "distill":
+        assert "temperature=10.0" in text
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(toy, teacher, tmp_path, capsys):
+    bomb = tmp_path / "bomb.pt"
+    torch.save({"model": Bomb()}, bomb)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    garbage = tmp_path / "garbage.pt"
+    garbage.write_bytes(b"not a checkpoint")
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"weights": torch.zeros(1)}, foreign)
+    cases = [
+        (["fit", "--root", str(tmp_path / "missing"), "--data", "kitti", "--out", str(tmp_path / "a")], "missing"),
+        (["eval", "--checkpoint", str(tmp_path / "none.pt"), "--root", toy], "none.pt"),
+        (["eval", "--checkpoint", str(bomb), "--root", toy], "bomb.pt"),
+        (["eval", "--checkpoint", str(garbage), "--root", toy], "garbage.pt"),
+        (["eval", "--checkpoint", str(foreign), "--root", toy], "foreign.pt"),
+        (["eval", "--checkpoint", str(teacher), "--root", toy, "--class-map", "Car,Van"], "classes"),
+        (["predict", "--checkpoint", str(teacher), "--out", str(tmp_path), str(broken)], "broken.png"),
+        (["predict", "--checkpoint", str(teacher), "--out", str(tmp_path), str(tmp_path / "no.png")], "no.png"),
+        (["distill", "--root", toy, "--out", str(tmp_path / "b")], "--teacher"),
+        (["fit", "--root", toy, "--out", str(tmp_path / "c"), "--backbone", "resnet7"], "resnet"),
+        (["fit", "--root", toy, "--out", str(tmp_path / "d"), "--size", "big"], "--size"),
+    ]
+    for words, hint in cases:
+        assert train.main(words) == 2, words
+        out, err = capsys.readouterr()
+        assert err.strip().splitlines()[-1].startswith("error: ") and hint in err, (words, err)
+        assert "Traceback" not in err and "executed" not in out
+    assert not (tmp_path / "c" / "last.pt").exists()

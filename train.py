@@ -1,0 +1,1042 @@
+"""Everything that runs: recipes, the training loop, evaluation, the demo, and the command line.
+
+The other rooms do one thing each and know nothing of one another: data.py makes batches, models.py turns a batch into
+detections, clockdistill.py compares a student's tensors with a teacher's. This file feeds the one with the other:
+
+    batch -> teach()   teacher memory, and its decoding of the target-aware queries        (no gradient)
+          -> Learner   student's memory, detections and its decoding of the same queries   -> named, weighted losses
+          -> one backward, one optimizer step, one line of JSON
+
+`fit` is the same loop without a teacher, so that "distillation off" *is* plain training.
+"""
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import checkpoints
+import data
+import models
+import plots
+from clockdistill import CLoCKDistill, location_mask
+
+HERE = Path(__file__).resolve().parent
+METHODS = {"clockdistill": CLoCKDistill}       # name on the command line -> class; its constructor's arguments are its options
+SHIPPED_TEACHER = HERE / "weights" / "toy_teacher_dino.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one flat, frozen record. Its defaults are the official DINO 4-scale recipe; a recipe is a named change.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def option(default, text, **extra):
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides what a run computes. It is written beside the results, and `--resume` insists on the same."""
+    # --- data
+    data: str = option("toy", "which reader: toy (procedural road scenes, made on first use), kitti, coco",
+                       choices=("toy", "kitti", "coco"))
+    root: str = option("datasets/toy", "folder of the data set, in KITTI's or COCO's own layout")
+    train_split: str = option("train", "train | val | all | a file with one image id a line (toy also: tune)")
+    val_split: str = option("val", "the images that AP is reported on, in the same words")
+    class_map: str | None = option(None, "KITTI layout: kitti3 | kitti8 | kitti3_merged | your own names, Car,Dog,...")
+    limit: int | None = option(None, "use only the first N images of each split")
+    size: str | None = option(None, "resize to SHORT,MAX pixels keeping the ratio, e.g. 800,1333; default: the reader's own")
+    augment: bool = option(True, "training augmentation: flips, resizes, crops (--no-augment to overfit a few images)")
+    # --- model; None means the official value for that detector
+    detector: str = option("dino", "which detection transformer", choices=models.DETECTORS)
+    backbone: str | None = option(None, "resnet18 | resnet34 | resnet50 | resnet101")
+    backbone_width: int | None = option(None, "channels of the ResNet's first stage; 64 is the standard one")
+    pretrained_backbone: str | None = option(None, "imagenet (downloads) | none | a file with torchvision's names")
+    hidden_dim: int | None = option(None, "width of the transformer")
+    heads: int | None = option(None, "attention heads")
+    ffn_dim: int | None = option(None, "hidden width of the feed-forward blocks")
+    encoder_layers: int | None = option(None, "transformer encoder layers")
+    decoder_layers: int | None = option(None, "transformer decoder layers")
+    num_queries: int | None = option(None, "object queries, the most objects an image can be given")
+    feature_levels: int | None = option(None, "feature maps the encoder reads")
+    points: int | None = option(None, "sampling points per head and level")
+    dropout: float | None = option(None, "dropout in the transformer")
+    denoising: int | None = option(None, "denoising queries (DINO); 0 for none")
+    # --- optimisation
+    steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the untrained checkpoint")
+    epochs: float = option(12, "passes over the training images, when --steps is not given")
+    batch_size: int = option(16, "images a step in each process, whatever --accumulate is")
+    accumulate: int = option(1, "split each batch into N parts, one backward each: less memory, same step size")
+    lr: float = option(1e-4, "AdamW learning rate; tied to the TOTAL batch and never scaled behind your back")
+    backbone_lr: float = option(1e-5, "learning rate of the backbone")
+    weight_decay: float = option(1e-4, "AdamW weight decay")
+    warmup: int = option(0, "steps of linear warm-up")
+    schedule: str = option("drop", "drop: lr/10 once, after --drop-at of the steps; cosine: down to 2 %%",
+                           choices=("drop", "cosine"))
+    drop_at: float = option(11 / 12, "where the drop happens, as a fraction of all steps")
+    clip: float = option(0.1, "largest gradient norm")
+    ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = off")
+    precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay fp32",
+                            choices=("fp32", "bf16", "fp16"))
+    seed: int = option(0, "initial weights, order of the images, augmentation, noise")
+    # --- distillation (`distill` only)
+    teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
+    method: str = option("none", "distillation method", choices=("none", *METHODS))
+    method_options: tuple = option((), "options of the method, NAME=VALUE ...; `distill --help` lists them", nargs="+")
+    teacher_floor: float = option(0.05, "refuse a teacher whose AP is lower: it was probably not loaded; 0 = never refuse")
+    init_from: str | None = option(None, "start from these weights (fine-tuning; --resume continues a run instead)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a run happens; none of it changes what is computed (but for rounding, on another device)."""
+    out: str = option("runs/fit", "folder for log.jsonl, last.pt, best.pt, config.json, result.json")
+    resume: bool = option(False, "continue the run in --out from its last checkpoint, bit for bit on CPU")
+    device: str = option("auto", "auto | cpu | cuda | mps")
+    workers: int = option(2, "processes that load images")
+    eval_every: int = option(1000, "steps between evaluations; there is always one at the end")
+    eval_batch: int = option(1, "images a batch in evaluation; 1 is exact, padding moves boxes a little")
+    probe_every: int = option(200, "steps between reports of each loss term's share and gradient norm")
+    save_minutes: float = option(2.0, "minutes between checkpoints")
+
+
+RECIPES = {
+    # The toy: 160 x 48 pixels, so narrow models, all trained from scratch; lr and length found on the split "tune".
+    "toy-student": dict(
+        data="toy", backbone="resnet18", backbone_width=12, pretrained_backbone="none", hidden_dim=64, heads=8, ffn_dim=128,
+        encoder_layers=1, decoder_layers=2, num_queries=24, feature_levels=3, points=2, denoising=50, steps=1500,
+        batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99),
+    "toy-teacher": dict(
+        data="toy", backbone="resnet18", backbone_width=24, pretrained_backbone="none", hidden_dim=64, heads=8, ffn_dim=192,
+        encoder_layers=2, decoder_layers=3, num_queries=24, feature_levels=3, points=4, denoising=50, steps=4000,
+        batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99),
+}
+MODEL_FIELDS = ("backbone", "backbone_width", "pretrained_backbone", "hidden_dim", "heads", "ffn_dim", "encoder_layers",
+                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "denoising")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world around a run: devices, processes, provenance
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pick_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Join the other processes when started by torchrun; otherwise do nothing. Yields (rank, world)."""
+    if "RANK" not in os.environ:
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def machine():
+    """What a time was measured on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
+
+
+def commit():
+    """The commit that ran, with a '+' when files differ from it; 'unknown' outside a git checkout."""
+    try:
+        git = lambda *words: subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True, check=True).stdout
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_json(path, content):
+    """Atomic, so that a kill never leaves half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def peak_memory_gb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_size(text):
+    """'800,1333' -> (800, 1333); None stays None."""
+    if text is None:
+        return None
+    try:
+        short, longest = (int(side) for side in text.split(","))
+    except ValueError:
+        raise ValueError(f"--size {text}: want SHORT,MAX in pixels, e.g. 800,1333") from None
+    return short, longest
+
+
+def build_data(cfg, split, augment=False):
+    return data.build(cfg.data, cfg.root, split, augment="train" if augment else "eval", size=parse_size(cfg.size), limit=cfg.limit,
+                      class_map=cfg.class_map, seed=cfg.seed)
+
+
+def build_model(cfg, num_classes):
+    overrides = {name: getattr(cfg, name) for name in MODEL_FIELDS if getattr(cfg, name) is not None}
+    named = {"none": False, "imagenet": True}
+    if "pretrained_backbone" in overrides:
+        overrides["pretrained_backbone"] = named.get(cfg.pretrained_backbone, cfg.pretrained_backbone)
+    return models.build(cfg.detector, num_classes, **overrides)
+
+
+def load_model(path):
+    """A checkpoint of ours, or the folder of a run -> (model in eval mode on the CPU, the checkpoint's other entries)."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.pt"
+    payload = checkpoints.load(path)
+    missing = {"model", "detector", "config", "classes"} - payload.keys()
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of this project (no {', '.join(sorted(missing))}): "
+                         "give a last.pt or best.pt that `fit` or `distill` wrote")
+    # The weights are in the checkpoint: nothing to download, and which layers were frozen no longer matters.
+    model = models.build(payload["detector"], len(payload["classes"]), **{**payload["config"], "pretrained_backbone": False})
+    model.load_state_dict(payload["model"])
+    return model.eval(), payload
+
+
+def same_classes(payload, dataset, path):
+    if list(payload["classes"]) != list(dataset.classes):
+        raise ValueError(f"{path} knows {len(payload['classes'])} classes ({', '.join(payload['classes'][:4])}...), "
+                         f"{dataset.name} has {len(dataset.classes)} ({', '.join(dataset.classes[:4])}...): "
+                         "choose the data, --class-map or checkpoint that go together")
+
+
+def lr_factor(cfg, step, steps):
+    """What the learning rates are multiplied with at this step (0-based)."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    if cfg.schedule == "drop":
+        return 0.1 if step >= cfg.drop_at * steps else 1.0
+    progress = (step - cfg.warmup) / max(1, steps - cfg.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step: what the teacher says, what the student is told
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Lesson:
+    """What a frozen teacher says about one batch."""
+    memory: models.Memory
+    detections: models.Detections | None       # its decoding of the target-aware queries; None when no term needs it
+    queries: tuple | None                      # (content for the student, boxes, attend, valid)
+
+
+@torch.no_grad()
+def teach(teacher, method, batch, generator=None):
+    """The teacher encodes the batch and decodes the target-aware queries alone: its learned queries are never run."""
+    memory = teacher.encode(batch.images, batch.padding)
+    if not method.reads_queries:
+        return Lesson(memory, None, None)
+    labels, boxes = [t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets]
+    embedding = {"label": teacher.label_embedding, "own": teacher.content.weight}.get(method.content)
+    queries = method.queries(labels, boxes, embedding, generator=generator)
+    content, reference, attend, _ = queries
+    return Lesson(memory, teacher.decode(memory, content, reference, attend), queries)
+
+
+class Learner(nn.Module):
+    """Student and distillation method as one module, so that there is one forward for DDP to wrap, and one backward."""
+
+    TERMS = ("memory", "cls", "l1", "giou")        # the losses that come from the teacher; all others are detection
+
+    def __init__(self, student, method=None):
+        super().__init__()
+        self.student, self.method = student, method
+
+    def forward(self, images, padding, targets, lesson=None):
+        """-> {name: weighted scalar}. Their sum is what is minimised."""
+        extra = None
+        if lesson is not None and lesson.queries is not None:
+            content, reference, attend, valid = lesson.queries
+            extra = (self.method.student_content(content), reference, attend, valid)
+        output = self.student(images, padding, targets, extra=extra)
+        weights = self.student.loss_weights
+        losses = {name: weights[name] * value for name, value in self.student.loss(output, targets).items() if name in weights}
+        if lesson is not None:
+            losses |= self.distillation(output, lesson, targets, padding)
+        return losses
+
+    def distillation(self, output, lesson, targets, padding):
+        real = ~padding                                                                        # (B, H, W)
+        extent = torch.stack([real[:, 0].float().mean(1), real[:, :, 0].float().mean(1)], 1)   # (B, 2): w_i / W, h_i / H
+        answers, valid, normaliser = (None,) * 4, None, None
+        if lesson.queries is not None:
+            valid = lesson.queries[3]
+            answers = (output.extra.logits, output.extra.boxes, lesson.detections.logits, lesson.detections.boxes)
+            if dist.is_initialized():      # one denominator for all processes, so that their mean is the whole batch's loss
+                normaliser = valid.sum().float()
+                dist.all_reduce(normaliser)
+                normaliser = (normaliser / dist.get_world_size()).clamp(min=1)
+        return self.method(output.memory.tokens, lesson.memory.tokens, *answers,
+                           [t["labels"] for t in targets], [t["boxes"] for t in targets],
+                           output.memory.shapes, output.memory.padding, valid, extent, normaliser)
+
+
+def gradient_report(losses, student):
+    """How much each part of the loss asks of the student: {part: (share of the total, gradient norm)}.
+
+    Users of other repositories could not tell whether their teacher was even loaded; a distillation term whose
+    gradient is zero, or a hundred times the detection loss's, is seen here at once.
+    """
+    parts = {"detection": sum(value for name, value in losses.items() if name not in Learner.TERMS)}
+    parts |= {name: losses[name] for name in Learner.TERMS if name in losses}
+    total = sum(value.item() for value in parts.values())
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    report = {}
+    for name, value in parts.items():
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else []
+        report[name] = (value.item() / max(total, 1e-12), math.sqrt(sum(g.pow(2).sum().item() for g in grads if g is not None)))
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scaler=None, probe_every=0):
+    """Yield (step, log) after each optimizer step: the command prints it, a notebook plots it, a test checks it.
+
+    learner: Learner, or DDP around it.  teacher: a frozen model, or None.  batches: iterable of data.Batch, one a step,
+    on the learner's device.  start: the step that the first batch belongs to.  scaler: GradScaler, for fp16.
+    log: {"loss", every weighted loss by name, "grad_norm", "lr", "images"} as plain numbers; now and then "report".
+    Raises FloatingPointError, with the first bad term and its images, when a loss is not finite; nothing is updated.
+    """
+    inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    trainable = [p for p in inner.parameters() if p.requires_grad]
+    device = trainable[0].device
+    amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
+    generator = torch.Generator(device)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    for step, batch in enumerate(batches, start):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(cfg, step, steps)
+        # Noise is a function of (seed, step, process), so that a resumed run draws the same, and a student with a
+        # teacher the same denoising noise as the student without: the queries' noise has a generator of its own.
+        noise = (cfg.seed * 1_000_003 + step) * 4096 + rank
+        torch.manual_seed(noise)
+        generator.manual_seed(noise)
+        log, parts = {}, in_parts(batch, cfg.accumulate)
+        for part in parts:
+            # Only the last part's backward has to talk to the other processes.
+            silent = learner.no_sync() if part is not parts[-1] and learner is not inner else contextlib.nullcontext()
+            with silent:
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    lesson = teach(teacher, inner.method, part, generator) if teacher is not None else None
+                    losses = learner(part.images, part.padding, part.targets, lesson)
+                check_finite(losses, step, part)
+                if probe_every and step % probe_every == 0 and teacher is not None and part is parts[0]:
+                    log["report"] = gradient_report(losses, inner.student)
+                scaler.scale(sum(losses.values()) / len(parts)).backward()
+            for name, value in losses.items():
+                log[name] = log.get(name, 0) + value.item() / len(parts)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        report = log.pop("report", None)
+        log = {"loss": sum(log.values()), **log, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+               "images": image_ids(batch)}
+        yield step, log | ({"report": report} if report else {})
+
+
+def in_parts(batch, count):
+    """The batch cut into `count` smaller ones (fewer, when it has fewer images)."""
+    size = math.ceil(len(batch.targets) / count)
+    return [data.Batch(batch.images[i:i + size], batch.padding[i:i + size], batch.targets[i:i + size])
+            for i in range(0, len(batch.targets), size)]
+
+
+def check_finite(losses, step, batch):
+    bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
+    if bad:
+        raise FloatingPointError(f"step {step}: {bad[0]} is not finite, on images {image_ids(batch)}: lower --lr, use "
+                                 "--precision fp32, or look at these images and their labels")
+
+
+def image_ids(batch):
+    return [int(target["image_id"]) for target in batch.targets]
+
+
+@torch.no_grad()
+def detect(model, dataset, run, batch_size=1, progress=True):
+    """Every image of the data set through the model -> list of {"image_id", "scores", "labels", "boxes"} on the CPU,
+    boxes xyxy in original pixels, best first. Each of several processes does its share and gets everybody's."""
+    device, was_training = next(model.parameters()).device, model.training
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model.eval()
+    results = []
+    batches = data.eval_loader(dataset, batch_size, workers=run.workers, rank=rank, world=world)
+    for batch in tqdm(batches, "evaluate", leave=False, disable=not progress or rank > 0, mininterval=1):
+        batch = batch.to(device)
+        sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])      # (B, 2) h, w
+        output = model(batch.images, batch.padding)
+        for target, found in zip(batch.targets, models.postprocess(output.detections, sizes, 100)):
+            results.append({"image_id": int(target["image_id"]), **{k: v.cpu() for k, v in found.items()}})
+    model.train(was_training)
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, results)
+        results = [result for share in shares for result in share]
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: data, student, perhaps a teacher; log, checkpoints, result
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Interrupted(Exception):
+    """Ctrl-C or a polite kill: the step in hand was finished and saved."""
+
+
+@contextlib.contextmanager
+def finish_step_on_signal():
+    """Yields a list that fills up when the user asks to stop. A second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_teacher(cfg, run, dataset, device):
+    """The frozen teacher, refused when it is no teacher: wrong classes, or an AP that says it was never loaded."""
+    teacher, payload = load_model(cfg.teacher)
+    same_classes(payload, dataset, cfg.teacher)
+    teacher = teacher.to(device).requires_grad_(False)
+    ap, source = payload.get("metrics", {}).get("AP"), "stored in its checkpoint"
+    if ap is None:
+        ap, source = data.evaluate(detect(teacher, dataset, run, run.eval_batch), dataset)["AP"], "measured now"
+    if not ap >= cfg.teacher_floor:
+        raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor of {cfg.teacher_floor}: "
+                         "was it trained, on this data? --teacher-floor 0 uses it all the same")
+    say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source})")
+    return teacher
+
+
+def open_method(cfg, teacher, student):
+    """The distillation method of `--method`, with its `--method-options`."""
+    cls = METHODS[cfg.method]
+    known = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()
+             if name not in ("student_dim", "teacher_dim", "num_classes")}
+    options = {}
+    for pair in cfg.method_options:
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"--method-options {pair}: {cfg.method} has no option {name!r}, only "
+                             + ", ".join(f"{k}={v}" for k, v in known.items()))
+        options[name] = parse_like(known[name], value, pair)
+    method = cls(student.config["hidden_dim"], teacher.config["hidden_dim"], num_classes=student.num_classes, **options)
+    return method.to(next(student.parameters()).device)
+
+
+def parse_like(default, text, what):
+    """`text` as a value of the default's type."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"--method-options {what}: want a {type(default).__name__}, like {default}") from None
+
+
+def check_pair(teacher, student, dataset):
+    """One image through both encoders: their memories must have the same tokens."""
+    image = dataset[0][0][None].to(next(student.parameters()).device)
+    nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)
+    training = student.training
+    student.eval()
+    with torch.no_grad():
+        of_teacher, of_student = (list(map(tuple, m.encode(image, nothing).shapes)) for m in (teacher, student))
+    student.train(training)
+    if of_teacher != of_student:
+        raise ValueError(f"teacher and student do not fit: their memories have levels of {of_teacher} and {of_student} "
+                         "cells; give both the same --feature-levels and strides")
+
+
+def say(text):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(text)
+
+
+def fit(cfg, run):
+    """Train (and, with cfg.teacher, distil) until done -> the result that is also written to OUT/result.json.
+
+    OUT/ receives config.json, log.jsonl (one line a step), last.pt and best.pt (weights as evaluated, safe to load),
+    result.json. With run.resume the run goes on from last.pt, with the numbers it would have had without the stop.
+    """
+    device = pick_device(run.device)
+    with processes(device) as (rank, world):
+        return _fit(cfg, run, device, rank, world)
+
+
+def _fit(cfg, run, device, rank, world):
+    out = Path(run.out)
+    last = out / "last.pt"
+    if last.exists() and not run.resume:
+        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+    train_set, val_set = build_data(cfg, cfg.train_split, augment=cfg.augment), build_data(cfg, cfg.val_split)
+    if train_set.classes != val_set.classes:
+        raise ValueError(f"the training and validation splits of {cfg.root} have different classes")
+    steps = cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train_set) / (cfg.batch_size * world))
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(cfg.seed)                   # the same first weights with and without a teacher
+    student = build_model(cfg, len(train_set.classes))
+    if cfg.init_from:
+        checkpoints.load_weights(student, cfg.init_from)
+    student = student.to(device)
+    teacher = method = None
+    if cfg.teacher:
+        teacher = open_teacher(cfg, run, val_set, device)
+        check_pair(teacher, student, train_set)
+        method = open_method(cfg, teacher, student)
+    inner = Learner(student, method).train()
+    groups = student.parameter_groups(cfg.lr, cfg.backbone_lr)
+    if method is not None and list(method.parameters()):
+        groups.append({"params": list(method.parameters()), "lr": cfg.lr})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
+
+    start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
+    if run.resume and last.exists():
+        saved = checkpoints.load(last)
+        differ = [name for name, value in plain(cfg).items() if saved["settings"].get(name, value) != value]
+        if differ:
+            raise ValueError(f"{last} was made with other settings ({', '.join(differ)}): repeat its command, "
+                             f"which {out}/config.json holds, or choose another --out")
+        start, earlier, state = saved["step"], saved["minutes"], saved["resume"]
+        history, best = state["history"], state["best"]
+        for part, name in ((student, "student"), (optimizer, "optimizer"), (scaler, "scaler"), (average, "average"),
+                           (method, "method")):
+            if part is not None:
+                part.load_state_dict(state[name])
+        say(f"resume     {last}, step {start} of {steps}")
+    learner = DistributedDataParallel(inner, find_unused_parameters=True) if world > 1 else inner
+
+    evaluated = average.module if average is not None else student
+    provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(), "machine": machine(), "world": world}
+
+    def minutes():
+        return earlier + (time.monotonic() - began) / 60
+
+    def save(step, path, resumable=True):
+        """The weights as evaluated; with `resumable` also all that the next step depends on."""
+        if rank > 0:
+            return
+        payload = {"model": evaluated.state_dict(), "detector": cfg.detector, "config": student.config,
+                   "classes": list(train_set.classes), "category_ids": list(train_set.category_ids), "data": cfg.data,
+                   "metrics": history[-1] if history else {}, "minutes": minutes(), "step": step, **provenance}
+        if resumable:
+            payload["resume"] = {"student": student.state_dict(), "optimizer": optimizer.state_dict(),
+                                 "scaler": scaler.state_dict(), "average": average and average.state_dict(),
+                                 "method": method and method.state_dict(), "history": history, "best": best}
+        checkpoints.save(path, payload)
+
+    def evaluate(step):
+        nonlocal best
+        if history and history[-1]["step"] == step:      # resumed after the evaluation: not twice in the curve
+            history.pop()
+        scores = data.evaluate(detect(evaluated, val_set, run, run.eval_batch), val_set)
+        history.append({"step": step, **{k: v for k, v in scores.items() if k != "per_class"}})
+        say(f"step {step:6d}  AP {scores['AP']:.3f}  AP50 {scores['AP50']:.3f}  AP75 {scores['AP75']:.3f}")
+        if scores["AP"] > best:
+            best = scores["AP"]
+            save(step, out / "best.pt", resumable=False)
+        return scores
+
+    if rank == 0:
+        write_json(out / "config.json", {**provenance, "command": " ".join(sys.argv), "steps": steps})
+        trim_log(out / "log.jsonl", start)
+    say(f"data       {train_set.summary}\n           {val_set.summary}")
+    say(f"student    {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps of "
+        f"{cfg.batch_size} x {world} images, lr {cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
+    if cfg.data != "toy" and cfg.pretrained_backbone == "none" and not cfg.init_from and len(train_set) < 10_000 and steps:
+        say(f"note       {len(train_set)} images and no pretrained weights: a DETR needs some 10,000 images or --init-from")
+
+    saved_at = time.monotonic()
+    batches = data.loader(train_set, cfg.batch_size, steps=steps, start=start, seed=cfg.seed, workers=run.workers,
+                          rank=rank, world=world)
+    bar = tqdm(total=steps, initial=start, desc=out.name, disable=rank > 0, mininterval=1, dynamic_ncols=True)
+    log_file = open(out / "log.jsonl", "a") if rank == 0 else None
+    try:
+        with finish_step_on_signal() as asked_to_stop:
+            clock = time.monotonic()
+            for step, log in train_steps(learner, teacher, optimizer, (b.to(device) for b in batches), cfg, steps, start,
+                                         scaler, run.probe_every):
+                if average is not None:
+                    average.update_parameters(student)
+                clock, elapsed = time.monotonic(), time.monotonic() - clock
+                if rank == 0:
+                    print(json.dumps({"step": step, **log, "seconds": round(elapsed, 4)}), file=log_file, flush=True)
+                    bar.update()
+                    bar.set_postfix_str(short(log), refresh=False)
+                    if "report" in log and step % (5 * run.probe_every) == 0:
+                        say(f"step {step:6d}  " + "  ".join(f"{name} {share:.0%} of the loss, gradient {norm:.2g}"
+                                                            for name, (share, norm) in log["report"].items()))
+                done = step + 1
+                if run.eval_every and done % run.eval_every == 0 and done < steps:
+                    evaluate(done)
+                if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
+                    save(done, last)
+                    saved_at = time.monotonic()
+                if anyone(asked_to_stop, device) and done < steps:
+                    save(done, last)
+                    raise Interrupted(f"stopped after step {done} of {steps}; the same command with --resume goes on")
+    finally:
+        bar.close()
+        if log_file:
+            log_file.close()
+    scores = evaluate(steps)
+    save(steps, last)
+    result = {**{name: value for name, value in scores.items()}, "params": count_parameters(student),
+              "gflops": models.gflops(evaluated, *reference_size(cfg, val_set)), "minutes": minutes(), "steps": steps,
+              "images_per_second": inference_speed(evaluated, val_set), "history": history, **provenance}
+    if rank == 0:
+        write_json(out / "result.json", result)
+    say(f"written    {out}/result.json, last.pt, best.pt, log.jsonl")
+    return result
+
+
+def anyone(asked, device):
+    """True when any process was asked to stop, so that all stop after the same step."""
+    if not dist.is_initialized():
+        return bool(asked)
+    flag = torch.tensor(float(bool(asked)), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def plain(cfg):
+    """The settings as JSON has them (no tuples), so that saved and given ones compare."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def trim_log(path, steps):
+    """Forget what was logged after the last checkpoint: those steps are about to be made again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < steps]
+        path.write_text("".join(lines))
+
+
+def short(log):
+    """The losses by name for the progress bar: the layers of one name added up."""
+    sums = {}
+    for name, value in log.items():
+        if isinstance(value, float) and name not in ("loss", "grad_norm", "lr"):
+            key = name.removeprefix("loss_").split("_")[0]
+            sums[key] = sums.get(key, 0.0) + value
+    return f"loss {log['loss']:.2f} = " + " + ".join(f"{name} {value:.2f}" for name, value in sums.items())
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def reference_size(cfg, dataset):
+    """Where GFLOPs are counted: 800 x 1333, as the papers do; the toy at its own size."""
+    return tuple(dataset[0][0].shape[1:]) if cfg.data == "toy" else (800, 1333)
+
+
+@torch.no_grad()
+def inference_speed(model, dataset, seconds=2.0):
+    """Images a second, one by one, image to detections, pre-processing not counted."""
+    device = next(model.parameters()).device
+    image = dataset[0][0][None].to(device)
+    nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)
+    training, times = model.training, []
+    model.eval()
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        models.postprocess(model(image, nothing).detections, torch.tensor([image.shape[2:]], device=device), 100)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    model.train(training)
+    return 1 / sorted(times)[len(times) // 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and prediction of a finished checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluate_checkpoint(path, cfg, run):
+    """AP of a checkpoint on a split -> dict; also says seconds an image and peak memory."""
+    dataset = build_data(cfg, cfg.val_split)
+    model, payload = load_model(path)
+    same_classes(payload, dataset, path)
+    device = pick_device(run.device)
+    with processes(device) as (rank, world):
+        start = time.monotonic()
+        results = detect(model.to(device), dataset, run, run.eval_batch)
+        seconds = (time.monotonic() - start) / max(1, len(dataset))
+        scores = data.evaluate(results, dataset)
+        if rank == 0:
+            print(dataset.summary)
+            print("  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "per_class"))
+            for name, values in scores["per_class"].items():
+                print(f"  {name:<20} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            print(f"{seconds:.3f} s an image with loading, peak memory {peak_memory_gb():.2f} GB, {machine()}")
+    return scores | {"seconds_per_image": seconds, "peak_memory_gb": peak_memory_gb(), "checkpoint": str(path)}
+
+
+def predict(path, images, out, min_score, size, device):
+    """Detections of single image files: drawn to OUT/NAME.png, all of them listed in OUT/predictions.json."""
+    model, payload = load_model(path)
+    device = pick_device(device)
+    model = model.to(device)
+    size = parse_size(size or payload["settings"]["size"]) or data.DEFAULT_SIZE[payload["data"]]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for name in tqdm(images, "predict", mininterval=1):
+        picture = data.read_image(name)
+        tensor = data.prepare(picture, size)[None].to(device)                              # (1, 3, h, w)
+        nothing = torch.zeros_like(tensor[:, 0], dtype=torch.bool)
+        with torch.no_grad():
+            detections = model(tensor, nothing).detections
+        result = models.postprocess(detections, torch.tensor([picture.size[::-1]], device=device), 100)[0]
+        result = {k: v.cpu() for k, v in result.items()}
+        plots.predictions(picture, result, payload["classes"], min_score).savefig(out / f"{Path(name).stem}.png")
+        keep = result["scores"] >= min_score
+        listed.append({"image": str(name), "detections": [
+            {"class": payload["classes"][label], "score": round(score, 4), "box": [round(x, 1) for x in box]}
+            for label, score, box in zip(*(result[k][keep].tolist() for k in ("labels", "scores", "boxes")))]})
+    write_json(out / "predictions.json", listed)
+    print(f"{len(images)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and pictures beside it")
+
+
+def export(path, out):
+    """A checkpoint's weights alone, in half the bytes: fp16 safetensors with its classes and figures beside them."""
+    model, payload = load_model(path)
+    keep = {k: payload[k] for k in ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes", "step",
+                                    "seed", "commit", "machine", "settings")}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.save(out, {"model": model.state_dict(), **keep}, half=True)
+    print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB, AP {payload['metrics'].get('AP', math.nan):.3f} before rounding")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo: teacher, student alone, the same student distilled
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEMO = {
+    "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500), student={}, teacher={},
+                 eval_every=250),
+    "quick": dict(out="runs/demo-quick", root="datasets/toy-quick", counts=dict(train=160, val=40, tune=8),
+                  student=dict(steps=40, warmup=10), teacher=dict(steps=40, warmup=10), eval_every=20),
+}
+
+
+def demo(scale, teacher, device, seed=0):
+    """From nothing to a distilled student: data, teacher, student alone, student distilled, table, pictures.
+
+    Every stage goes on where it was cut off, and is not repeated once it is done.
+    """
+    plan = DEMO[scale]
+    out = Path(plan["out"])
+    if scale == "quick":
+        say("SCALE=quick shows that everything runs. Its figures mean nothing: far too few images and steps.")
+    data.make_toy(plan["root"], counts=plan["counts"])
+    common = dict(root=plan["root"], seed=seed)
+
+    def stage(name, recipe, **changes):
+        run = Run(out=str(out / name), resume=True, device=device, eval_every=plan["eval_every"], eval_batch=20, save_minutes=0.5)
+        cfg = Config(**RECIPES[recipe] | common | plan["teacher" if name == "teacher" else "student"] | changes)
+        finished = out / name / "result.json"
+        if finished.exists():
+            result = json.loads(finished.read_text())
+            if result["settings"] == plain(cfg):
+                say(f"{name}: done before, AP {result['AP']:.3f}")
+                return result
+            raise ValueError(f"{out / name} holds a run with other settings: remove that folder to run the demo anew")
+        say(f"\n=== {name} ===")
+        return fit(cfg, run)
+
+    plain_student = dict(teacher=None, method="none", method_options=())
+    if teacher == "scratch":
+        results = {"teacher": stage("teacher", "toy-teacher", **plain_student)}
+        teacher_path = out / "teacher" / "last.pt"
+    else:
+        teacher_path = SHIPPED_TEACHER
+        results = {"teacher": shipped_teacher(plan, out, device)}
+    results["student"] = stage("student", "toy-student", **plain_student)
+    results["distilled"] = stage("distilled", "toy-student", teacher=str(teacher_path))
+    for result in results.values():
+        result.setdefault("trained_minutes", result["minutes"])
+    write_json(out / "summary.json", results | {"machine": machine(), "commit": commit(), "scale": scale})
+    draw_demo(out, teacher_path, results, plan, device)
+    print_table(results, scale)
+
+
+def shipped_teacher(plan, out, device):
+    """The teacher that comes with the repository, measured here and now."""
+    relative = SHIPPED_TEACHER.relative_to(HERE)
+    say(f"\n=== teacher: shipped weights, {relative}; make demo TEACHER=scratch trains it instead ===")
+    finished = out / "teacher" / "result.json"
+    if finished.exists():
+        return json.loads(finished.read_text())
+    start = time.monotonic()
+    model, payload = load_model(SHIPPED_TEACHER)
+    model = model.to(pick_device(device))
+    dataset = data.build("toy", plan["root"], "val")
+    same_classes(payload, dataset, SHIPPED_TEACHER)
+    scores = data.evaluate(detect(model, dataset, Run(), 20), dataset)
+    result = {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
+              "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
+              "images_per_second": inference_speed(model, dataset), "history": [], "machine": machine(),
+              "commit": payload["commit"], "weights": str(relative), "evaluation_minutes": (time.monotonic() - start) / 60}
+    finished.parent.mkdir(parents=True, exist_ok=True)
+    write_json(finished, result)
+    say(f"AP {scores['AP']:.3f}")
+    return result
+
+
+def print_table(results, scale):
+    columns = (("AP", "AP", "{:.3f}"), ("AP50", "AP50", "{:.3f}"), ("AP75", "AP75", "{:.3f}"),
+               ("params", "params (M)", "{:.2f}"), ("gflops", "GFLOPs", "{:.3f}"),
+               ("trained_minutes", "training (min)", "{:.1f}"), ("images_per_second", "images/s", "{:.0f}"))
+    print("\n" + f"{'':12}" + "".join(f"{title:>16}" for _, title, _ in columns))
+    for name, result in results.items():
+        values = [result[key] / (1e6 if key == "params" else 1) for key, _, _ in columns]
+        print(f"{name:12}" + "".join(f"{form.format(value):>16}" for value, (_, _, form) in zip(values, columns)))
+    gain = results["distilled"]["AP"] - results["student"]["AP"]
+    print(f"\nCLoCKDistill: {gain:+.3f} AP for the same student, seed and number of steps"
+          + ("; figures of SCALE=quick mean nothing." if scale == "quick" else ", one seed.")
+          + f"\nimages/s: one image at a time, {machine()}")
+
+
+def draw_demo(out, teacher_path, results, plan, device):
+    """The demo's pictures, on the first validation scenes with four or more objects: chosen before looking."""
+    device = pick_device(device)
+    dataset = data.build("toy", plan["root"], "val")
+    shown = [i for i in range(len(dataset)) if len(dataset[i][1]["labels"]) >= 4][:4]
+    batch = data.collate([dataset[i] for i in shown]).to(device)
+    scenes = [dataset.raw(i) for i in shown]
+    images = [image for image, _ in scenes]
+    networks = {"teacher": load_model(teacher_path)[0].to(device)}
+    networks |= {name: load_model(out / name)[0].to(device) for name in ("student", "distilled")}
+    sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])
+    with torch.no_grad():
+        found = {name: models.postprocess(network(batch.images, batch.padding).detections, sizes, 100)
+                 for name, network in networks.items()}
+    truths = [truth for _, truth in scenes]
+    pictures = {"detections": plots.detections(images, truths, found, dataset.classes)}
+
+    one, target = batch.images[:1], batch.targets[0]
+    boxes, nothing = target["boxes"], torch.zeros_like(batch.padding[:1])
+    with torch.no_grad():
+        memory = networks["teacher"].encode(one, nothing)
+    masks = [location_mask(boxes, height, width) for height, width in memory.shapes]
+    pictures["location_masks"] = plots.location_masks(images[0], truths[0]["boxes"], masks)
+
+    saved = checkpoints.load(out / "distilled" / "last.pt")
+    cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["settings"].items()})
+    method = open_method(cfg, networks["teacher"], networks["distilled"])
+    method.load_state_dict(saved["resume"]["method"])
+    teacher = networks["teacher"]
+    embedding = {"label": teacher.label_embedding, "own": teacher.content.weight}.get(method.content)
+    with torch.no_grad():
+        content, _, attend, _ = method.queries([target["labels"]], [boxes], embedding)
+    attention = {}
+    for name in ("teacher", "student", "distilled"):
+        network = networks[name]
+        asked = content if name == "teacher" else method.student_content(content)
+        with torch.no_grad(), models.record(network) as seen:
+            network.decode(network.encode(one, nothing), asked[:, :len(boxes)], boxes[None], attend[:, :len(boxes), :len(boxes)])
+        final = seen[f"decoder.{network.config['decoder_layers'] - 1}"]
+        attention[name] = (final.points[0], final.weights[0])
+    pictures["query_attention"] = plots.query_attention(images[0], truths[0]["boxes"], attention)
+
+    histories = {name: [(point["step"], point["AP"]) for point in result["history"]] or result["AP"]
+                 for name, result in results.items()}
+    pictures["ap_curves"] = plots.curves(histories, "AP on the toy's val split")
+    log = [json.loads(line) for line in (out / "distilled" / "log.jsonl").read_text().splitlines()]
+    skip = ("step", "loss", "grad_norm", "lr", "images", "seconds", "report")
+    pictures["losses"] = plots.losses({name: [(line["step"], line[name]) for line in log if name in line]
+                                       for name in log[-1] if name not in skip})
+    pictures["first"] = plots.first(images[0], truths[0], masks[0], found["student"][0], found["distilled"][0], dataset.classes)
+    for name, figure in pictures.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+    say(f"pictures   {', '.join(f'{name}.png' for name in pictures)} in {out}/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRAINING_ONLY = ("teacher", "method", "method_options", "teacher_floor")
+EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
+
+
+def add_options(parser, cls, only=None, without=()):
+    """One command line option for each field of a configuration; options not given are left out of the result."""
+    for field in dataclasses.fields(cls):
+        if field.name in without or only is not None and field.name not in only:
+            continue
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        kind = next(t for t in getattr(kind, "__args__", (kind,)) if t is not type(None))
+        text = field.metadata["help"] + ("" if field.default in (None, ()) else f" (default: {field.default})")
+        extra = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra |= {"type": str if kind is tuple else kind, "metavar": kind.__name__.upper() if kind is not tuple else "NAME=VALUE"}
+            extra |= {k: v for k, v in field.metadata.items() if k in ("choices", "nargs")}
+            if "choices" in extra:
+                del extra["metavar"]
+        parser.add_argument(flag, **extra)
+
+
+def describe_methods():
+    """The options of each distillation method, for `distill --help`."""
+    lines = []
+    for name, cls in METHODS.items():
+        options = [f"{p.name}={p.default}" for p in inspect.signature(cls).parameters.values()
+                   if p.name not in ("student_dim", "teacher_dim", "num_classes")]
+        lines.append(f"--method-options of {name}, with their defaults; {cls.__module__}.py says what each does:\n  "
+                     + " ".join(options))
+    return "\n".join(lines)
+
+
+def command_line():
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0], formatter_class=text, epilog="""
+examples:
+  python train.py demo                                     all of it, on generated images, in minutes
+  python train.py fit --data kitti --root DIR --out runs/teacher --backbone resnet50
+  python train.py distill --data kitti --root DIR --out runs/student --backbone resnet18 --teacher runs/teacher
+  python train.py eval --checkpoint runs/student/best.pt --data kitti --root DIR
+  torchrun --nproc_per_node 4 train.py fit ...             several GPUs: --batch-size is of each process
+AP values are fractions 0..1. Give --debug for the whole traceback of an error.""")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("demo", help="teacher, student alone, student distilled, on the toy KITTI: table and pictures")
+    p.add_argument("--scale", choices=("full", "quick"), default="full", help="quick: under 3 minutes, figures without meaning")
+    p.add_argument("--teacher", choices=("shipped", "scratch"), default="shipped", help="shipped weights, or train it here")
+    p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+
+    recipes = "recipes (given options override them; without --recipe --data toy takes toy-student):\n" + "\n".join(
+        f"  {name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in RECIPES.items())
+    for name, text_help, without in (("fit", "train a detector", TRAINING_ONLY), ("distill", "train a student with a teacher", ())):
+        p = commands.add_parser(name, help=text_help, formatter_class=text,
+                                epilog=recipes + ("\n\n" + describe_methods() if name == "distill" else ""))
+        p.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
+        add_options(p, Config, without=without)
+        add_options(p, Run)
+
+    p = commands.add_parser("eval", help="COCO AP of a checkpoint on a split")
+    p.add_argument("--checkpoint", required=True, help="last.pt, best.pt, exported safetensors, or a run's folder")
+    p.add_argument("--out", help="also write the figures to this JSON file")
+    add_options(p, Config, only=EVALUATION)
+    add_options(p, Run, only=("device", "workers", "eval_batch"))
+
+    p = commands.add_parser("predict", help="draw and list the detections of image files")
+    p.add_argument("--checkpoint", required=True, help="last.pt, best.pt, exported safetensors, or a run's folder")
+    p.add_argument("images", nargs="+", metavar="IMAGE")
+    p.add_argument("--out", default="runs/predict", help="folder for pictures and predictions.json (default: %(default)s)")
+    p.add_argument("--min-score", type=float, default=0.4, help="weaker detections are left out (default: %(default)s)")
+    p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was trained")
+    p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+
+    p = commands.add_parser("export", help="weights alone, fp16 safetensors: small, and safe to publish")
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--out", required=True, help="file ending in .safetensors")
+    return parser
+
+
+def configure(given, command):
+    """Options given on the command line, over a recipe, over the defaults -> (Config, Run)."""
+    recipe = given.pop("recipe", None) or ("toy-student" if given.get("data", "toy") == "toy" else None)
+    settings = RECIPES.get(recipe, {}) | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if command == "fit":
+        settings |= dict(teacher=None, method="none", method_options=())
+    elif settings.get("method", "none") == "none":
+        settings["method"] = "clockdistill"
+    if command == "distill" and not settings.get("teacher"):
+        raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
+    split = {cls: {f.name: settings.pop(f.name) for f in dataclasses.fields(cls) if f.name in settings} for cls in (Config, Run)}
+    return Config(**split[Config]), Run(**split[Run])
+
+
+def main(arguments=None):
+    given = vars(command_line().parse_args(arguments))
+    command, debug = given.pop("command"), given.pop("debug")
+    try:
+        if command == "demo":
+            demo(given["scale"], given["teacher"], given["device"])
+        elif command in ("fit", "distill"):
+            fit(*configure(given, command))
+        elif command == "eval":
+            checkpoint, out = given.pop("checkpoint"), given.pop("out")
+            scores = evaluate_checkpoint(checkpoint, *configure(given, "fit"))
+            if out:
+                write_json(out, scores)
+        elif command == "predict":
+            predict(given["checkpoint"], given["images"], given["out"], given["min_score"], given["size"], given["device"])
+        elif command == "export":
+            export(given["checkpoint"], given["out"])
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:      # what a user can mend, said in one line
+        if debug:
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
