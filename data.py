@@ -20,8 +20,8 @@ KITTI   root/training/image_2/*.png|jpg and root/training/label_2/*.txt, with th
         sha256("clockdistill-kitti-ID"), the first 1,496 are val (`split_ids`; python -c "import data;
         data.write_splits()" rebuilds the files).  A folder with other ids is split by the same rule over its own.
         Any other split is a text file with one id a line, given by its path.  So is the 3,712/3,769 split that is
-        common in 3D work: its ids follow no rule that could be rebuilt, and its lists carry no licence, so they are
-        not repeated here; many KITTI kits hold them as ImageSets/train.txt and val.txt.
+        common in 3D work: its ids follow no rule from which they could be rebuilt here; most KITTI toolkits hold them
+        as ImageSets/train.txt and val.txt.
 COCO    root/annotations/instances_{train,val}2017.json with images in root/{train,val}2017/.  Your own: for split S
         also annotations/instances_S.json, annotations/S.json, S.json or S/_annotations.coco.json (for val, S may be
         "valid"); images in S2017/, S/, images/S2017/, images/S/, images/, or root.  Labels are the ranks of the file's
@@ -37,7 +37,7 @@ KITTI's types and `class_map`
     "Car,Dog"       your own names, from a string or a list; KITTI's other types ignored, unknown names refused
     {type: class}   full control; class None is ignored.  Classes are numbered as they first appear.
 DontCare is always ignored.  "Ignored" means: an ignore region, where evaluation forgives detections of every class.
-In many converters (the precursor's kind) it means "not written", that is: background.  others="background" does that.
+Converters of KITTI often mean "not written" by it, that is, background: others="background" does that.
 
 AP here and KITTI's own
 -----------------------
@@ -69,6 +69,7 @@ import json
 import math
 import os
 import random
+import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
+KITTI_IDS = [f"{number:06d}" for number in range(7481)]
 CLASS_MAPS = {
     "kitti3": {"Car": "Car", "Pedestrian": "Pedestrian", "Cyclist": "Cyclist"},
     "kitti3_merged": {"Car": "Car", "Van": "Car", "Pedestrian": "Pedestrian", "Person_sitting": "Pedestrian",
@@ -141,6 +143,21 @@ class BrokenImage(ValueError):
     def __init__(self, message):
         self.details = message
         super().__init__(message.strip().splitlines()[-1].removeprefix("data.BrokenImage: "))
+
+
+def read_image(path):
+    """An image file as (3, H, W) uint8 RGB. Raises BrokenImage, naming the file, when it does not decode."""
+    try:
+        with Image.open(path) as file:
+            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except Exception as error:
+        raise BrokenImage(f"{path}: does not decode ({one_line(error)}); replace the file, or leave it out") from error
+
+
+def prepare(image, size=None):
+    """An image as read -> what a detector reads in evaluation: resized to `size` (short, longest), normalised."""
+    nothing = BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=tuple(image.shape[1:]))
+    return normalise(transform(image, nothing, "eval", size, None)[0])
 
 
 @dataclass
@@ -203,12 +220,7 @@ class Dataset(torch.utils.data.Dataset):
         """The stored image as (3, H, W) uint8."""
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        try:
-            with Image.open(self.paths[index]) as file:
-                image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()     # (3, H, W)
-        except Exception as error:
-            raise BrokenImage(f"{self.paths[index]}: does not decode ({one_line(error)}); replace the file, or leave "
-                              "its id out of the split list") from error
+        image = read_image(self.paths[index])
         if self.cache is not None:
             self.cache[index] = image
         return image
@@ -348,18 +360,15 @@ def split_ids(ids):
     return sorted(set(ids) - held_out), sorted(held_out)
 
 
-SPLITS = Path(__file__).resolve().parent / "splits"
-
-
-def write_splits(folder=SPLITS):
-    """Write KITTI's 80/20 split: 5,985 and 1,496 of the ids 000000..007480."""
-    for name, ids in zip(("train", "val"), split_ids([f"{number:06d}" for number in range(7481)])):
+def write_splits(folder=Path(__file__).resolve().parent / "splits"):
+    """Write KITTI's 80/20 split, 5,985 and 1,496 ids, to the files that other tools can read (and a test compares)."""
+    for name, ids in zip(("train", "val"), split_ids(KITTI_IDS)):
         (folder / f"kitti_{name}.txt").write_text("\n".join(ids) + "\n")
 
 
 def class_mapping(class_map):
     """-> ({type: label, or -1 to ignore it}, classes), for the forms that the top of this file lists."""
-    if class_map is None or class_map in ("kitti3", "kitti8", "kitti3_merged"):
+    if class_map is None or class_map in list(CLASS_MAPS):
         class_map = CLASS_MAPS[class_map or "kitti3"]
     elif not isinstance(class_map, dict):
         names = class_map.split(",") if isinstance(class_map, str) else class_map
@@ -381,13 +390,10 @@ def read_kitti(root, split, limit, class_map, others, check):
     found = {p.stem: p for p in sorted(images.iterdir()) if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
     if not found:
         raise FileNotFoundError(f"{images}: no .png or .jpg image in it; unpack the data set's images here")
-    official = all((SPLITS / f"kitti_{part}.txt").exists() for part in ("train", "val"))
     if split == "all":
         wanted = list(found)
     elif split in ("train", "val"):
-        own = split_ids(found)
-        kitti = [listed_ids(SPLITS / f"kitti_{part}.txt") for part in ("train", "val")] if official else own
-        wanted = (kitti if set(found) <= {*kitti[0], *kitti[1]} else own)[split == "val"]
+        wanted = split_ids(KITTI_IDS if set(found) <= set(KITTI_IDS) else found)[split == "val"]
     else:
         wanted = listed_ids(split)
     mapping, classes = class_mapping(class_map)
@@ -473,7 +479,7 @@ def read_coco(root, split, limit, check):
         images = sorted(data["images"], key=lambda one: one["id"])
         if wanted is not None:
             images = [one for one in images if one["id"] in wanted]
-        folder = next((f for f in folders if images and (f / images[0]["file_name"]).is_file()), folders[0])
+        folder = next((f for f in folders if any((f / one["file_name"]).is_file() for one in images[:50])), folders[0])
         if wanted is not None:
             images = [one for one in images if (folder / one["file_name"]).is_file()]
         if clash := seen & {one["id"] for one in images}:
@@ -532,8 +538,8 @@ def coco_rows(path, data, labels):
             raise ValueError(f"{where} has the box {one['bbox']}; want four numbers [x, y, width, height]") from None
         if not all(map(math.isfinite, (x, y, w, h))):
             raise ValueError(f"{where} has the box {one['bbox']}, with a NaN or infinity; correct or remove it")
-        row = (x, y, x + w, y + h, labels[one["category_id"]], one.get("iscrowd", 0),
-               one.get("area", math.nan))
+        label, area = labels[one["category_id"]], one.get("area", math.nan)
+        row = (x, y, x + w, y + h, label, one.get("iscrowd", 0), area)
         rows.setdefault(one["image_id"], []).append(row)
     return rows
 
@@ -623,17 +629,19 @@ class Steps:
 
 def loader(dataset, batch_size, *, steps, start=0, seed=0, workers=0, rank=0, world=1):
     """Batches of training steps start..steps-1 (see Steps). batch_size is this rank's; workers are processes."""
-    batches = Steps(len(dataset), batch_size, steps, start, seed, rank, world)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=torch.cuda.is_available())
+    return serve(dataset, Steps(len(dataset), batch_size, steps, start, seed, rank, world), workers)
 
 
 def eval_loader(dataset, batch_size, workers=0, rank=0, world=1):
     """Each image once, in order; rank r of `world` takes every world-th, from the r-th on."""
     mine = range(rank, len(dataset), world)
-    batches = [list(mine[first:first + batch_size]) for first in range(0, len(mine), batch_size)]
+    return serve(dataset, [list(mine[first:first + batch_size]) for first in range(0, len(mine), batch_size)], workers)
+
+
+def serve(dataset, batches, workers):
+    # A generator of its own: otherwise each pass draws from the global one, and a resumed run would differ.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,7 +733,9 @@ def make_toy(root, seed=0, counts=None, workers=2):
     chunks = [missing[first:first + 25] for first in range(0, len(missing), 25)]
     with tqdm(total=len(missing), desc="drawing the toy KITTI", unit="image", disable=len(missing) < 100) as bar:
         if workers > 1 and len(chunks) > 1:
-            with ProcessPoolExecutor(workers) as pool:
+            # Ctrl-C is for the parent alone: the workers end their chunk in silence, and the next call goes on there.
+            deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+            with ProcessPoolExecutor(workers, **deaf) as pool:
                 for written in pool.map(partial(write_toy, root, seed), chunks):
                     bar.update(written)
         else:

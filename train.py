@@ -122,7 +122,8 @@ RECIPES = {
     "toy-student": dict(
         data="toy", backbone="resnet18", backbone_width=12, pretrained_backbone="none", hidden_dim=64, heads=8, ffn_dim=128,
         encoder_layers=1, decoder_layers=2, num_queries=24, feature_levels=3, points=2, denoising=50, steps=1500,
-        batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99),
+        batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99,
+        method="clockdistill", method_options=("lambda_mem=2000", "lambda_log=0.5", "box_noise=0.4")),
     "toy-teacher": dict(
         data="toy", backbone="resnet18", backbone_width=24, pretrained_backbone="none", hidden_dim=64, heads=8, ffn_dim=192,
         encoder_layers=2, decoder_layers=3, num_queries=24, feature_levels=3, points=4, denoising=50, steps=4000,
@@ -406,7 +407,7 @@ def detect(model, dataset, run, batch_size=1, progress=True):
     model.eval()
     results = []
     batches = data.eval_loader(dataset, batch_size, workers=run.workers, rank=rank, world=world)
-    for batch in tqdm(batches, "evaluate", leave=False, disable=not progress or rank > 0, mininterval=1):
+    for batch in tqdm(batches, "evaluate", leave=False, disable=not progress or rank > 0, mininterval=quiet_interval()):
         batch = batch.to(device)
         sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])      # (B, 2) h, w
         output = model(batch.images, batch.padding)
@@ -498,6 +499,11 @@ def check_pair(teacher, student, dataset):
     if of_teacher != of_student:
         raise ValueError(f"teacher and student do not fit: their memories have levels of {of_teacher} and {of_student} "
                          "cells; give both the same --feature-levels and strides")
+
+
+def quiet_interval():
+    """Seconds between redraws of a progress bar: a log file need not hold a thousand of them."""
+    return 1 if sys.stderr.isatty() else 30
 
 
 def say(text):
@@ -607,7 +613,7 @@ def _fit(cfg, run, device, rank, world):
     saved_at = time.monotonic()
     batches = data.loader(train_set, cfg.batch_size, steps=steps, start=start, seed=cfg.seed, workers=run.workers,
                           rank=rank, world=world)
-    bar = tqdm(total=steps, initial=start, desc=out.name, disable=rank > 0, mininterval=1, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=start, desc=out.name, disable=rank > 0, mininterval=quiet_interval(), dynamic_ncols=True)
     log_file = open(out / "log.jsonl", "a") if rank == 0 else None
     try:
         with finish_step_on_signal() as asked_to_stop:
@@ -739,13 +745,13 @@ def predict(path, images, out, min_score, size, device):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     listed = []
-    for name in tqdm(images, "predict", mininterval=1):
-        picture = data.read_image(name)
+    for name in tqdm(images, "predict", mininterval=quiet_interval()):
+        picture = data.read_image(name)                                                    # (3, H, W) uint8
         tensor = data.prepare(picture, size)[None].to(device)                              # (1, 3, h, w)
         nothing = torch.zeros_like(tensor[:, 0], dtype=torch.bool)
         with torch.no_grad():
             detections = model(tensor, nothing).detections
-        result = models.postprocess(detections, torch.tensor([picture.size[::-1]], device=device), 100)[0]
+        result = models.postprocess(detections, torch.tensor([picture.shape[1:]], device=device), 100)[0]
         result = {k: v.cpu() for k, v in result.items()}
         plots.predictions(picture, result, payload["classes"], min_score).savefig(out / f"{Path(name).stem}.png")
         keep = result["scores"] >= min_score
