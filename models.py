@@ -514,6 +514,11 @@ class Dino(nn.Module):
         """(C, D) content of a query that is told its class."""
         return self.label_embed.weight[:self.num_classes]
 
+    @property
+    def learned_content(self) -> Tensor:
+        """(Q, D) content of the learned queries, by rank of the proposal."""
+        return self.content.weight
+
     def encode(self, images: Tensor, padding: Tensor) -> Memory:
         return self.encoder(self.backbone(images), padding)
 
@@ -674,6 +679,9 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
         body = backbone
     elif backbone not in RESNETS:
         raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(RESNETS)}, or pass your own module")
+    elif backbone_width < 8:
+        # A strided 1x1 convolution of 2 to 7 channels in channels_last damages memory in torch's CPU build (seen in 2.15).
+        raise ValueError(f"backbone_width {backbone_width} is too narrow: use 8 or more")
     else:
         if pretrained_backbone is True and backbone_width != 64:
             raise ValueError(f"no ImageNet weights exist for backbone_width {backbone_width}: "

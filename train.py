@@ -39,7 +39,7 @@ import plots
 from clockdistill import CLoCKDistill, location_mask
 
 HERE = Path(__file__).resolve().parent
-METHODS = {"clockdistill": CLoCKDistill}       # name on the command line -> class; its constructor's arguments are its options
+METHODS = {"clockdistill": CLoCKDistill}       # name on the command line -> class; its arguments are the options
 SHIPPED_TEACHER = HERE / "weights" / "toy_teacher_dino.safetensors"
 
 
@@ -62,7 +62,7 @@ class Config:
     val_split: str = option("val", "the images that AP is reported on, in the same words")
     class_map: str | None = option(None, "KITTI layout: kitti3 | kitti8 | kitti3_merged | your own names, Car,Dog,...")
     limit: int | None = option(None, "use only the first N images of each split")
-    size: str | None = option(None, "resize to SHORT,MAX pixels keeping the ratio, e.g. 800,1333; default: the reader's own")
+    size: str | None = option(None, "resize to SHORT,MAX pixels, keeping the ratio; default: the reader's own")
     augment: bool = option(True, "training augmentation: flips, resizes, crops (--no-augment to overfit a few images)")
     # --- model; None means the official value for that detector
     detector: str = option("dino", "which detection transformer", choices=models.DETECTORS)
@@ -78,7 +78,9 @@ class Config:
     feature_levels: int | None = option(None, "feature maps the encoder reads")
     points: int | None = option(None, "sampling points per head and level")
     dropout: float | None = option(None, "dropout in the transformer")
-    denoising: int | None = option(None, "denoising queries (DINO); 0 for none")
+    denoising: int | None = option(None, "denoising queries (DINO), 0 = none; below 50 official DINO makes more")
+    box_noise: float | None = option(None, "of denoising queries: part of half the box that a corner may move")
+    label_noise: float | None = option(None, "of denoising queries: twice the chance of a random class")
     # --- optimisation
     steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the untrained checkpoint")
     epochs: float = option(12, "passes over the training images, when --steps is not given")
@@ -100,7 +102,7 @@ class Config:
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
     method: str = option("none", "distillation method", choices=("none", *METHODS))
     method_options: tuple = option((), "options of the method, NAME=VALUE ...; `distill --help` lists them", nargs="+")
-    teacher_floor: float = option(0.05, "refuse a teacher whose AP is lower: it was probably not loaded; 0 = never refuse")
+    teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = never refuse")
     init_from: str | None = option(None, "start from these weights (fine-tuning; --resume continues a run instead)")
 
 
@@ -120,17 +122,18 @@ class Run:
 RECIPES = {
     # The toy: 160 x 48 pixels, so narrow models, all trained from scratch; lr and length found on the split "tune".
     "toy-student": dict(
-        data="toy", backbone="resnet18", backbone_width=12, pretrained_backbone="none", hidden_dim=64, heads=8, ffn_dim=128,
-        encoder_layers=1, decoder_layers=2, num_queries=24, feature_levels=3, points=2, denoising=50, steps=1500,
-        batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99,
+        data="toy", backbone="resnet18", backbone_width=12, pretrained_backbone="none", hidden_dim=64, heads=8,
+        ffn_dim=128, encoder_layers=1, decoder_layers=2, num_queries=24, feature_levels=3, points=2, denoising=50,
+        steps=1200, batch_size=16, lr=3e-3, backbone_lr=3e-3, warmup=150, schedule="cosine", ema=0.99,
         method="clockdistill", method_options=("lambda_mem=2000", "lambda_log=0.5", "box_noise=0.4")),
     "toy-teacher": dict(
-        data="toy", backbone="resnet18", backbone_width=24, pretrained_backbone="none", hidden_dim=64, heads=8, ffn_dim=192,
-        encoder_layers=2, decoder_layers=3, num_queries=24, feature_levels=3, points=4, denoising=50, steps=4000,
-        batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99),
+        data="toy", backbone="resnet18", backbone_width=24, pretrained_backbone="none", hidden_dim=64, heads=8,
+        ffn_dim=192, encoder_layers=2, decoder_layers=3, num_queries=24, feature_levels=3, points=4, denoising=50,
+        steps=3000, batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99),
 }
 MODEL_FIELDS = ("backbone", "backbone_width", "pretrained_backbone", "hidden_dim", "heads", "ffn_dim", "encoder_layers",
-                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "denoising")
+                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "denoising", "box_noise",
+                "label_noise")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,8 +171,9 @@ def machine():
 def commit():
     """The commit that ran, with a '+' when files differ from it; 'unknown' outside a git checkout."""
     try:
-        git = lambda *words: subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True, check=True).stdout
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+        git = lambda *words: subprocess.check_output(["git", "-C", HERE, *words], text=True, stderr=subprocess.DEVNULL)
+        changed = git("status", "--porcelain", "-uno").strip()
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -203,8 +207,8 @@ def parse_size(text):
 
 
 def build_data(cfg, split, augment=False):
-    return data.build(cfg.data, cfg.root, split, augment="train" if augment else "eval", size=parse_size(cfg.size), limit=cfg.limit,
-                      class_map=cfg.class_map, seed=cfg.seed)
+    return data.build(cfg.data, cfg.root, split, augment="train" if augment else "eval", size=parse_size(cfg.size),
+                      limit=cfg.limit, class_map=cfg.class_map, seed=cfg.seed)
 
 
 def build_model(cfg, num_classes):
@@ -216,7 +220,7 @@ def build_model(cfg, num_classes):
 
 
 def load_model(path):
-    """A checkpoint of ours, or the folder of a run -> (model in eval mode on the CPU, the checkpoint's other entries)."""
+    """A checkpoint of ours, or a run's folder -> (model in eval mode on the CPU, the checkpoint's entries)."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
@@ -226,7 +230,7 @@ def load_model(path):
         raise ValueError(f"{path} is not a checkpoint of this project (no {', '.join(sorted(missing))}): "
                          "give a last.pt or best.pt that `fit` or `distill` wrote")
     # The weights are in the checkpoint: nothing to download, and which layers were frozen no longer matters.
-    model = models.build(payload["detector"], len(payload["classes"]), **{**payload["config"], "pretrained_backbone": False})
+    model = models.build(payload["detector"], len(payload["classes"]), **payload["config"])
     model.load_state_dict(payload["model"])
     return model.eval(), payload
 
@@ -267,7 +271,7 @@ def teach(teacher, method, batch, generator=None):
     if not method.reads_queries:
         return Lesson(memory, None, None)
     labels, boxes = [t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets]
-    embedding = {"label": teacher.label_embedding, "own": teacher.content.weight}.get(method.content)
+    embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
     queries = method.queries(labels, boxes, embedding, generator=generator)
     content, reference, attend, _ = queries
     return Lesson(memory, teacher.decode(memory, content, reference, attend), queries)
@@ -290,19 +294,19 @@ class Learner(nn.Module):
             extra = (self.method.student_content(content), reference, attend, valid)
         output = self.student(images, padding, targets, extra=extra)
         weights = self.student.loss_weights
-        losses = {name: weights[name] * value for name, value in self.student.loss(output, targets).items() if name in weights}
+        losses = {name: weights[name] * value for name, value in self.student.loss(output, targets).items()}
         if lesson is not None:
             losses |= self.distillation(output, lesson, targets, padding)
         return losses
 
     def distillation(self, output, lesson, targets, padding):
-        real = ~padding                                                                        # (B, H, W)
-        extent = torch.stack([real[:, 0].float().mean(1), real[:, :, 0].float().mean(1)], 1)   # (B, 2): w_i / W, h_i / H
+        real = (~padding).float()                                                              # (B, H, W)
+        extent = torch.stack([real[:, 0].mean(1), real[:, :, 0].mean(1)], 1)                   # (B, 2): w_i/W, h_i/H
         answers, valid, normaliser = (None,) * 4, None, None
         if lesson.queries is not None:
             valid = lesson.queries[3]
             answers = (output.extra.logits, output.extra.boxes, lesson.detections.logits, lesson.detections.boxes)
-            if dist.is_initialized():      # one denominator for all processes, so that their mean is the whole batch's loss
+            if dist.is_initialized():      # one denominator for all: the mean over processes is the whole batch's loss
                 normaliser = valid.sum().float()
                 dist.all_reduce(normaliser)
                 normaliser = (normaliser / dist.get_world_size()).clamp(min=1)
@@ -323,8 +327,11 @@ def gradient_report(losses, student):
     parameters = [p for p in student.parameters() if p.requires_grad]
     report = {}
     for name, value in parts.items():
-        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else []
-        report[name] = (value.item() / max(total, 1e-12), math.sqrt(sum(g.pow(2).sum().item() for g in grads if g is not None)))
+        grads = ()
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads if g is not None))
+        report[name] = (value.item() / max(total, 1e-12), norm)
     return report
 
 
@@ -455,8 +462,8 @@ def open_teacher(cfg, run, dataset, device):
     if ap is None:
         ap, source = data.evaluate(detect(teacher, dataset, run, run.eval_batch), dataset)["AP"], "measured now"
     if not ap >= cfg.teacher_floor:
-        raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor of {cfg.teacher_floor}: "
-                         "was it trained, on this data? --teacher-floor 0 uses it all the same")
+        raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor of "
+                         f"{cfg.teacher_floor}: was it trained, on this data? --teacher-floor 0 uses it all the same")
     say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source})")
     return teacher
 
@@ -568,7 +575,7 @@ def _fit(cfg, run, device, rank, world):
             if part is not None:
                 part.load_state_dict(state[name])
         say(f"resume     {last}, step {start} of {steps}")
-    learner = DistributedDataParallel(inner, find_unused_parameters=True) if world > 1 else inner
+    learner = DistributedDataParallel(inner) if world > 1 else inner
 
     evaluated = average.module if average is not None else student
     provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(), "machine": machine(), "world": world}
@@ -607,19 +614,23 @@ def _fit(cfg, run, device, rank, world):
     say(f"data       {train_set.summary}\n           {val_set.summary}")
     say(f"student    {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps of "
         f"{cfg.batch_size} x {world} images, lr {cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
-    if cfg.data != "toy" and cfg.pretrained_backbone == "none" and not cfg.init_from and len(train_set) < 10_000 and steps:
-        say(f"note       {len(train_set)} images and no pretrained weights: a DETR needs some 10,000 images or --init-from")
+    from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
+    if cfg.data != "toy" and from_scratch and len(train_set) < 10_000:
+        say(f"note       {len(train_set)} images and no pretrained weights: to do well on images it has not seen, a "
+            "DETR needs some 10,000, or --init-from")
 
     saved_at = time.monotonic()
     batches = data.loader(train_set, cfg.batch_size, steps=steps, start=start, seed=cfg.seed, workers=run.workers,
                           rank=rank, world=world)
-    bar = tqdm(total=steps, initial=start, desc=out.name, disable=rank > 0, mininterval=quiet_interval(), dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=start, desc=out.name, disable=rank > 0, mininterval=quiet_interval(),
+               dynamic_ncols=True)
     log_file = open(out / "log.jsonl", "a") if rank == 0 else None
     try:
         with finish_step_on_signal() as asked_to_stop:
             clock = time.monotonic()
-            for step, log in train_steps(learner, teacher, optimizer, (b.to(device) for b in batches), cfg, steps, start,
-                                         scaler, run.probe_every):
+            on_device = (batch.to(device) for batch in batches)
+            for step, log in train_steps(learner, teacher, optimizer, on_device, cfg, steps, start, scaler,
+                                         run.probe_every):
                 if average is not None:
                     average.update_parameters(student)
                 clock, elapsed = time.monotonic(), time.monotonic() - clock
@@ -671,8 +682,8 @@ def plain(cfg):
 def trim_log(path, steps):
     """Forget what was logged after the last checkpoint: those steps are about to be made again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < steps]
-        path.write_text("".join(lines))
+        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] < steps))
 
 
 def short(log):
@@ -736,9 +747,9 @@ def evaluate_checkpoint(path, cfg, run):
     return scores | {"seconds_per_image": seconds, "peak_memory_gb": peak_memory_gb(), "checkpoint": str(path)}
 
 
-def predict(path, images, out, min_score, size, device):
+def predict(checkpoint, images, out, min_score, size, device):
     """Detections of single image files: drawn to OUT/NAME.png, all of them listed in OUT/predictions.json."""
-    model, payload = load_model(path)
+    model, payload = load_model(checkpoint)
     device = pick_device(device)
     model = model.to(device)
     size = parse_size(size or payload["settings"]["size"]) or data.DEFAULT_SIZE[payload["data"]]
@@ -762,14 +773,15 @@ def predict(path, images, out, min_score, size, device):
     print(f"{len(images)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and pictures beside it")
 
 
-def export(path, out):
+def export(checkpoint, out):
     """A checkpoint's weights alone, in half the bytes: fp16 safetensors with its classes and figures beside them."""
-    model, payload = load_model(path)
-    keep = {k: payload[k] for k in ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes", "step",
-                                    "seed", "commit", "machine", "settings")}
+    model, payload = load_model(checkpoint)
+    keep = {k: payload[k] for k in ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes",
+                                    "step", "seed", "commit", "machine", "settings")}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     checkpoints.save(out, {"model": model.state_dict(), **keep}, half=True)
-    print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB, AP {payload['metrics'].get('AP', math.nan):.3f} before rounding")
+    ap = payload["metrics"].get("AP", math.nan)
+    print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB, AP {ap:.3f} before rounding to fp16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -777,8 +789,8 @@ def export(path, out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEMO = {
-    "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500), student={}, teacher={},
-                 eval_every=250),
+    "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500), student={},
+                 teacher={}, eval_every=300),
     "quick": dict(out="runs/demo-quick", root="datasets/toy-quick", counts=dict(train=160, val=40, tune=8),
                   student=dict(steps=40, warmup=10), teacher=dict(steps=40, warmup=10), eval_every=20),
 }
@@ -797,7 +809,8 @@ def demo(scale, teacher, device, seed=0):
     common = dict(root=plan["root"], seed=seed)
 
     def stage(name, recipe, **changes):
-        run = Run(out=str(out / name), resume=True, device=device, eval_every=plan["eval_every"], eval_batch=20, save_minutes=0.5)
+        run = Run(out=str(out / name), resume=True, device=device, workers=1, eval_every=plan["eval_every"],
+                  eval_batch=20, save_minutes=0.5)
         cfg = Config(**RECIPES[recipe] | common | plan["teacher" if name == "teacher" else "student"] | changes)
         finished = out / name / "result.json"
         if finished.exists():
@@ -841,7 +854,7 @@ def shipped_teacher(plan, out, device):
     result = {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
               "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
               "images_per_second": inference_speed(model, dataset), "history": [], "machine": machine(),
-              "commit": payload["commit"], "weights": str(relative), "evaluation_minutes": (time.monotonic() - start) / 60}
+              "commit": payload["commit"], "weights": str(relative)}
     finished.parent.mkdir(parents=True, exist_ok=True)
     write_json(finished, result)
     say(f"AP {scores['AP']:.3f}")
@@ -890,18 +903,20 @@ def draw_demo(out, teacher_path, results, plan, device):
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["settings"].items()})
     method = open_method(cfg, networks["teacher"], networks["distilled"])
     method.load_state_dict(saved["resume"]["method"])
-    teacher = networks["teacher"]
-    embedding = {"label": teacher.label_embedding, "own": teacher.content.weight}.get(method.content)
+    teacher, groups = networks["teacher"], method.query_options["groups"]
+    method.query_options["box_noise"] = 0.0                                 # for the picture: the true boxes
+    embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
     with torch.no_grad():
-        content, _, attend, _ = method.queries([target["labels"]], [boxes], embedding)
+        content, reference, attend, _ = method.queries([target["labels"]], [boxes], embedding)
     attention = {}
     for name in ("teacher", "student", "distilled"):
         network = networks[name]
         asked = content if name == "teacher" else method.student_content(content)
         with torch.no_grad(), models.record(network) as seen:
-            network.decode(network.encode(one, nothing), asked[:, :len(boxes)], boxes[None], attend[:, :len(boxes), :len(boxes)])
+            network.decode(network.encode(one, nothing), asked, reference, attend)
         final = seen[f"decoder.{network.config['decoder_layers'] - 1}"]
-        attention[name] = (final.points[0], final.weights[0])
+        shown_queries = slice(0, len(boxes) * groups, groups)                  # of one group, none of the random ones
+        attention[name] = (final.points[0, shown_queries], final.weights[0, shown_queries])
     pictures["query_attention"] = plots.query_attention(images[0], truths[0]["boxes"], attention)
 
     histories = {name: [(point["step"], point["AP"]) for point in result["history"]] or result["AP"]
@@ -911,7 +926,8 @@ def draw_demo(out, teacher_path, results, plan, device):
     skip = ("step", "loss", "grad_norm", "lr", "images", "seconds", "report")
     pictures["losses"] = plots.losses({name: [(line["step"], line[name]) for line in log if name in line]
                                        for name in log[-1] if name not in skip})
-    pictures["first"] = plots.first(images[0], truths[0], masks[0], found["student"][0], found["distilled"][0], dataset.classes)
+    pictures["first"] = plots.first(images[0], truths[0], masks[0], found["student"][0], found["distilled"][0],
+                                    dataset.classes)
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
     say(f"pictures   {', '.join(f'{name}.png' for name in pictures)} in {out}/")
@@ -921,8 +937,11 @@ def draw_demo(out, teacher_path, results, plan, device):
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-TRAINING_ONLY = ("teacher", "method", "method_options", "teacher_floor")
+DISTILLATION = ("teacher", "method", "method_options", "teacher_floor")
 EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
+
+
+OFFICIAL = {p.name: p.default for f in (models.Dino, models.build) for p in inspect.signature(f).parameters.values()}
 
 
 def add_options(parser, cls, only=None, without=()):
@@ -933,11 +952,14 @@ def add_options(parser, cls, only=None, without=()):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         kind = next(t for t in getattr(kind, "__args__", (kind,)) if t is not type(None))
         text = field.metadata["help"] + ("" if field.default in (None, ()) else f" (default: {field.default})")
+        text += f" (official: {OFFICIAL[field.name]})" if field.name in MODEL_FIELDS else ""
         extra = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra |= {"type": str if kind is tuple else kind, "metavar": kind.__name__.upper() if kind is not tuple else "NAME=VALUE"}
+            extra |= {"type": kind, "metavar": kind.__name__.upper()}
+            if kind is tuple:
+                extra |= {"type": str, "metavar": "NAME=VALUE"}
             extra |= {k: v for k, v in field.metadata.items() if k in ("choices", "nargs")}
             if "choices" in extra:
                 del extra["metavar"]
@@ -957,7 +979,8 @@ def describe_methods():
 
 def command_line():
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0], formatter_class=text, epilog="""
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="train.py", formatter_class=text, description=summary, epilog="""
 examples:
   python train.py demo                                     all of it, on generated images, in minutes
   python train.py fit --data kitti --root DIR --out runs/teacher --backbone resnet50
@@ -968,15 +991,16 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("demo", help="teacher, student alone, student distilled, on the toy KITTI: table and pictures")
-    p.add_argument("--scale", choices=("full", "quick"), default="full", help="quick: under 3 minutes, figures without meaning")
-    p.add_argument("--teacher", choices=("shipped", "scratch"), default="shipped", help="shipped weights, or train it here")
+    p = commands.add_parser("demo", help="teacher, student, distilled student on the toy KITTI: table and pictures")
+    p.add_argument("--scale", choices=DEMO, default="full", help="quick: under 3 minutes, figures without meaning")
+    p.add_argument("--teacher", choices=("shipped", "scratch"), default="shipped", help="its weights, or train it here")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
 
     recipes = "recipes (given options override them; without --recipe --data toy takes toy-student):\n" + "\n".join(
         f"  {name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in RECIPES.items())
-    for name, text_help, without in (("fit", "train a detector", TRAINING_ONLY), ("distill", "train a student with a teacher", ())):
-        p = commands.add_parser(name, help=text_help, formatter_class=text,
+    for name, purpose, without in (("fit", "train a detector", DISTILLATION),
+                                   ("distill", "train a student with a teacher", ())):
+        p = commands.add_parser(name, help=purpose, formatter_class=text,
                                 epilog=recipes + ("\n\n" + describe_methods() if name == "distill" else ""))
         p.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
         add_options(p, Config, without=without)
@@ -991,7 +1015,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p = commands.add_parser("predict", help="draw and list the detections of image files")
     p.add_argument("--checkpoint", required=True, help="last.pt, best.pt, exported safetensors, or a run's folder")
     p.add_argument("images", nargs="+", metavar="IMAGE")
-    p.add_argument("--out", default="runs/predict", help="folder for pictures and predictions.json (default: %(default)s)")
+    p.add_argument("--out", default="runs/predict", help="folder of the output (default: %(default)s)")
     p.add_argument("--min-score", type=float, default=0.4, help="weaker detections are left out (default: %(default)s)")
     p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was trained")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
@@ -1012,8 +1036,8 @@ def configure(given, command):
         settings["method"] = "clockdistill"
     if command == "distill" and not settings.get("teacher"):
         raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
-    split = {cls: {f.name: settings.pop(f.name) for f in dataclasses.fields(cls) if f.name in settings} for cls in (Config, Run)}
-    return Config(**split[Config]), Run(**split[Run])
+    of_run = {field.name: settings.pop(field.name) for field in dataclasses.fields(Run) if field.name in settings}
+    return Config(**settings), Run(**of_run)
 
 
 def main(arguments=None):
@@ -1021,7 +1045,7 @@ def main(arguments=None):
     command, debug = given.pop("command"), given.pop("debug")
     try:
         if command == "demo":
-            demo(given["scale"], given["teacher"], given["device"])
+            demo(**given)
         elif command in ("fit", "distill"):
             fit(*configure(given, command))
         elif command == "eval":
@@ -1030,9 +1054,9 @@ def main(arguments=None):
             if out:
                 write_json(out, scores)
         elif command == "predict":
-            predict(given["checkpoint"], given["images"], given["out"], given["min_score"], given["size"], given["device"])
+            predict(**given)
         elif command == "export":
-            export(given["checkpoint"], given["out"])
+            export(**given)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
