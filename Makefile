@@ -6,7 +6,7 @@ PYTHON  ?= python3
 SCALE   ?= full
 TEACHER ?= shipped
 
-.PHONY: demo test clean
+.PHONY: .venv demo test clean
 
 demo: .venv
 	.venv/bin/python train.py demo --scale $(SCALE) --teacher $(TEACHER)
@@ -14,11 +14,12 @@ demo: .venv
 test: .venv
 	.venv/bin/python -m pytest
 
-# A half-made environment is removed, so that the next call starts afresh.
-.venv: pyproject.toml
+# The marker is made last, so that an installation that was cut off is done again.
+.venv: .venv/.installed
+.venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -e ".[test]" || { rm -rf .venv; exit 1; }
-	@touch .venv
+	.venv/bin/python -m pip install -q -e ".[test]"
+	@touch $@
 
 clean:
 	rm -rf .venv runs datasets

@@ -14,6 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
 
+class NotFinite(ValueError):
+    """A prediction or target is NaN or infinite."""
+
+
 class Targets(NamedTuple):
     """The ground truth of a batch, padded to the image with the most objects (K may be 0)."""
     labels: Tensor        # (B, K) contiguous classes, 0 where padded
@@ -77,7 +81,7 @@ def assign(costs: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 
     costs (L, B, Q, K), counts: the first counts[b] columns of image b are objects.
     Returns query (L, B, K), the query of each object, and matched (L, B, K) bool, False where there is no object, or
-    no query left (more objects than queries). Raises ValueError on a cost that is not finite.
+    no query left (more objects than queries). Raises NotFinite on a cost that is not finite.
     """
     costs = costs.cpu()                                                       # the step's one device-to-host copy
     layers, batch, _, objects = costs.shape
@@ -87,7 +91,7 @@ def assign(costs: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         for image, count in enumerate(counts):
             cost = costs[layer, image, :, :count]
             if not cost.isfinite().all():
-                raise ValueError(f"matching cost of prediction layer {layer}, image {image} of the batch is not finite")
+                raise NotFinite(f"matching cost of prediction layer {layer}, image {image} of the batch is not finite")
             rows, columns = linear_sum_assignment(cost.numpy())
             query[layer, image, columns] = torch.from_numpy(rows)
             matched[layer, image, columns] = True
@@ -96,13 +100,13 @@ def assign(costs: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 
 def match(logits: Tensor, boxes: Tensor, targets: Targets, weights: tuple = (2., 5., 2.),
           eps: float = 0.) -> tuple[Tensor, Tensor]:
-    """`assign` of `matching_costs`, on the device of the predictions. A non-finite input is named in the ValueError."""
+    """`assign` of `matching_costs`, on the device of the predictions. Raises NotFinite, which names the bad input."""
     try:
         query, matched = assign(matching_costs(logits, boxes, targets, weights, eps), targets.counts)
-    except ValueError as error:
+    except NotFinite as error:
         inputs = {"predicted logits": logits, "predicted boxes": boxes, "target boxes": targets.boxes}
         broken = " and ".join(name for name, x in inputs.items() if not x.isfinite().all())
-        raise ValueError(f"{error}: NaN or infinity in {broken or 'none of its inputs, they overflow'}") from None
+        raise NotFinite(f"{error}: NaN or infinity in {broken or 'none of its inputs, they overflow'}") from None
     return query.to(logits.device, non_blocking=True), matched.to(logits.device, non_blocking=True)
 
 

@@ -640,8 +640,13 @@ def eval_loader(dataset, batch_size, workers=0, rank=0, world=1):
 
 def serve(dataset, batches, workers):
     # A generator of its own: otherwise each pass draws from the global one, and a resumed run would differ.
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=apart,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+
+
+def apart(worker):
+    """Ctrl-C, `timeout` and torchrun signal a whole process group: that is for the parent, which ends us."""
+    os.setpgrp()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -680,7 +680,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     elif backbone not in RESNETS:
         raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(RESNETS)}, or pass your own module")
     elif backbone_width < 8:
-        # A strided 1x1 convolution of 2 to 7 channels in channels_last damages memory in torch's CPU build (seen in 2.15).
+        # Strided 1x1 convolutions of 2 to 7 channels in channels_last damage memory in torch's CPU build (2.15).
         raise ValueError(f"backbone_width {backbone_width} is too narrow: use 8 or more")
     else:
         if pretrained_backbone is True and backbone_width != 64:

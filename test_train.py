@@ -129,6 +129,24 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_images(toy, monkeypat
     assert all(torch.equal(before[k], v) for k, v in learner.student.named_parameters())
 
 
+def test_predictions_that_are_not_finite_stop_with_step_and_images(toy):
+    cfg, learner, _, batches = one_learner(toy)
+    with torch.no_grad():
+        learner.student.decoder.class_head.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 0, images \[\d+, \d+\]: .*predicted logits"):
+        next(train.train_steps(learner, None, optimizer_of(learner), batches, cfg, 3))
+
+
+def test_fp16_leaves_out_a_step_whose_gradient_overflows(toy):
+    """Simulated: a scale beyond float32 makes every gradient infinite. The scaler halves itself, no weight moves."""
+    cfg, learner, _, batches = one_learner(toy, precision="fp16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 127)
+    before = {k: v.clone() for k, v in learner.student.named_parameters()}
+    (_, log), = train.train_steps(learner, None, optimizer_of(learner, 1.0), batches[:1], cfg, 1, scaler=scaler)
+    assert all(torch.equal(before[k], v) for k, v in learner.student.named_parameters())
+    assert scaler.get_scale() == 2.0 ** 126 and log["loss"] > 0
+
+
 def test_autocast_losses_agree_with_fp32(toy, teacher):
     cfg, learner, network, batches = one_learner(toy, teacher)
     totals = {}
@@ -222,12 +240,12 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
                 "--save-minutes", "0", "--eval-every", "10", "--resume", *flags(settings)]
 
     assert subprocess.run(command("whole"), capture_output=True).returncode == 0
-    run = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     log = tmp_path / "cut" / "log.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
         assert run.poll() is None, run.stderr.read().decode()
         time.sleep(0.02)
-    run.send_signal(how)
+    os.killpg(run.pid, how)                              # as Ctrl-C, `timeout` and torchrun do: the whole group
     run.communicate()
     assert run.returncode in (130, -signal.SIGKILL)
     reached = len(log.read_text().splitlines())
@@ -348,7 +366,7 @@ def test_fit_distill_eval_predict_export_from_the_command_line(toy, tmp_path, ca
                        "--min-score", "0", picture]) == 0
     listed = json.loads((tmp_path / "seen" / "predictions.json").read_text())
     assert listed[0]["image"] == picture and listed[0]["detections"][0].keys() == {"class", "score", "box"}
-    assert (tmp_path / "seen" / f"{Path(picture).stem}.png").exists()
+    assert (tmp_path / "seen" / listed[0]["drawn"]).exists()
 
 
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
@@ -357,11 +375,11 @@ def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
 
 
 def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, tmp_path, monkeypatch, capsys):
-    small = dict(steps=4, warmup=1)
+    small = dict(steps=4, warmup=1, teacher_floor=0.0)
     plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2), student=small, teacher=small)
     monkeypatch.setitem(train.DEMO, "quick", plan | {"eval_every": 2})
     for recipe in ("toy-student", "toy-teacher"):
-        monkeypatch.setitem(train.RECIPES, recipe, {**train.RECIPES[recipe], "batch_size": 2, "teacher_floor": 0.0})
+        monkeypatch.setitem(train.RECIPES, recipe, {**train.RECIPES[recipe], "batch_size": 2})
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert list(summary)[:3] == ["teacher", "student", "distilled"] and {"machine", "commit"} <= summary.keys()
@@ -369,10 +387,18 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, 
         assert {"AP", "AP50", "AP75", "params", "gflops", "minutes", "steps", "seed"} <= summary[name].keys()
     assert len(list((tmp_path / "demo").glob("*.png"))) >= 4
     assert "mean nothing" in capsys.readouterr().out
-    start = time.monotonic()
     before = (tmp_path / "demo" / "distilled" / "last.pt").stat().st_mtime
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
     assert (tmp_path / "demo" / "distilled" / "last.pt").stat().st_mtime == before
+    # With another teacher the student alone is kept, and the student distilled from the first teacher put aside.
+    shipped = tmp_path / "x.safetensors"
+    assert train.main(["export", "--checkpoint", str(tmp_path / "demo" / "student"), "--out", str(shipped)]) == 0
+    monkeypatch.setattr(train, "SHIPPED_TEACHER", shipped)
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    assert train.main(["demo", "--scale", "quick"]) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["teacher"]["minutes"] == 0 and summary["teacher"]["weights"] == "x.safetensors"
+    assert len(list((tmp_path / "demo").glob("distilled-until-*"))) == 1
 
 
 @pytest.mark.parametrize("command", ["demo", "fit", "distill", "eval", "predict", "export"])
@@ -416,6 +442,7 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, teacher, tmp_path, capsys):
         (["distill", "--root", toy, "--out", str(tmp_path / "b")], "--teacher"),
         (["fit", "--root", toy, "--out", str(tmp_path / "c"), "--backbone", "resnet7"], "resnet"),
         (["fit", "--root", toy, "--out", str(tmp_path / "d"), "--size", "big"], "--size"),
+        (["fit", "--root", toy, "--out", str(tmp_path / "e"), "--accumulate", "0"], "--accumulate"),
     ]
     for words, hint in cases:
         assert train.main(words) == 2, words

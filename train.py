@@ -12,6 +12,7 @@ detections, clockdistill.py compares a student's tensors with a teacher's. This 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -79,8 +80,8 @@ class Config:
     points: int | None = option(None, "sampling points per head and level")
     dropout: float | None = option(None, "dropout in the transformer")
     denoising: int | None = option(None, "denoising queries (DINO), 0 = none; below 50 official DINO makes more")
-    box_noise: float | None = option(None, "of denoising queries: part of half the box that a corner may move")
-    label_noise: float | None = option(None, "of denoising queries: twice the chance of a random class")
+    box_noise: float | None = option(None, "denoising queries only: part of half the box that a corner may move")
+    label_noise: float | None = option(None, "denoising queries only: twice the chance of a random class")
     # --- optimisation
     steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the untrained checkpoint")
     epochs: float = option(12, "passes over the training images, when --steps is not given")
@@ -92,7 +93,7 @@ class Config:
     warmup: int = option(0, "steps of linear warm-up")
     schedule: str = option("drop", "drop: lr/10 once, after --drop-at of the steps; cosine: down to 2 %%",
                            choices=("drop", "cosine"))
-    drop_at: float = option(11 / 12, "where the drop happens, as a fraction of all steps")
+    drop_at: float = option(0.917, "where the drop happens, as a fraction of all steps")
     clip: float = option(0.1, "largest gradient norm")
     ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = off")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay fp32",
@@ -100,10 +101,18 @@ class Config:
     seed: int = option(0, "initial weights, order of the images, augmentation, noise")
     # --- distillation (`distill` only)
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
-    method: str = option("none", "distillation method", choices=("none", *METHODS))
-    method_options: tuple = option((), "options of the method, NAME=VALUE ...; `distill --help` lists them", nargs="+")
+    method: str | None = option(None, "distillation method; `distill` takes clockdistill", choices=METHODS)
+    method_options: tuple = option((), "options of the method, listed below; they replace all of the recipe's",
+                                   nargs="+")
     teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = never refuse")
     init_from: str | None = option(None, "start from these weights (fine-tuning; --resume continues a run instead)")
+
+    def __post_init__(self):
+        for name, least in dict(batch_size=1, accumulate=1, steps=0, epochs=0, warmup=0, clip=0, ema=0).items():
+            value = getattr(self, name)
+            if value is not None and value < least or name == "ema" and value >= 1:
+                limit = " and less than 1" if name == "ema" else ""
+                raise ValueError(f"--{name.replace('_', '-')} {value}: want at least {least}{limit}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,8 @@ RECIPES = {
         data="toy", backbone="resnet18", backbone_width=12, pretrained_backbone="none", hidden_dim=64, heads=8,
         ffn_dim=128, encoder_layers=1, decoder_layers=2, num_queries=24, feature_levels=3, points=2, denoising=50,
         steps=1200, batch_size=16, lr=3e-3, backbone_lr=3e-3, warmup=150, schedule="cosine", ema=0.99,
-        method="clockdistill", method_options=("lambda_mem=2000", "lambda_log=0.5", "box_noise=0.4")),
+        method="clockdistill", method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
+                                               "normalise=confidence")),
     "toy-teacher": dict(
         data="toy", backbone="resnet18", backbone_width=24, pretrained_backbone="none", hidden_dim=64, heads=8,
         ffn_dim=192, encoder_layers=2, decoder_layers=3, num_queries=24, feature_levels=3, points=4, denoising=50,
@@ -162,10 +172,24 @@ def processes(device):
         dist.destroy_process_group()
 
 
-def machine():
+@contextlib.contextmanager
+def first_process_first():
+    """The other processes enter when the first one has left."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if several and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def machine(device):
     """What a time was measured on."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def commit():
@@ -179,15 +203,26 @@ def commit():
 
 
 def write_json(path, content):
+    """JSON that any reader takes: an AP that is not defined (NaN) becomes null."""
+    def strict(x):
+        if isinstance(x, dict):
+            return {key: strict(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [strict(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    write_text(path, json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
     """Atomic, so that a kill never leaves half a file."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
-def peak_memory_gb():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
@@ -225,14 +260,25 @@ def load_model(path):
     if path.is_dir():
         path = path / "last.pt"
     payload = checkpoints.load(path)
-    missing = {"model", "detector", "config", "classes"} - payload.keys()
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of this project (no {', '.join(sorted(missing))}): "
-                         "give a last.pt or best.pt that `fit` or `distill` wrote")
-    # The weights are in the checkpoint: nothing to download, and which layers were frozen no longer matters.
+    needed = {"model", "detector", "config", "classes", "data", "settings", "metrics"}
+    if not isinstance(payload, dict) or not needed <= payload.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt that `fit` or "
+                         "`distill` wrote, or an exported .safetensors")
     model = models.build(payload["detector"], len(payload["classes"]), **payload["config"])
-    model.load_state_dict(payload["model"])
+    try:
+        model.load_state_dict(payload["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{path}: its weights do not fit its configuration ({reason}): make it again") from None
     return model.eval(), payload
+
+
+def fingerprint(model):
+    """A short name for these very weights, wherever their file lies."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def same_classes(payload, dataset, path):
@@ -306,7 +352,8 @@ class Learner(nn.Module):
         if lesson.queries is not None:
             valid = lesson.queries[3]
             answers = (output.extra.logits, output.extra.boxes, lesson.detections.logits, lesson.detections.boxes)
-            if dist.is_initialized():      # one denominator for all: the mean over processes is the whole batch's loss
+            # One denominator for all processes, so that the mean of their gradients is that of the whole batch.
+            if dist.is_initialized() and self.method.logit_options["normalise"] == "queries":
                 normaliser = valid.sum().float()
                 dist.all_reduce(normaliser)
                 normaliser = (normaliser / dist.get_world_size()).clamp(min=1)
@@ -361,7 +408,7 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         # teacher the same denoising noise as the student without: the queries' noise has a generator of its own.
         noise = (cfg.seed * 1_000_003 + step) * 4096 + rank
         torch.manual_seed(noise)
-        generator.manual_seed(noise)
+        generator.manual_seed(noise + 2 ** 40)
         log, parts = {}, in_parts(batch, cfg.accumulate)
         for part in parts:
             # Only the last part's backward has to talk to the other processes.
@@ -369,15 +416,20 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
             with silent:
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     lesson = teach(teacher, inner.method, part, generator) if teacher is not None else None
-                    losses = learner(part.images, part.padding, part.targets, lesson)
-                check_finite(losses, step, part)
+                    try:
+                        losses = learner(part.images, part.padding, part.targets, lesson)
+                    except models.criterion.NotFinite as error:
+                        raise FloatingPointError(f"step {step}, images {image_ids(part)}: {error}") from None
+                values = numbers(losses, step, part)
                 if probe_every and step % probe_every == 0 and teacher is not None and part is parts[0]:
                     log["report"] = gradient_report(losses, inner.student)
                 scaler.scale(sum(losses.values()) / len(parts)).backward()
-            for name, value in losses.items():
-                log[name] = log.get(name, 0) + value.item() / len(parts)
+            for name, value in values.items():
+                log[name] = log.get(name, 0) + value / len(parts)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)
+        if not scaler.is_enabled() and not norm.isfinite():           # fp16: the scaler leaves out such a step itself
+            raise FloatingPointError(f"step {step}: the gradient is not finite, images {image_ids(batch)}: lower --lr")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -394,11 +446,14 @@ def in_parts(batch, count):
             for i in range(0, len(batch.targets), size)]
 
 
-def check_finite(losses, step, batch):
-    bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
+def numbers(losses, step, batch):
+    """{name: float}, with one wait for the GPU. Raises FloatingPointError with the first that is not finite."""
+    values = dict(zip(losses, torch.stack([value.detach().float() for value in losses.values()]).tolist()))
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: {bad[0]} is not finite, on images {image_ids(batch)}: lower --lr, use "
                                  "--precision fp32, or look at these images and their labels")
+    return values
 
 
 def image_ids(batch):
@@ -458,10 +513,11 @@ def open_teacher(cfg, run, dataset, device):
     teacher, payload = load_model(cfg.teacher)
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
-    ap, source = payload.get("metrics", {}).get("AP"), "stored in its checkpoint"
+    same_data = all(payload["settings"][name] == plain(cfg)[name] for name in EVALUATION if name != "root")
+    ap, source = payload["metrics"].get("AP") if same_data else None, "stored in its checkpoint"
     if ap is None:
         ap, source = data.evaluate(detect(teacher, dataset, run, run.eval_batch), dataset)["AP"], "measured now"
-    if not ap >= cfg.teacher_floor:
+    if cfg.teacher_floor > 0 and not ap >= cfg.teacher_floor:
         raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor of "
                          f"{cfg.teacher_floor}: was it trained, on this data? --teacher-floor 0 uses it all the same")
     say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source})")
@@ -534,23 +590,26 @@ def _fit(cfg, run, device, rank, world):
     last = out / "last.pt"
     if last.exists() and not run.resume:
         raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
-    train_set, val_set = build_data(cfg, cfg.train_split, augment=cfg.augment), build_data(cfg, cfg.val_split)
+    with first_process_first():                   # it may have to draw the toy
+        train_set, val_set = build_data(cfg, cfg.train_split, augment=cfg.augment), build_data(cfg, cfg.val_split)
     if train_set.classes != val_set.classes:
         raise ValueError(f"the training and validation splits of {cfg.root} have different classes")
     steps = cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train_set) / (cfg.batch_size * world))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob(".*.pt.*"):          # of a kill in the middle of a save
+            leftover.unlink()
 
     torch.manual_seed(cfg.seed)                   # the same first weights with and without a teacher
     student = build_model(cfg, len(train_set.classes))
     if cfg.init_from:
         checkpoints.load_weights(student, cfg.init_from)
     student = student.to(device)
-    teacher = method = None
+    teacher = method = taught_by = None
     if cfg.teacher:
         teacher = open_teacher(cfg, run, val_set, device)
         check_pair(teacher, student, train_set)
-        method = open_method(cfg, teacher, student)
+        method, taught_by = open_method(cfg, teacher, student), fingerprint(teacher)
     inner = Learner(student, method).train()
     groups = student.parameter_groups(cfg.lr, cfg.backbone_lr)
     if method is not None and list(method.parameters()):
@@ -564,7 +623,9 @@ def _fit(cfg, run, device, rank, world):
     start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
     if run.resume and last.exists():
         saved = checkpoints.load(last)
-        differ = [name for name, value in plain(cfg).items() if saved["settings"].get(name, value) != value]
+        now = plain(cfg) | {"teacher": taught_by, "number of processes": world}
+        then = saved["settings"] | {"teacher": saved["taught_by"], "number of processes": saved["world"]}
+        differ = [name for name, value in now.items() if then.get(name, value) != value]
         if differ:
             raise ValueError(f"{last} was made with other settings ({', '.join(differ)}): repeat its command, "
                              f"which {out}/config.json holds, or choose another --out")
@@ -578,7 +639,8 @@ def _fit(cfg, run, device, rank, world):
     learner = DistributedDataParallel(inner) if world > 1 else inner
 
     evaluated = average.module if average is not None else student
-    provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(), "machine": machine(), "world": world}
+    provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(), "machine": machine(device),
+                  "world": world, "taught_by": taught_by}
 
     def minutes():
         return earlier + (time.monotonic() - began) / 60
@@ -600,10 +662,12 @@ def _fit(cfg, run, device, rank, world):
         nonlocal best
         if history and history[-1]["step"] == step:      # resumed after the evaluation: not twice in the curve
             history.pop()
+        for buffer in evaluated.buffers() if world > 1 else ():      # BatchNorm's differ; the first process's are saved
+            dist.broadcast(buffer, 0)
         scores = data.evaluate(detect(evaluated, val_set, run, run.eval_batch), val_set)
         history.append({"step": step, **{k: v for k, v in scores.items() if k != "per_class"}})
         say(f"step {step:6d}  AP {scores['AP']:.3f}  AP50 {scores['AP50']:.3f}  AP75 {scores['AP75']:.3f}")
-        if scores["AP"] > best:
+        if not scores["AP"] <= best:      # also when it is not defined
             best = scores["AP"]
             save(step, out / "best.pt", resumable=False)
         return scores
@@ -633,7 +697,7 @@ def _fit(cfg, run, device, rank, world):
                                          run.probe_every):
                 if average is not None:
                     average.update_parameters(student)
-                clock, elapsed = time.monotonic(), time.monotonic() - clock
+                elapsed = time.monotonic() - clock
                 if rank == 0:
                     print(json.dumps({"step": step, **log, "seconds": round(elapsed, 4)}), file=log_file, flush=True)
                     bar.update()
@@ -647,13 +711,15 @@ def _fit(cfg, run, device, rank, world):
                 if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
                     save(done, last)
                     saved_at = time.monotonic()
-                if anyone(asked_to_stop, device) and done < steps:
+                if anyone(asked_to_stop, device):
                     save(done, last)
-                    raise Interrupted(f"stopped after step {done} of {steps}; the same command with --resume goes on")
+                    raise Interrupted(f"stopped after step {done} of {steps}")
+                clock = time.monotonic()
     finally:
         bar.close()
         if log_file:
             log_file.close()
+    save(steps, last)                             # before the evaluation, which may be long
     scores = evaluate(steps)
     save(steps, last)
     result = {**{name: value for name, value in scores.items()}, "params": count_parameters(student),
@@ -683,7 +749,7 @@ def trim_log(path, steps):
     """Forget what was logged after the last checkpoint: those steps are about to be made again."""
     if path.exists():
         whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] < steps))
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] < steps))
 
 
 def short(log):
@@ -691,7 +757,7 @@ def short(log):
     sums = {}
     for name, value in log.items():
         if isinstance(value, float) and name not in ("loss", "grad_norm", "lr"):
-            key = name.removeprefix("loss_").split("_")[0]
+            key = "KD " + name if name in Learner.TERMS else name.removeprefix("loss_").split("_")[0]
             sums[key] = sums.get(key, 0.0) + value
     return f"loss {log['loss']:.2f} = " + " + ".join(f"{name} {value:.2f}" for name, value in sums.items())
 
@@ -715,9 +781,8 @@ def inference_speed(model, dataset, seconds=2.0):
     model.eval()
     while sum(times) < seconds or len(times) < 3:
         start = time.perf_counter()
-        models.postprocess(model(image, nothing).detections, torch.tensor([image.shape[2:]], device=device), 100)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        found = models.postprocess(model(image, nothing).detections, [tuple(image.shape[2:])], 100)
+        found[0]["scores"].cpu()                      # waits for any device
         times.append(time.perf_counter() - start)
     model.train(training)
     return 1 / sorted(times)[len(times) // 2]
@@ -727,28 +792,40 @@ def inference_speed(model, dataset, seconds=2.0):
 # Evaluation and prediction of a finished checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 
-def evaluate_checkpoint(path, cfg, run):
-    """AP of a checkpoint on a split -> dict; also says seconds an image and peak memory."""
-    dataset = build_data(cfg, cfg.val_split)
-    model, payload = load_model(path)
-    same_classes(payload, dataset, path)
+def evaluate_checkpoint(checkpoint, given):
+    """AP of a checkpoint on a split -> dict; also says seconds an image and peak memory.
+
+    Options that are not given are those that the checkpoint was trained with.
+    """
+    model, payload = load_model(checkpoint)
+    out = given.pop("out")
+    stored = {name: payload["settings"][name] for name in EVALUATION if name not in ("limit", "val_split")}
+    cfg, run = configure(stored | given, "fit")
     device = pick_device(run.device)
     with processes(device) as (rank, world):
+        with first_process_first():
+            dataset = build_data(cfg, cfg.val_split)
+        same_classes(payload, dataset, checkpoint)
         start = time.monotonic()
         results = detect(model.to(device), dataset, run, run.eval_batch)
         seconds = (time.monotonic() - start) / max(1, len(dataset))
         scores = data.evaluate(results, dataset)
+        told = scores | {"seconds_per_image": seconds, "peak_memory_gb": peak_memory_gb(device), "images": len(dataset),
+                         "checkpoint": str(checkpoint), "machine": machine(device)}
         if rank == 0:
             print(dataset.summary)
             print("  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "per_class"))
             for name, values in scores["per_class"].items():
                 print(f"  {name:<20} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            print(f"{seconds:.3f} s an image with loading, peak memory {peak_memory_gb():.2f} GB, {machine()}")
-    return scores | {"seconds_per_image": seconds, "peak_memory_gb": peak_memory_gb(), "checkpoint": str(path)}
+            print(f"{seconds:.3f} s an image with loading, peak memory {told['peak_memory_gb']:.2f} GB, "
+                  f"{told['machine']}")
+            if out:
+                write_json(out, told)
+    return told
 
 
 def predict(checkpoint, images, out, min_score, size, device):
-    """Detections of single image files: drawn to OUT/NAME.png, all of them listed in OUT/predictions.json."""
+    """Detections of image files: drawn to OUT/000_NAME.png, 001_.., all of them listed in OUT/predictions.json."""
     model, payload = load_model(checkpoint)
     device = pick_device(device)
     model = model.to(device)
@@ -756,7 +833,7 @@ def predict(checkpoint, images, out, min_score, size, device):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     listed = []
-    for name in tqdm(images, "predict", mininterval=quiet_interval()):
+    for index, name in enumerate(tqdm(images, "predict", mininterval=quiet_interval())):
         picture = data.read_image(name)                                                    # (3, H, W) uint8
         tensor = data.prepare(picture, size)[None].to(device)                              # (1, 3, h, w)
         nothing = torch.zeros_like(tensor[:, 0], dtype=torch.bool)
@@ -764,9 +841,10 @@ def predict(checkpoint, images, out, min_score, size, device):
             detections = model(tensor, nothing).detections
         result = models.postprocess(detections, torch.tensor([picture.shape[1:]], device=device), 100)[0]
         result = {k: v.cpu() for k, v in result.items()}
-        plots.predictions(picture, result, payload["classes"], min_score).savefig(out / f"{Path(name).stem}.png")
+        drawn = out / f"{index:03d}_{Path(name).stem}.png"      # numbered: never the input itself, or a name twice
+        plots.predictions(picture, result, payload["classes"], min_score).savefig(drawn)
         keep = result["scores"] >= min_score
-        listed.append({"image": str(name), "detections": [
+        listed.append({"image": str(name), "drawn": drawn.name, "detections": [
             {"class": payload["classes"][label], "score": round(score, 4), "box": [round(x, 1) for x in box]}
             for label, score, box in zip(*(result[k][keep].tolist() for k in ("labels", "scores", "boxes")))]})
     write_json(out / "predictions.json", listed)
@@ -792,7 +870,8 @@ DEMO = {
     "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500), student={},
                  teacher={}, eval_every=300),
     "quick": dict(out="runs/demo-quick", root="datasets/toy-quick", counts=dict(train=160, val=40, tune=8),
-                  student=dict(steps=40, warmup=10), teacher=dict(steps=40, warmup=10), eval_every=20),
+                  student=dict(steps=40, warmup=10, teacher_floor=0.0), teacher=dict(steps=40, warmup=10),
+                  eval_every=20),
 }
 
 
@@ -808,60 +887,55 @@ def demo(scale, teacher, device, seed=0):
     data.make_toy(plan["root"], counts=plan["counts"])
     common = dict(root=plan["root"], seed=seed)
 
-    def stage(name, recipe, **changes):
-        run = Run(out=str(out / name), resume=True, device=device, workers=1, eval_every=plan["eval_every"],
-                  eval_batch=20, save_minutes=0.5)
+    def stage(name, recipe, taught_by=None, **changes):
         cfg = Config(**RECIPES[recipe] | common | plan["teacher" if name == "teacher" else "student"] | changes)
-        finished = out / name / "result.json"
-        if finished.exists():
-            result = json.loads(finished.read_text())
-            if result["settings"] == plain(cfg):
-                say(f"{name}: done before, AP {result['AP']:.3f}")
-                return result
-            raise ValueError(f"{out / name} holds a run with other settings: remove that folder to run the demo anew")
+        folder = out / name
+        begun = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else None
+        if begun and (begun["taught_by"] != taught_by or begun["settings"] | {"teacher": cfg.teacher} != plain(cfg)):
+            aside = folder.with_name(f"{name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            say(f"{name}: {folder} was made with other settings or another teacher; moved to {aside}")
+        if (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text())
+            say(f"{name}: done before, AP {result['AP']:.3f}")
+            return result
         say(f"\n=== {name} ===")
-        return fit(cfg, run)
+        return fit(cfg, Run(out=str(folder), resume=True, device=device, workers=1, eval_every=plan["eval_every"],
+                            eval_batch=20, save_minutes=0.5))
 
-    plain_student = dict(teacher=None, method="none", method_options=())
+    alone = dict(teacher=None, method=None, method_options=())
     if teacher == "scratch":
-        results = {"teacher": stage("teacher", "toy-teacher", **plain_student)}
-        teacher_path = out / "teacher" / "last.pt"
+        results, teacher_path = {"teacher": stage("teacher", "toy-teacher", **alone)}, out / "teacher"
     else:
-        teacher_path = SHIPPED_TEACHER
-        results = {"teacher": shipped_teacher(plan, out, device)}
-    results["student"] = stage("student", "toy-student", **plain_student)
-    results["distilled"] = stage("distilled", "toy-student", teacher=str(teacher_path))
+        results, teacher_path = {"teacher": shipped_teacher(plan, device)}, Path(os.path.relpath(SHIPPED_TEACHER))
+    taught_by = fingerprint(load_model(teacher_path)[0])
+    results["student"] = stage("student", "toy-student", **alone)
+    results["distilled"] = stage("distilled", "toy-student", taught_by, teacher=str(teacher_path))
     for result in results.values():
         result.setdefault("trained_minutes", result["minutes"])
-    write_json(out / "summary.json", results | {"machine": machine(), "commit": commit(), "scale": scale})
+    device = pick_device(device)
+    write_json(out / "summary.json", results | {"machine": machine(device), "commit": commit(), "scale": scale})
     draw_demo(out, teacher_path, results, plan, device)
-    print_table(results, scale)
+    print_table(results, scale, machine(device))
 
 
-def shipped_teacher(plan, out, device):
+def shipped_teacher(plan, device):
     """The teacher that comes with the repository, measured here and now."""
-    relative = SHIPPED_TEACHER.relative_to(HERE)
+    relative, device = SHIPPED_TEACHER.relative_to(HERE), pick_device(device)
     say(f"\n=== teacher: shipped weights, {relative}; make demo TEACHER=scratch trains it instead ===")
-    finished = out / "teacher" / "result.json"
-    if finished.exists():
-        return json.loads(finished.read_text())
-    start = time.monotonic()
     model, payload = load_model(SHIPPED_TEACHER)
-    model = model.to(pick_device(device))
+    model = model.to(device)
     dataset = data.build("toy", plan["root"], "val")
     same_classes(payload, dataset, SHIPPED_TEACHER)
     scores = data.evaluate(detect(model, dataset, Run(), 20), dataset)
-    result = {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
-              "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
-              "images_per_second": inference_speed(model, dataset), "history": [], "machine": machine(),
-              "commit": payload["commit"], "weights": str(relative)}
-    finished.parent.mkdir(parents=True, exist_ok=True)
-    write_json(finished, result)
     say(f"AP {scores['AP']:.3f}")
-    return result
+    return {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
+            "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
+            "images_per_second": inference_speed(model, dataset), "history": [], "machine": payload["machine"],
+            "commit": payload["commit"], "weights": str(relative)}
 
 
-def print_table(results, scale):
+def print_table(results, scale, where):
     columns = (("AP", "AP", "{:.3f}"), ("AP50", "AP50", "{:.3f}"), ("AP75", "AP75", "{:.3f}"),
                ("params", "params (M)", "{:.2f}"), ("gflops", "GFLOPs", "{:.3f}"),
                ("trained_minutes", "training (min)", "{:.1f}"), ("images_per_second", "images/s", "{:.0f}"))
@@ -872,14 +946,13 @@ def print_table(results, scale):
     gain = results["distilled"]["AP"] - results["student"]["AP"]
     print(f"\nCLoCKDistill: {gain:+.3f} AP for the same student, seed and number of steps"
           + ("; figures of SCALE=quick mean nothing." if scale == "quick" else ", one seed.")
-          + f"\nimages/s: one image at a time, {machine()}")
+          + f"\nimages/s: one image at a time, {where}; training minutes include evaluation")
 
 
 def draw_demo(out, teacher_path, results, plan, device):
     """The demo's pictures, on the first validation scenes with four or more objects: chosen before looking."""
-    device = pick_device(device)
     dataset = data.build("toy", plan["root"], "val")
-    shown = [i for i in range(len(dataset)) if len(dataset[i][1]["labels"]) >= 4][:4]
+    shown = [i for i in range(len(dataset)) if len(dataset[i][1]["labels"]) >= 4][:4] or [0]
     batch = data.collate([dataset[i] for i in shown]).to(device)
     scenes = [dataset.raw(i) for i in shown]
     images = [image for image, _ in scenes]
@@ -988,10 +1061,11 @@ examples:
   python train.py eval --checkpoint runs/student/best.pt --data kitti --root DIR
   torchrun --nproc_per_node 4 train.py fit ...             several GPUs: --batch-size is of each process
 AP values are fractions 0..1. Give --debug for the whole traceback of an error.""")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("demo", help="teacher, student, distilled student on the toy KITTI: table and pictures")
+    p = commands.add_parser("demo", parents=[debug], help="teacher, student, distilled student on the toy KITTI")
     p.add_argument("--scale", choices=DEMO, default="full", help="quick: under 3 minutes, figures without meaning")
     p.add_argument("--teacher", choices=("shipped", "scratch"), default="shipped", help="its weights, or train it here")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
@@ -1000,19 +1074,22 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
         f"  {name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in RECIPES.items())
     for name, purpose, without in (("fit", "train a detector", DISTILLATION),
                                    ("distill", "train a student with a teacher", ())):
-        p = commands.add_parser(name, help=purpose, formatter_class=text,
+        p = commands.add_parser(name, parents=[debug], help=purpose, formatter_class=text,
                                 epilog=recipes + ("\n\n" + describe_methods() if name == "distill" else ""))
         p.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
         add_options(p, Config, without=without)
         add_options(p, Run)
+        if name == "distill":
+            p.set_defaults(method="clockdistill")
 
-    p = commands.add_parser("eval", help="COCO AP of a checkpoint on a split")
+    p = commands.add_parser("eval", parents=[debug], help="COCO AP of a checkpoint on a split",
+                            epilog="--data, --root, --class-map and --size are those of the training when not given")
     p.add_argument("--checkpoint", required=True, help="last.pt, best.pt, exported safetensors, or a run's folder")
     p.add_argument("--out", help="also write the figures to this JSON file")
     add_options(p, Config, only=EVALUATION)
     add_options(p, Run, only=("device", "workers", "eval_batch"))
 
-    p = commands.add_parser("predict", help="draw and list the detections of image files")
+    p = commands.add_parser("predict", parents=[debug], help="draw and list the detections of image files")
     p.add_argument("--checkpoint", required=True, help="last.pt, best.pt, exported safetensors, or a run's folder")
     p.add_argument("images", nargs="+", metavar="IMAGE")
     p.add_argument("--out", default="runs/predict", help="folder of the output (default: %(default)s)")
@@ -1020,7 +1097,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was trained")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
 
-    p = commands.add_parser("export", help="weights alone, fp16 safetensors: small, and safe to publish")
+    p = commands.add_parser("export", parents=[debug], help="weights alone as fp16 safetensors: small, safe to publish")
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="file ending in .safetensors")
     return parser
@@ -1031,9 +1108,7 @@ def configure(given, command):
     recipe = given.pop("recipe", None) or ("toy-student" if given.get("data", "toy") == "toy" else None)
     settings = RECIPES.get(recipe, {}) | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if command == "fit":
-        settings |= dict(teacher=None, method="none", method_options=())
-    elif settings.get("method", "none") == "none":
-        settings["method"] = "clockdistill"
+        settings |= dict(teacher=None, method=None, method_options=())
     if command == "distill" and not settings.get("teacher"):
         raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
     of_run = {field.name: settings.pop(field.name) for field in dataclasses.fields(Run) if field.name in settings}
@@ -1049,19 +1124,21 @@ def main(arguments=None):
         elif command in ("fit", "distill"):
             fit(*configure(given, command))
         elif command == "eval":
-            checkpoint, out = given.pop("checkpoint"), given.pop("out")
-            scores = evaluate_checkpoint(checkpoint, *configure(given, "fit"))
-            if out:
-                write_json(out, scores)
+            evaluate_checkpoint(given.pop("checkpoint"), given)
         elif command == "predict":
             predict(**given)
         elif command == "export":
             export(**given)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        print(f"{stop}; the same command (fit and distill: with --resume) goes on", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped at once; the same command (fit and distill: with --resume) goes on from the last checkpoint",
+              file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:      # what a user can mend, said in one line
         if debug:
+            print(getattr(error, "details", ""), file=sys.stderr)   # a worker process's own traceback
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
