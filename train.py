@@ -963,7 +963,7 @@ def draw_demo(out, teacher_path, results, plan, device):
         found = {name: models.postprocess(network(batch.images, batch.padding).detections, sizes, 100)
                  for name, network in networks.items()}
     truths = [truth for _, truth in scenes]
-    pictures = {"detections": plots.detections(images, truths, found, dataset.classes)}
+    pictures = {"detections": plots.detections(images, truths, found, dataset.classes, min_score=0.3)}
 
     one, target = batch.images[:1], batch.targets[0]
     boxes, nothing = target["boxes"], torch.zeros_like(batch.padding[:1])
@@ -1000,7 +1000,7 @@ def draw_demo(out, teacher_path, results, plan, device):
     pictures["losses"] = plots.losses({name: [(line["step"], line[name]) for line in log if name in line]
                                        for name in log[-1] if name not in skip})
     pictures["first"] = plots.first(images[0], truths[0], masks[0], found["student"][0], found["distilled"][0],
-                                    dataset.classes)
+                                    dataset.classes, min_score=0.3)
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
     say(f"pictures   {', '.join(f'{name}.png' for name in pictures)} in {out}/")
