@@ -254,8 +254,8 @@ def build_model(cfg, num_classes):
     return models.build(cfg.detector, num_classes, **overrides)
 
 
-def load_model(path):
-    """A checkpoint of ours, or a run's folder -> (model in eval mode on the CPU, the checkpoint's entries)."""
+def load_payload(path):
+    """A checkpoint of ours, or a run's folder -> what it holds, checked for what a model is rebuilt from."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
@@ -264,13 +264,24 @@ def load_model(path):
     if not isinstance(payload, dict) or not needed <= payload.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt that `fit` or "
                          "`distill` wrote, or an exported .safetensors")
+    return payload | {"path": path}
+
+
+def rebuild(payload):
+    """-> the model in eval mode, on the CPU."""
     model = models.build(payload["detector"], len(payload["classes"]), **payload["config"])
     try:
         model.load_state_dict(payload["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{path}: its weights do not fit its configuration ({reason}): make it again") from None
-    return model.eval(), payload
+        raise ValueError(f"{payload['path']}: weights and configuration do not fit ({reason}): make it again") from None
+    return model.eval()
+
+
+def load_model(path):
+    """-> (model, the other entries of its checkpoint)."""
+    payload = load_payload(path)
+    return rebuild(payload), payload
 
 
 def fingerprint(model):
@@ -797,8 +808,7 @@ def evaluate_checkpoint(checkpoint, given):
 
     Options that are not given are those that the checkpoint was trained with.
     """
-    model, payload = load_model(checkpoint)
-    out = given.pop("out")
+    payload, out = load_payload(checkpoint), given.pop("out")
     stored = {name: payload["settings"][name] for name in EVALUATION if name not in ("limit", "val_split")}
     cfg, run = configure(stored | given, "fit")
     device = pick_device(run.device)
@@ -806,8 +816,9 @@ def evaluate_checkpoint(checkpoint, given):
         with first_process_first():
             dataset = build_data(cfg, cfg.val_split)
         same_classes(payload, dataset, checkpoint)
+        model = rebuild(payload).to(device)
         start = time.monotonic()
-        results = detect(model.to(device), dataset, run, run.eval_batch)
+        results = detect(model, dataset, run, run.eval_batch)
         seconds = (time.monotonic() - start) / max(1, len(dataset))
         scores = data.evaluate(results, dataset)
         told = scores | {"seconds_per_image": seconds, "peak_memory_gb": peak_memory_gb(device), "images": len(dataset),
