@@ -445,8 +445,8 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         report = log.pop("report", None)
-        log = {"loss": sum(log.values()), **log, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
-               "images": image_ids(batch)}
+        log = {"loss": sum(log.values()), **log, "grad_norm": norm.item() if norm.isfinite() else None,
+               "lr": optimizer.param_groups[0]["lr"], "images": image_ids(batch)}
         yield step, log | ({"report": report} if report else {})
 
 
