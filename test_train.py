@@ -258,7 +258,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
     logs = [[json.loads(line) | {"seconds": 0} for line in (tmp_path / name / "log.jsonl").open()]
             for name in ("whole", "cut")]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(24))
-    assert [p["step"] for p in a["resume"]["history"]] == [p["step"] for p in b["resume"]["history"]] == [10, 20, 24]
+    assert [p["step"] for p in a["history"]] == [p["step"] for p in b["history"]] == [10, 20, 24]
 
 
 def test_resume_refuses_other_settings_and_a_fresh_run_refuses_an_old_folder(toy, tmp_path, capsys):

@@ -631,42 +631,32 @@ def _fit(cfg, run, device, rank, world):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
 
-    start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
-    if run.resume and last.exists():
-        saved = checkpoints.load(last)
-        now = plain(cfg) | {"teacher": taught_by, "number of processes": world}
-        then = saved["settings"] | {"teacher": saved["taught_by"], "number of processes": saved["world"]}
-        differ = [name for name, value in now.items() if then.get(name, value) != value]
-        if differ:
-            raise ValueError(f"{last} was made with other settings ({', '.join(differ)}): repeat its command, "
-                             f"which {out}/config.json holds, or choose another --out")
-        start, earlier, state = saved["step"], saved["minutes"], saved["resume"]
-        history, best = state["history"], state["best"]
-        for part, name in ((student, "student"), (optimizer, "optimizer"), (scaler, "scaler"), (average, "average"),
-                           (method, "method")):
-            if part is not None:
-                part.load_state_dict(state[name])
-        say(f"resume     {last}, step {start} of {steps}")
-    learner = DistributedDataParallel(inner) if world > 1 else inner
-
-    evaluated = average.module if average is not None else student
     provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(), "machine": machine(device),
                   "world": world, "taught_by": taught_by}
+
+    # All that the next step depends on, beside its number: what a checkpoint has to hold.
+    stateful = {"student": student, "optimizer": optimizer, "scaler": scaler, "average": average, "method": method}
+    stateful = {name: part for name, part in stateful.items() if part is not None}
+    start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
+    if run.resume and last.exists():
+        saved = restore(last, stateful, provenance)
+        start, earlier, history, best = saved["step"], saved["minutes"], saved["history"], saved["best"]
+    learner = DistributedDataParallel(inner) if world > 1 else inner
+    evaluated = average.module if average is not None else student
 
     def minutes():
         return earlier + (time.monotonic() - began) / 60
 
     def save(step, path, resumable=True):
-        """The weights as evaluated; with `resumable` also all that the next step depends on."""
+        """The weights as evaluated; with `resumable` also what `restore` needs."""
         if rank > 0:
             return
         payload = {"model": evaluated.state_dict(), "detector": cfg.detector, "config": student.config,
                    "classes": list(train_set.classes), "category_ids": list(train_set.category_ids), "data": cfg.data,
-                   "metrics": history[-1] if history else {}, "minutes": minutes(), "step": step, **provenance}
+                   "metrics": history[-1] if history else {}, "minutes": minutes(), "step": step, "history": history,
+                   "best": best, **provenance}
         if resumable:
-            payload["resume"] = {"student": student.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "scaler": scaler.state_dict(), "average": average and average.state_dict(),
-                                 "method": method and method.state_dict(), "history": history, "best": best}
+            payload["resume"] = {name: part.state_dict() for name, part in stateful.items()}
         checkpoints.save(path, payload)
 
     def evaluate(step):
@@ -686,13 +676,7 @@ def _fit(cfg, run, device, rank, world):
     if rank == 0:
         write_json(out / "config.json", {**provenance, "command": " ".join(sys.argv), "steps": steps})
         trim_log(out / "log.jsonl", start)
-    say(f"data       {train_set.summary}\n           {val_set.summary}")
-    say(f"student    {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps of "
-        f"{cfg.batch_size} x {world} images, lr {cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
-    from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
-    if cfg.data != "toy" and from_scratch and len(train_set) < 10_000:
-        say(f"note       {len(train_set)} images and no pretrained weights: to do well on images it has not seen, a "
-            "DETR needs some 10,000, or --init-from")
+    announce(cfg, train_set, val_set, student, start, steps, world, device)
 
     saved_at = time.monotonic()
     batches = data.loader(train_set, cfg.batch_size, steps=steps, start=start, seed=cfg.seed, workers=run.workers,
@@ -713,9 +697,9 @@ def _fit(cfg, run, device, rank, world):
                     print(json.dumps({"step": step, **log, "seconds": round(elapsed, 4)}), file=log_file, flush=True)
                     bar.update()
                     bar.set_postfix_str(short(log), refresh=False)
-                    if "report" in log and step % (5 * run.probe_every) == 0:
-                        say(f"step {step:6d}  " + "  ".join(f"{name} {share:.0%} of the loss, gradient {norm:.2g}"
-                                                            for name, (share, norm) in log["report"].items()))
+                if "report" in log and step % (5 * run.probe_every) == 0:
+                    say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
+                        f"{name} {share:.0%} {norm:.2g}" for name, (share, norm) in log["report"].items()))
                 done = step + 1
                 if run.eval_every and done % run.eval_every == 0 and done < steps:
                     evaluate(done)
@@ -740,6 +724,34 @@ def _fit(cfg, run, device, rank, world):
         write_json(out / "result.json", result)
     say(f"written    {out}/result.json, last.pt, best.pt, log.jsonl")
     return result
+
+
+def restore(path, stateful, provenance):
+    """Put a run's checkpoint back into its parts -> the checkpoint. Refuses one that was made with other settings."""
+    def identity(facts):      # the teacher is known by its weights, wherever their file lies now
+        return facts["settings"] | {"teacher": facts["taught_by"], "number of processes": facts["world"]}
+    saved = checkpoints.load(path)
+    then = identity(saved)
+    differ = [name for name, value in identity(provenance).items() if then.get(name, value) != value]
+    if differ:
+        raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its command, which "
+                         f"{path.parent}/config.json holds, or choose another --out")
+    for name, part in stateful.items():
+        part.load_state_dict(saved["resume"][name])
+    return saved
+
+
+def announce(cfg, train_set, val_set, student, start, steps, world, device):
+    """What is about to run, before the progress bar."""
+    if start:
+        say(f"resume     at step {start} of {steps}")
+    say(f"data       {train_set.summary}\n           {val_set.summary}")
+    say(f"student    {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps of "
+        f"{cfg.batch_size} x {world} images, lr {cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
+    from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
+    if cfg.data != "toy" and from_scratch and len(train_set) < 10_000:
+        say(f"note       {len(train_set)} images and no pretrained weights: to do well on images it has not seen, a "
+            "DETR needs some 10,000, or --init-from")
 
 
 def anyone(asked, device):
