@@ -892,7 +892,7 @@ def export(checkpoint, out):
 
 DEMO = {
     "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500), student={},
-                 teacher={}, eval_every=300),
+                 teacher={}, eval_every=400),
     "quick": dict(out="runs/demo-quick", root="datasets/toy-quick", counts=dict(train=160, val=40, tune=8),
                   student=dict(steps=40, warmup=10, teacher_floor=0.0), teacher=dict(steps=40, warmup=10),
                   eval_every=20),
