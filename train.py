@@ -893,9 +893,8 @@ def export(checkpoint, out):
 DEMO = {
     "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500), student={},
                  teacher={}, eval_every=400),
-    "quick": dict(out="runs/demo-quick", root="datasets/toy-quick", counts=dict(train=160, val=40, tune=8),
-                  student=dict(steps=40, warmup=10, teacher_floor=0.0), teacher=dict(steps=40, warmup=10),
-                  eval_every=20),
+    "quick": dict(out="runs/demo-quick", root="datasets/toy-quick", counts=dict(train=80, val=20, tune=4),
+                  student=dict(steps=20, warmup=5, teacher_floor=0.0), teacher=dict(steps=20, warmup=5), eval_every=10),
 }
 
 
