@@ -322,6 +322,11 @@ class Lesson:
     queries: tuple | None                      # (content for the student, boxes, attend, valid)
 
 
+def content_of(teacher, method):
+    """What the method's target-aware queries ask with, as far as it is the teacher's; None when the method has its own."""
+    return {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
+
+
 @torch.no_grad()
 def teach(teacher, method, batch, generator=None):
     """The teacher encodes the batch and decodes the target-aware queries alone: its learned queries are never run."""
@@ -329,7 +334,7 @@ def teach(teacher, method, batch, generator=None):
     if not method.reads_queries:
         return Lesson(memory, None, None)
     labels, boxes = [t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets]
-    embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
+    embedding = content_of(teacher, method)
     queries = method.queries(labels, boxes, embedding, generator=generator)
     content, reference, attend, _ = queries
     return Lesson(memory, teacher.decode(memory, content, reference, attend), queries)
@@ -718,7 +723,7 @@ def _fit(cfg, run, device, rank, world):
     save(steps, last)                             # before the evaluation, which may be long
     scores = evaluate(steps)
     save(steps, last)
-    result = {**{name: value for name, value in scores.items()}, "params": count_parameters(student),
+    result = {**scores, "params": count_parameters(student),
               "gflops": models.gflops(evaluated, *reference_size(cfg, val_set)), "minutes": minutes(), "steps": steps,
               "images_per_second": inference_speed(evaluated, val_set), "history": history, **provenance}
     if rank == 0:
@@ -1001,7 +1006,7 @@ def draw_demo(out, teacher_path, results, plan, device):
     method.load_state_dict(saved["resume"]["method"])
     teacher, groups = networks["teacher"], method.query_options["groups"]
     method.query_options["box_noise"] = 0.0                                 # for the picture: the true boxes
-    embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
+    embedding = content_of(teacher, method)
     with torch.no_grad():
         content, reference, attend, _ = method.queries([target["labels"]], [boxes], embedding)
     attention = {}
