@@ -1,6 +1,8 @@
 """Detection transformers in plain PyTorch, exact to the official implementations: read it from top to bottom.
 
-Backbone -> position encoding -> deformable attention -> encoder -> decoder -> denoising -> DINO -> build, record, gflo
+Backbone -> encoders -> decoders -> denoising -> DAB-DETR, Deformable DETR, DINO -> build, record, gflops; attention and
+position encodings are in attention.py, matching and losses in criterion.py.
+
 B batch, S tokens (all levels concatenated, finest first), D width, Q queries, L decoder layers, C classes, K objects.
 Boxes are (cx, cy, w, h) as fractions of each image's own, unpadded size; padding masks are True where padded.
 """
@@ -10,6 +12,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -21,6 +24,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 import criterion
+from attention import (MLP, ConditionalCrossAttention, ConditionalSelfAttention, DeformableAttention, FeedForward,
+                       SelfAttention, box_positions, full_precision, image_positions, inverse_sigmoid, token_centres,
+                       xavier_)
 
 DETECTORS = ("dab_detr", "deformable_detr", "dino")
 
@@ -32,6 +38,7 @@ class Memory:
     padding: Tensor                    # (B, S) bool; padded tokens are not zero, attention masks them
     shapes: list[tuple[int, int]]      # (H_l, W_l) of each level; S = sum H_l * W_l
     valid_ratios: Tensor               # (B, levels, 2): unpadded part of each level's width and height
+    position: Tensor                   # (B, S, D) encoding of each token's place; DAB-DETR's decoder reads it
 
 
 @dataclass
@@ -126,137 +133,22 @@ class ResNet(nn.Module):
             raise ValueError(f"{source}: not the weights of this {name} ({reason}): {advice}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- position encoding
+# ------------------------------------------------------------------------------------------------------------- encoders
 
-def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
-    """Logit of x clamped to [0, 1], each of x and 1 - x at least eps (DAB-DETR and DINO 1e-3, Deformable DETR 1e-5)."""
-    x = x.clamp(0, 1)
-    return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
-
-
-def sine_embedding(x: Tensor, dim: int, temperature: float) -> Tensor:
-    """(...,) angles -> (..., dim): sin and cos interleaved, wavelengths from 2 pi to 2 pi * temperature."""
-    angle = x[..., None] / temperature ** (torch.arange(0, dim, 2, device=x.device) / dim)      # (..., dim / 2)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+def level_padding(padding: Tensor, shapes: list) -> tuple[list[Tensor], Tensor]:
+    """(B, H, W) padding of images -> that of each level [(B, H_l, W_l)], and valid ratios (B, levels, 2)."""
+    # Every level takes the nearest pixel of the image's own mask, also those that are not the backbone's.
+    masks = [F.interpolate(padding[:, None].float(), size=shape)[:, 0].bool() for shape in shapes]
+    ratios = [torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks]    # w, h
+    return masks, torch.stack(ratios, 1)
 
 
-def image_positions(padding: Tensor, dim: int, temperature: float, offset: float = 0.) -> Tensor:
-    """(B, H, W) padding -> (B, H, W, dim) sine encoding of each cell's place in its own unpadded image, y then x.
-
-    offset: -0.5 in Deformable DETR (cell centres), none in DAB-DETR and DINO.
-    """
-    inside = (~padding).float()
-    y, x = inside.cumsum(1), inside.cumsum(2)                           # (B, H, W), 1 at the first row / column
-    y = (y + offset) / (y[:, -1:] + 1e-6) * 2 * math.pi
-    x = (x + offset) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-    return torch.cat([sine_embedding(y, dim // 2, temperature), sine_embedding(x, dim // 2, temperature)], -1)
+def cell_sizes(shapes: list, device) -> Tensor:
+    """(1, 1, levels, 2): width and height of one cell of each level, as fractions of the padded map."""
+    return 1 / torch.tensor([[[(w, h) for h, w in shapes]]], dtype=torch.float32).to(device, non_blocking=True)
 
 
-def box_positions(boxes: Tensor, dim: int) -> Tensor:
-    """(..., 4) boxes -> (..., 4 * dim) sine encoding in the order y, x, w, h that DAB-DETR and DINO use."""
-    return sine_embedding(boxes[..., [1, 0, 2, 3]] * 2 * math.pi, dim, 10000.).flatten(-2)
-
-
-def token_centres(shapes: list, valid_ratios: Tensor) -> Tensor:
-    """(B, S, 2) centre (x, y) of every token as fractions of its image's own size; beyond 1 in the padding."""
-    centres = []
-    for (height, width), ratio in zip(shapes, valid_ratios.unbind(1)):  # ratio (B, 2)
-        y = (torch.arange(height, device=ratio.device) + 0.5) / (ratio[:, 1:] * height)     # (B, H)
-        x = (torch.arange(width, device=ratio.device) + 0.5) / (ratio[:, :1] * width)       # (B, W)
-        grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
-        centres.append(grid.flatten(1, 2))                              # (B, H, W, 2) -> (B, H * W, 2)
-    return torch.cat(centres, 1)
-
-
-# ------------------------------------------------------------------------------------------------- deformable attention
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least float32: places and boxes need more than bfloat16's three digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def deformable_sample(value: Tensor, shapes: list, points: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples: the inner product of multi-scale deformable attention.
-
-    value (B, S, heads, d), points (B, Q, heads, levels, P, 2) as (x, y) fractions of the padded map, zero outside,
-    weights (B, Q, heads, levels, P). Returns (B, Q, heads * d). For grid_sample the heads go into the batch. It was the
-    fastest way to train on CPU: gather, embedding_bag and dense attention maps took 1.3 to 4 times as long.
-    """
-    batch, _, heads, dim = value.shape
-    queries, levels, count = points.shape[1], points.shape[3], points.shape[4]
-    maps = value.permute(0, 2, 3, 1).reshape(batch * heads, dim, -1)                      # (B*heads, d, S)
-    grids = (2 * points - 1).permute(3, 0, 2, 1, 4, 5).reshape(levels, batch * heads, queries, count, 2)
-    samples = [F.grid_sample(level.unflatten(2, shape), grid, padding_mode="zeros", align_corners=False)
-               for level, shape, grid in zip(maps.split([h * w for h, w in shapes], 2), shapes, grids)]
-    samples = torch.cat(samples, -1)                                                      # (B*heads, d, Q, levels*P)
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * count)
-    return (samples * weights).sum(-1).view(batch, heads * dim, queries).transpose(1, 2)
-
-
-class DeformableAttention(nn.Module):
-    """Each query looks at a few learned points around its reference, on every level (Deformable DETR, Eq. 3)."""
-    recorder = None                    # set by `record`: called with points and weights
-
-    def __init__(self, dim: int, heads: int, levels: int, points: int):
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Head i looks in direction i of a circle (stretched to a square), point p at p + 1 cells; equal weights."""
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)                           # (heads, 2)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1)[:, None]                                 # (points, 1)
-        start = (direction[:, None, None] * steps).expand(-1, self.levels, -1, -1)        # (heads, levels, points, 2)
-        nn.init.zeros_(self.sampling_offsets.weight)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(start.flatten())
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, query, centre, unit, tokens, padding, shapes) -> Tensor:
-        """query (B, Q, D) looks at tokens (B, S, D), at the places centre + offset * unit -> (B, Q, D).
-
-        centre, unit: (B or 1, Q or 1, levels, 2), (x, y) as fractions of the padded map. The unit of an offset is one
-        cell of the level when the reference is a point, (w, h) / (2 * points) when it is a box. padding (B, S).
-        """
-        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.).unflatten(-1, (self.heads, -1))
-        with torch.autocast(query.device.type, enabled=False):
-            query = full_precision(query)
-            offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
-            weights = self.attention_weights(query).unflatten(-1, (self.heads, self.levels * self.points)).softmax(-1)
-            weights = weights.unflatten(-1, (self.levels, self.points))                 # (B, Q, heads, levels, points)
-            points = centre[:, :, None, :, None] + offsets * unit[:, :, None, :, None]  # (B, Q, heads, .., .., 2)
-            if self.recorder:
-                self.recorder(points.detach(), weights.detach())
-            mixed = deformable_sample(full_precision(value), shapes, points, weights)
-        return self.output_proj(mixed)
-
-
-# -------------------------------------------------------------------------------------------------------------- encoder
-
-class FeedForward(nn.Module):
-    """The two linear layers of a transformer layer, with residual and norm."""
-    def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__()
-        self.linear1, self.linear2, self.norm = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.xavier_uniform_(self.linear1.weight)
-        nn.init.xavier_uniform_(self.linear2.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
-
-
-class EncoderLayer(nn.Module):
+class DeformableEncoderLayer(nn.Module):
     def __init__(self, dim, heads, ffn_dim, levels, points, dropout):
         super().__init__()
         self.attention = DeformableAttention(dim, heads, levels, points)
@@ -284,7 +176,8 @@ class DeformableEncoder(nn.Module):
         groups = math.gcd(32, dim)                       # 32 in every official model
         self.project = nn.ModuleList(nn.Sequential(c, nn.GroupNorm(groups, dim)) for c in convolutions)
         self.level_embed = nn.Parameter(torch.randn(levels, dim))
-        self.layers = nn.ModuleList(EncoderLayer(dim, heads, ffn_dim, levels, points, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(DeformableEncoderLayer(dim, heads, ffn_dim, levels, points, dropout)
+                                    for _ in range(layers))
 
     def forward(self, maps: list[Tensor], padding: Tensor) -> Memory:
         """maps: (B, channels, H_l, W_l), finest first; padding (B, H, W) of the images."""
@@ -293,35 +186,56 @@ class DeformableEncoder(nn.Module):
         for project in self.project[self.inputs:]:       # the first extra level is made from raw C5, the next from it
             projected.append(project(maps[-1] if len(projected) == self.inputs else projected[-1]))
         shapes = [tuple(x.shape[-2:]) for x in projected]
-        # Every level, also the extra ones, takes the nearest pixel of the image's own mask.
-        pixels = padding[:, None].float()
-        masks = [F.interpolate(pixels, size=shape)[:, 0].bool() for shape in shapes]      # (B, H_l, W_l)
-        ratios = [torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks]
-        valid_ratios = torch.stack(ratios, 1)                                             # (B, levels, 2): w, h
+        masks, valid_ratios = level_padding(padding, shapes)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], 1)          # (B, S, D)
         position = torch.cat([(image_positions(mask, self.dim, self.temperature, self.offset) + level).flatten(1, 2)
                               for mask, level in zip(masks, self.level_embed)], 1)        # (B, S, D)
         mask = torch.cat([m.flatten(1) for m in masks], 1)                                # (B, S)
         # A centre in its own image -> the same place on every level's padded map: (B, S, 1, 2) with (B, 1, levels, 2)
         centre = token_centres(shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
-        cell = 1 / torch.tensor([[[(w, h) for h, w in shapes]]]).to(tokens.device, non_blocking=True)    # (1, 1, .., 2)
+        cell = cell_sizes(shapes, tokens.device)
         for layer in self.layers:
             tokens = layer(tokens, position, centre, cell, mask, shapes)
-        return Memory(tokens, mask, shapes, valid_ratios)
+        return Memory(tokens, mask, shapes, valid_ratios, position)
 
 
-# -------------------------------------------------------------------------------------------------------------- decoder
-
-class MLP(nn.Module):
-    def __init__(self, *widths: int):
+class DenseEncoderLayer(nn.Module):
+    def __init__(self, dim, heads, ffn_dim, dropout):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
+        self.attention, self.norm = SelfAttention(dim, heads, dropout), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.ffn = FeedForward(dim, ffn_dim, dropout, nn.PReLU)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
+    def forward(self, tokens, position, attend):
+        return self.ffn(self.norm(tokens + self.dropout(self.attention(tokens, position, attend))))
 
+
+class DenseEncoder(nn.Module):
+    """One feature map -> Memory: every token attends to every other (DAB-DETR)."""
+    def __init__(self, channels, dim, heads, ffn_dim, layers, stride, dropout, temperature, offset):
+        super().__init__()
+        self.dim, self.temperature, self.offset = dim, temperature, offset
+        self.level = {32: -1, 16: -2, 8: -3}[stride]
+        if len(channels) < -self.level:
+            raise ValueError(f"feature_stride {stride} needs a backbone with {-self.level} maps, it has {len(channels)}")
+        self.project = nn.Conv2d(channels[self.level], dim, 1)
+        self.position_scale = xavier_(MLP(dim, dim, dim))
+        self.layers = nn.ModuleList(DenseEncoderLayer(dim, heads, ffn_dim, dropout) for _ in range(layers))
+
+    def forward(self, maps: list[Tensor], padding: Tensor) -> Memory:
+        """maps: (B, channels, H_l, W_l), finest first; padding (B, H, W) of the images."""
+        projected = self.project(maps[self.level])
+        shapes = [tuple(projected.shape[-2:])]
+        (mask,), valid_ratios = level_padding(padding, shapes)
+        position = image_positions(mask, self.dim, self.temperature, self.offset).flatten(1, 2)      # (B, S, D)
+        tokens, mask = projected.flatten(2).transpose(1, 2), mask.flatten(1)              # (B, S, D), (B, S)
+        for layer in self.layers:
+            # How far a token's content stretches its position, channel by channel.
+            tokens = layer(tokens, position * self.position_scale(tokens), ~mask[:, None, None])
+        return Memory(tokens, mask, shapes, valid_ratios, position)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoders
 
 def box_head(dim: int) -> MLP:
     """Box offsets in logit space, none at the start."""
@@ -338,29 +252,76 @@ def class_head(dim: int, classes: int) -> nn.Linear:
     return head
 
 
-class SelfAttention(nn.Module):
-    """Dense attention among queries; positions enter queries and keys, not values."""
-    def __init__(self, dim: int, heads: int, dropout: float):
+class Heads(nn.ModuleList):
+    """A head of each decoder layer, or one for all; copies start equal."""
+    def __init__(self, head: nn.Module, copies: int):
+        super().__init__([head] + [copy.deepcopy(head) for _ in range(copies - 1)])
+
+    def of(self, layer: int) -> nn.Module:
+        return self[layer if len(self) > 1 else 0]
+
+
+def for_heads(attend: Tensor | None) -> Tensor | None:
+    """An attention mask (Q, Q), (B, Q, Q) or None as attention takes it: (B, 1, Q, Q), the same for all heads."""
+    return attend[:, None] if attend is not None and attend.ndim == 3 else attend
+
+
+class DabDecoderLayer(nn.Module):
+    def __init__(self, dim, heads, ffn_dim, dropout, first):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)     # as one (3D, D) matrix, as in nn.MultiheadAttention
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
+        self.self_attention, self.self_norm = ConditionalSelfAttention(dim, heads, dropout), nn.LayerNorm(dim)
+        self.cross_attention = ConditionalCrossAttention(dim, heads, dropout, first)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, ffn_dim, dropout, nn.PReLU)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
-        """x, position (B, Q, D); attend (Q, Q) or (B, 1, Q, Q) bool, True where the row may look at the column."""
-        dim = x.shape[-1]
-        both = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim])
-        value = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
-        query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (*both.chunk(2, -1), value))
-        mixed = F.scaled_dot_product_attention(query, key, value, attend, self.dropout if self.training else 0.)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))                          # (B, heads, Q, d) -> (B, Q, D)
+    def forward(self, x, position, sine, memory: Memory, attend):
+        x = self.self_norm(x + self.dropout(self.self_attention(x, position, attend)))
+        attended = self.cross_attention(x, position, sine, memory.tokens, memory.position,
+                                        ~memory.padding[:, None, None])
+        return self.ffn(self.cross_norm(x + self.dropout(attended)))
 
 
-class DecoderLayer(nn.Module):
+class DabDecoder(nn.Module):
+    """Refines anchors layer by layer: an anchor says where a query looks, and how wide and high."""
+    def __init__(self, classes, dim, heads, ffn_dim, layers, dropout, eps):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.layers = nn.ModuleList(DabDecoderLayer(dim, heads, ffn_dim, dropout, i == 0) for i in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.position = xavier_(MLP(2 * dim, dim, dim))
+        self.position_scale = xavier_(MLP(dim, dim, dim))
+        self.anchor_size = xavier_(MLP(dim, dim, 2))
+        self.class_heads, self.box_heads = Heads(class_head(dim, classes), 1), Heads(box_head(dim), 1)
+
+    def forward(self, memory: Memory, content: Tensor, boxes: Tensor, attend: Tensor | None) -> Detections:
+        """content (B, Q, D), boxes (B, Q, 4), attend (Q, Q), (B, Q, Q) or None: every query sees every other."""
+        attend, anchors, outputs, predicted = for_heads(attend), full_precision(boxes), [], []
+        undetached, half = anchors, self.dim // 2
+        for index, layer in enumerate(self.layers):
+            encoded = box_positions(anchors, half)                                        # (B, Q, 2D): y, x, w, h
+            position, sine = self.position(encoded), encoded[..., :self.dim]
+            if index:
+                sine = sine * self.position_scale(content)
+            # Attention around the anchor is stretched by (wanted size) / (its size), in y and x on their own.
+            width, height = (full_precision(self.anchor_size(content)).sigmoid() / anchors[..., 2:]).split(1, -1)
+            sine = torch.cat([sine[..., :half] * height, sine[..., half:] * width], -1)
+            content = layer(content, position, sine, memory, attend)
+            outputs.append(self.norm(content))
+            # Look forward twice: a prediction refines the *undetached* anchor of the layer before, while what the next
+            # layer looks at is detached. The learned anchors themselves are trained through the first layer.
+            refined = full_precision(self.box_heads.of(index)(outputs[-1])) + inverse_sigmoid(undetached, self.eps)
+            predicted.append(refined.sigmoid())
+            if layer is not self.layers[-1]:
+                # The next anchor comes from the raw output, the prediction above from the normed one.
+                offset = full_precision(self.box_heads.of(index)(content))
+                undetached = (offset + inverse_sigmoid(anchors, self.eps)).sigmoid()
+                anchors = undetached.detach()
+        logits = torch.stack([self.class_heads.of(i)(x) for i, x in enumerate(outputs)])
+        return Detections(full_precision(logits), torch.stack(predicted))
+
+
+class DeformableDecoderLayer(nn.Module):
     def __init__(self, dim, heads, ffn_dim, levels, points, dropout):
         super().__init__()
         self.self_attention, self.self_norm = SelfAttention(dim, heads, dropout), nn.LayerNorm(dim)
@@ -374,28 +335,54 @@ class DecoderLayer(nn.Module):
         return self.ffn(self.cross_norm(x + self.dropout(attended)))
 
 
-class DinoDecoder(nn.Module):
-    """Refines reference boxes layer by layer; the heads are shared by all layers."""
-    eps = 1e-3                                           # of every inverse_sigmoid in DINO
-
-    def __init__(self, classes, dim, heads, ffn_dim, layers, levels, points, dropout):
+class DeformableDecoder(nn.Module):
+    """Deformable DETR's: fixed positional queries, and references that stay (plain) or are refined by each layer."""
+    def __init__(self, classes, dim, heads, ffn_dim, layers, levels, points, dropout, eps, refine):
         super().__init__()
-        self.dim, self.points = dim, points
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_dim, levels, points, dropout) for _ in range(layers))
+        self.points, self.eps, self.refine = points, eps, refine
+        self.layers = nn.ModuleList(DeformableDecoderLayer(dim, heads, ffn_dim, levels, points, dropout)
+                                    for _ in range(layers))
+        copies = layers if refine else 1
+        self.class_heads, self.box_heads = Heads(class_head(dim, classes), copies), Heads(box_head(dim), copies)
+
+    def forward(self, memory: Memory, content: Tensor, position: Tensor, references: Tensor,
+                attend: Tensor | None) -> Detections:
+        """content, position (B, Q, D); references (B, Q, 2) points or (B, Q, 4) boxes; attend as in DabDecoder."""
+        attend, references, outputs, predicted = for_heads(attend), full_precision(references), [], []
+        ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]       # (B, 1, levels, 4)
+        for index, layer in enumerate(self.layers):
+            size = references.shape[-1]
+            centre, side = (references[:, :, None] * ratios[..., :size]).split([2, size - 2], -1)    # (B, Q, levels, .)
+            unit = side * (0.5 / self.points) if size == 4 else cell_sizes(memory.shapes, side.device)
+            content = layer(content, position, centre, unit, memory, attend)
+            outputs.append(content)
+            # A point has no size to refine: there the head gives width and height outright.
+            offset, known = full_precision(self.box_heads.of(index)(content)), inverse_sigmoid(references, self.eps)
+            predicted.append((offset + F.pad(known, (0, 4 - size))).sigmoid())
+            if self.refine:
+                references = predicted[-1].detach()
+        logits = torch.stack([self.class_heads.of(i)(x) for i, x in enumerate(outputs)])
+        return Detections(full_precision(logits), torch.stack(predicted))
+
+
+class DinoDecoder(nn.Module):
+    """Refines reference boxes layer by layer, each query's position made anew from its box; looks forward twice."""
+    def __init__(self, classes, dim, heads, ffn_dim, layers, levels, points, dropout, eps, shared_heads):
+        super().__init__()
+        self.dim, self.points, self.eps = dim, points, eps
+        self.layers = nn.ModuleList(DeformableDecoderLayer(dim, heads, ffn_dim, levels, points, dropout)
+                                    for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.position = MLP(2 * dim, dim, dim)
-        for layer in self.position.layers:
-            nn.init.xavier_uniform_(layer.weight)
-        self.class_head, self.box_head = class_head(dim, classes), box_head(dim)
+        self.position = xavier_(MLP(2 * dim, dim, dim))
+        copies = 1 if shared_heads else layers
+        self.class_heads, self.box_heads = Heads(class_head(dim, classes), copies), Heads(box_head(dim), copies)
 
     def forward(self, memory: Memory, content: Tensor, boxes: Tensor, attend: Tensor | None) -> Detections:
-        """content (B, Q, D), boxes (B, Q, 4), attend (Q, Q), (B, Q, Q) or None: every query sees every other."""
-        if attend is not None and attend.ndim == 3:
-            attend = attend[:, None]                                                      # (B, 1, Q, Q), for all heads
+        """content (B, Q, D), boxes (B, Q, 4), attend as in DabDecoder."""
+        attend, boxes, outputs, predicted = for_heads(attend), full_precision(boxes), [], []
         ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]       # (B, 1, levels, 4)
-        boxes = full_precision(boxes)
-        detached, undetached, outputs, predicted = boxes.detach(), boxes, [], []
-        for layer in self.layers:
+        detached, undetached = boxes.detach(), boxes
+        for index, layer in enumerate(self.layers):
             centre, side = (detached[:, :, None] * ratios).split(2, -1)                   # (B, Q, levels, 2)
             # The position is that on level 0 alone, as official.
             position = self.position(box_positions(torch.cat([centre[:, :, 0], side[:, :, 0]], -1), self.dim // 2))
@@ -403,25 +390,33 @@ class DinoDecoder(nn.Module):
             outputs.append(self.norm(content))
             # Look forward twice: a prediction refines the *undetached* box of the layer before, so its loss trains two
             # layers' box offsets, while what the next layer looks at is detached.
-            refined = full_precision(self.box_head(outputs[-1])) + inverse_sigmoid(undetached, self.eps)
+            refined = full_precision(self.box_heads.of(index)(outputs[-1])) + inverse_sigmoid(undetached, self.eps)
             predicted.append(refined.sigmoid())
             if layer is not self.layers[-1]:
                 # The next reference comes from the raw output, the prediction above from the normed one.
-                undetached = (full_precision(self.box_head(content)) + inverse_sigmoid(detached, self.eps)).sigmoid()
+                offset = full_precision(self.box_heads.of(index)(content))
+                undetached = (offset + inverse_sigmoid(detached, self.eps)).sigmoid()
                 detached = undetached.detach()
-        return Detections(full_precision(self.class_head(torch.stack(outputs))), torch.stack(predicted))
+        logits = torch.stack([self.class_heads.of(i)(x) for i, x in enumerate(outputs)])
+        return Detections(full_precision(logits), torch.stack(predicted))
 
 
 class Proposals(nn.Module):
-    """The encoder's own detections: every token proposes a box, the best become reference boxes (two-stage)."""
-    def __init__(self, classes, dim):
-        super().__init__()
-        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-        nn.init.xavier_uniform_(self.project.weight)
-        self.class_head, self.box_head = class_head(dim, classes), box_head(dim)
+    """The encoder's own detections: every token proposes a box, the best become reference boxes (two-stage).
 
-    def forward(self, memory: Memory, count: int) -> Detections:
-        """The `count` tokens of highest class score, best first; all tokens if there are fewer."""
+    binary: Deformable DETR's. Class 0 stands for "object", whatever its class, and every token is trained; otherwise
+    (DINO) a token is as good as its best class, and only the chosen ones are trained.
+    """
+    def __init__(self, class_head: nn.Module, box_head: nn.Module, dim: int, binary: bool):
+        super().__init__()
+        self.binary = binary
+        self.project, self.norm = xavier_(nn.Linear(dim, dim)), nn.LayerNorm(dim)
+        # The official heads of the proposals start as copies of the decoder's.
+        self.class_head, self.box_head = copy.deepcopy(class_head), copy.deepcopy(box_head)
+
+    def forward(self, memory: Memory, count: int) -> tuple[Detections, Tensor]:
+        """-> detections to train (L = 1), and the boxes (B, Q, 4), detached, of the `count` best tokens, best first
+        (of all tokens, if there are fewer)."""
         centres = token_centres(memory.shapes, memory.valid_ratios)                       # (B, S, 2)
         sides = torch.cat([centres.new_full((h * w, 2), 0.05 * 2 ** level)                # w = h = 0.05, 0.1, ...
                            for level, (h, w) in enumerate(memory.shapes)])
@@ -431,10 +426,16 @@ class Proposals(nn.Module):
         anchors = (anchors / (1 - anchors)).log().masked_fill(~usable, math.inf)
         tokens = self.norm(self.project(memory.tokens.masked_fill(~usable, 0.)))
         logits = full_precision(self.class_head(tokens))                                  # (B, S, C)
-        best = logits.amax(-1).topk(min(count, logits.shape[1]), 1).indices[..., None]    # (B, Q, 1)
-        logits, tokens, anchors = (x.gather(1, best.expand(-1, -1, x.shape[-1])) for x in (logits, tokens, anchors))
-        boxes = (full_precision(self.box_head(tokens)) + anchors).sigmoid()               # of the chosen tokens only
-        return Detections(logits[None], boxes[None])
+        scores = logits[..., 0] if self.binary else logits.amax(-1)
+        best = scores.topk(min(count, scores.shape[1]), 1).indices[..., None]             # (B, Q, 1)
+
+        def chosen(x):                                                                    # (B, S, .) -> (B, Q, .)
+            return x.gather(1, best.expand(-1, -1, x.shape[-1]))
+
+        if not self.binary:                    # box_head is three wide layers: not for tokens that nothing depends on
+            logits, tokens, anchors = chosen(logits), chosen(tokens), chosen(anchors)
+        boxes = (full_precision(self.box_head(tokens)) + anchors).sigmoid()
+        return Detections(logits[None], boxes[None]), (chosen(boxes) if self.binary else boxes).detach()
 
 
 # ------------------------------------------------------------------------------------------------------------ denoising
@@ -480,31 +481,292 @@ def denoising_queries(targets: criterion.Targets, embedding: Tensor, noise: dict
     return content.flatten(1, 2), boxes.flatten(1, 2)
 
 
+# ------------------------------------------------------------------------------------------------ what detectors share
+
+class Queries(NamedTuple):
+    """A group of decoder queries."""
+    content: Tensor                    # (B, Q, D)
+    boxes: Tensor                      # (B, Q, 4) reference boxes; (B, Q, 2) points in a one-stage Deformable DETR
+    position: Tensor | None = None     # (B, Q, D), where the detector does not make it from the boxes
+
+
+def attention_groups(learned: int, extra: tuple | None, device, groups: int = 0, objects: int = 0) -> Tensor | None:
+    """(Q, Q) or (B, Q, Q) bool mask of a joint pass, True where the row may look at the column; None: everywhere.
+
+    Queries come in the order [denoising, learned, extra]. Denoising groups, of 2 * objects queries, see themselves and
+    the learned queries, learned queries only learned ones (seeing a noised object would give its answer away); extra
+    queries see what their own `attend` says and nothing else.
+    """
+    if not groups and extra is None:
+        return None
+    noised = torch.arange(2 * groups * objects, device=device) // (2 * max(objects, 1))
+    group = torch.cat([noised, torch.full((learned,), groups, device=device)])
+    attend = (group[:, None] == group) | (group == groups)                                # (Q, Q)
+    if extra is None:
+        return attend
+    content, _, among, _ = extra
+    batch, count = content.shape[:2]
+    attend = F.pad(attend.expand(batch, -1, -1), (0, count, 0, count))                    # (B, Q + E, Q + E), False
+    attend[:, len(group):, len(group):] = True if among is None else among
+    return attend
+
+
+class Detector(nn.Module):
+    """encode -> memory, decode -> detections, losses by their official names: what the three detectors share.
+
+    A detector sets backbone, encoder, decoder, num_classes, num_queries, decoder_layers, and says what its learned
+    queries are and how any others are decoded.
+    """
+    matcher_weights = (2., 5., 2.)                       # class, L1, GIoU
+    loss_scales = {"ce": 1., "bbox": 5., "giou": 2.}
+    eps = 1e-6                                           # of the GIoU
+    label_embedding = None                               # (C, D) content of a query that is told its class, if there is
+    rates = {"lr": 1e-4, "backbone_lr": 1e-5}            # official, for 16 images a step
+    slow = ()                                            # parts of names of parameters with a tenth of the rate
+
+    def __init__(self, num_classes: int, backbone: nn.Module, num_queries: int, decoder_layers: int):
+        super().__init__()
+        self.num_classes, self.num_queries, self.decoder_layers = num_classes, num_queries, decoder_layers
+        self.backbone = backbone
+
+    def encode(self, images: Tensor, padding: Tensor) -> Memory:
+        """images (B, 3, H, W), normalised; padding (B, H, W) bool."""
+        return self.encoder(self.backbone(images), padding)
+
+    def decode(self, memory: Memory, content: Tensor, boxes: Tensor, attend: Tensor | None = None,
+               position: Tensor | None = None) -> Detections:
+        """Decode any queries: content (B, Q, D), reference boxes (B, Q, 4), attend (B, Q, Q) or None: all see all.
+
+        Q = 0 is fine. position: (B, Q, D), only for a detector that does not make it from boxes (Deformable DETR).
+        """
+        if position is not None:
+            raise ValueError(f"{type(self).__name__} makes its positional queries from boxes: pass position=None")
+        return self.decoder(memory, content, boxes, attend)
+
+    def learned_queries(self, memory: Memory) -> tuple[Queries, Detections | None]:
+        """The detector's own queries for this memory, and the encoder's detections that they come from, if any."""
+        raise NotImplementedError
+
+    def caller_queries(self, extra: tuple) -> Queries:
+        """The caller's queries (content, boxes, attend, valid) in the form in which the learned ones are decoded."""
+        return Queries(extra[0], extra[1])
+
+    def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None,
+                extra: tuple | None = None) -> Output:
+        """All queries in one decoder pass: learned ones, and the caller's, the two groups unseen by each other.
+
+        targets: per image "labels" (K_b,) and "boxes" (K_b, 4); only denoising queries (DINO) are made of them.
+        extra: (content (B, E, D), boxes (B, E, 4), attend (B, E, E) or None, valid), decoded unseen by and not seeing
+        the other queries; valid (B, E) only matters to the caller's loss.
+        """
+        memory = self.encode(images, padding)
+        learned, proposals = self.learned_queries(memory)
+        attend = attention_groups(learned.content.shape[1], extra, images.device)
+        found = self.decode_together(memory, [learned] + ([self.caller_queries(extra)] if extra else []), attend)
+        return Output(memory, found[0], proposals, None, found[1] if extra else None)
+
+    def decode_together(self, memory: Memory, groups: list[Queries], attend: Tensor | None) -> list[Detections]:
+        """One pass for several groups, then each group's own detections."""
+        content, boxes, position = (None if x[0] is None else torch.cat(x, 1) for x in zip(*groups))
+        found = self.decode(memory, content, boxes, attend, position)
+        sizes = [group.content.shape[1] for group in groups]
+        return [Detections(l, b) for l, b in zip(found.logits.split(sizes, 2), found.boxes.split(sizes, 2))]
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Of the losses' names, in the order of `layer_losses`: the last decoder layer has none."""
+        return [f"_{i}" for i in range(self.decoder_layers - 1)] + [""]
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Official, the same for every layer: class 1 (Deformable DETR 2), L1 5, GIoU 2."""
+        return {f"loss_{kind}{suffix}": weight for suffix in self.suffixes for kind, weight in self.loss_scales.items()}
+
+    def loss(self, output: Output, targets: list[dict]) -> dict[str, Tensor]:
+        """Unweighted losses by their official names: loss_ce, loss_bbox, loss_giou of the last layer, _0, _1, .. of the
+        others; of the encoder's detections _enc (Deformable DETR) or _interm (DINO), of DINO's denoising queries _dn,
+        _dn_0, .. (0 when there are none).
+
+        Raises ValueError on predictions or targets that are not finite.
+        """
+        wanted = criterion.pad_targets(targets)
+        count = criterion.normaliser(wanted.counts, output.detections.logits.device)
+        values = [torch.cat(parts) for parts in zip(*self.layer_losses(output, wanted, count))]       # ce, bbox, giou
+        return {f"loss_{kind}{suffix}": x for kind, each in zip(self.loss_scales, values)
+                for suffix, x in zip(self.suffixes, each.unbind(), strict=True)}
+
+    def layer_losses(self, output: Output, wanted: criterion.Targets, count: Tensor) -> list[tuple]:
+        """[(ce, bbox, giou)], tensors of one number a layer, which `suffixes` names in order."""
+        return [self.matched_losses(output.detections.logits, output.detections.boxes, wanted, count)]
+
+    def matched_losses(self, logits: Tensor, boxes: Tensor, wanted: criterion.Targets, count: Tensor) -> tuple:
+        query, matched = criterion.match(logits, boxes, wanted, self.matcher_weights, self.eps)
+        return criterion.set_losses(logits, boxes, wanted, query, matched, count, self.eps)
+
+    def parameter_groups(self, lr: float | None = None, backbone_lr: float | None = None) -> list[dict]:
+        """For AdamW, as official: the backbone slower, in Deformable DETR also the reference points and the sampling
+        offsets; weight decay on everything, no frozen parameters. None: the official rates (`rates`)."""
+        lr = self.rates["lr"] if lr is None else lr
+        backbone_lr = self.rates["backbone_lr"] if backbone_lr is None else backbone_lr
+        groups = [{"params": [], "lr": rate} for rate in (lr, backbone_lr, 0.1 * lr)]
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                group = 1 if name.startswith("backbone.") else 2 if any(part in name for part in self.slow) else 0
+                groups[group]["params"].append(parameter)
+        return [group for group in groups if group["params"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- DAB-DETR
+
+class DabDetr(Detector):
+    """DAB-DETR (Liu et al. 2022): dense attention on one feature map, queries that are learned anchor boxes.
+
+    The defaults of __init__ are the official R50 recipe. See `build` for the arguments.
+    """
+    def __init__(self, num_classes, backbone, *, hidden_dim=256, heads=8, ffn_dim=2048, encoder_layers=6,
+                 decoder_layers=6, num_queries=300, num_patterns=0, feature_stride=32, dropout=0.,
+                 position_temperature=20., position_offset=0., logit_eps=1e-3):
+        super().__init__(num_classes, backbone, num_queries, decoder_layers)
+        self.encoder = DenseEncoder(backbone.channels, hidden_dim, heads, ffn_dim, encoder_layers, feature_stride,
+                                    dropout, position_temperature, position_offset)
+        self.decoder = DabDecoder(num_classes, hidden_dim, heads, ffn_dim, decoder_layers, dropout, logit_eps)
+        self.anchors = nn.Embedding(num_queries, 4)      # before the sigmoid
+        self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
+
+    @property
+    def learned_content(self) -> Tensor:
+        """(num_patterns or 1, D): an anchor is asked with each pattern, without patterns with nothing, zeros."""
+        return self.anchors.weight.new_zeros(1, self.decoder.dim) if self.patterns is None else self.patterns.weight
+
+    def learned_queries(self, memory: Memory) -> tuple[Queries, None]:
+        """Every anchor with the first pattern, every anchor with the second, ..."""
+        batch, content = len(memory.tokens), self.learned_content
+        boxes = self.anchors.weight.sigmoid().repeat(len(content), 1)                     # (P * Q, 4)
+        content = content.repeat_interleave(self.num_queries, 0)                          # (P * Q, D)
+        return Queries(content.expand(batch, -1, -1), boxes.expand(batch, -1, -1)), None
+
+
+# ------------------------------------------------------------------------------------------------------ Deformable DETR
+
+class DeformableDetr(Detector):
+    """Deformable DETR (Zhu et al. 2021), plain, with box refinement, or with refinement and two stages.
+
+    The defaults of __init__ are the official R50 recipe without refinement. See `build` for the arguments.
+    """
+    eps = 0.
+    loss_scales = {"ce": 2., "bbox": 5., "giou": 2.}
+    rates = {"lr": 2e-4, "backbone_lr": 2e-5}            # official, for 32 images a step
+    slow = ("reference.", "sampling_offsets.")
+
+    def __init__(self, num_classes, backbone, *, hidden_dim=256, heads=8, ffn_dim=1024, encoder_layers=6,
+                 decoder_layers=6, num_queries=300, feature_levels=4, points=4, dropout=0.1, box_refine=False,
+                 two_stage=False, position_temperature=10000., position_offset=-0.5, logit_eps=1e-5):
+        super().__init__(num_classes, backbone, num_queries, decoder_layers)
+        if two_stage and not box_refine:
+            raise ValueError("two_stage needs box_refine: the encoder's boxes are there to be refined")
+        self.encoder = DeformableEncoder(backbone.channels, hidden_dim, heads, ffn_dim, encoder_layers, feature_levels,
+                                         points, dropout, position_temperature, position_offset)
+        self.decoder = DeformableDecoder(num_classes, hidden_dim, heads, ffn_dim, decoder_layers, feature_levels,
+                                         points, dropout, logit_eps, box_refine)
+        self.two_stage = two_stage
+        if two_stage:
+            self.proposals = Proposals(self.decoder.class_heads[0], self.decoder.box_heads[0], hidden_dim, binary=True)
+            self.position = BoxQueries(hidden_dim)
+        else:
+            self.queries = nn.Embedding(num_queries, 2 * hidden_dim)                      # position, then content
+            self.reference = xavier_(nn.Linear(hidden_dim, 2))
+            nn.init.zeros_(self.reference.bias)
+            # The first layer of heads starts with small boxes; refined ones, and proposals, bring sizes of their own.
+            nn.init.constant_(self.decoder.box_heads[0].layers[-1].bias[2:], -2.)
+            # Not learned, and the same in every model of this width: teacher and student place a caller's query alike.
+            fixed = torch.randn(2 * hidden_dim, hidden_dim, generator=torch.Generator().manual_seed(0), device="cpu")
+            self.register_buffer("box_map", fixed / hidden_dim ** 0.5, persistent=False)
+
+    @property
+    def learned_content(self) -> Tensor | None:
+        """(Q, D) content of the learned queries; None with two stages, which make theirs from the proposed boxes."""
+        return None if self.two_stage else self.queries.weight.chunk(2, 1)[1]
+
+    def learned_queries(self, memory: Memory) -> tuple[Queries, Detections | None]:
+        if self.two_stage:
+            proposals, boxes = self.proposals(memory, self.num_queries)
+            position, content = self.position(boxes)
+            return Queries(content, boxes, position), proposals
+        position, content = self.queries.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)
+        return Queries(content, self.reference(position).sigmoid(), position), None
+
+    def caller_queries(self, extra: tuple) -> Queries:
+        content, boxes = extra[:2]
+        return Queries(content, boxes if self.two_stage else boxes[..., :2], self.box_position(boxes))
+
+    def box_position(self, boxes: Tensor) -> Tensor:
+        """(B, Q, 4) -> (B, Q, D): the two-stage model's own position, or a fixed random map of the sine encoding.
+
+        One-stage models learned a position for each query and none for boxes; the random map has the learned ones'
+        spread at the start (1), and lets queries tell their boxes apart.
+        """
+        if self.two_stage:
+            return self.position(boxes)[0]
+        width = self.box_map.shape[1]
+        return box_positions(full_precision(boxes), width // 2, order=(0, 1, 2, 3)) @ self.box_map
+
+    def decode(self, memory: Memory, content: Tensor, boxes: Tensor, attend: Tensor | None = None,
+               position: Tensor | None = None) -> Detections:
+        """Decode any queries, see Detector.decode. boxes: (B, Q, 4), or points (B, Q, 2) with a position of your own.
+
+        A one-stage model looks from the boxes' centres, as its first layer was trained to. position: None makes it
+        from the boxes by `box_position`.
+        """
+        if position is None:
+            if boxes.shape[-1] != 4:
+                raise ValueError("points have no extent to make a position from: pass boxes (B, Q, 4), or a position")
+            position = self.box_position(boxes)
+        if self.two_stage and boxes.shape[-1] != 4:
+            raise ValueError("the first layer of two stages was trained on boxes: pass (B, Q, 4), not points")
+        return self.decoder(memory, content, position, boxes if self.two_stage else boxes[..., :2], attend)
+
+    @property
+    def suffixes(self) -> list[str]:
+        return super().suffixes + ["_enc"] * self.two_stage
+
+    def layer_losses(self, output: Output, wanted: criterion.Targets, count: Tensor) -> list[tuple]:
+        losses = super().layer_losses(output, wanted, count)
+        if self.two_stage:                               # all tokens, matched to objects of one class
+            objects = wanted._replace(labels=torch.zeros_like(wanted.labels))
+            losses.append(self.matched_losses(output.proposals.logits, output.proposals.boxes, objects, count))
+        return losses
+
+
+class BoxQueries(nn.Module):
+    """Boxes -> positional and content queries of two-stage Deformable DETR, from their sine encoding."""
+    def __init__(self, dim: int):
+        super().__init__()
+        self.project, self.norm = xavier_(nn.Linear(2 * dim, 2 * dim)), nn.LayerNorm(2 * dim)
+
+    def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Q, 4) -> position, content (B, Q, D)."""
+        encoded = box_positions(full_precision(boxes), self.project.in_features // 4, order=(0, 1, 2, 3))   # (B, Q, 2D)
+        return self.norm(self.project(encoded)).chunk(2, -1)
+
+
 # ----------------------------------------------------------------------------------------------------------------- DINO
 
-class Dino(nn.Module):
+class Dino(Detector):
     """DINO (Zhang et al. 2022): deformable encoder and decoder, two-stage mixed query selection, contrastive denoising.
 
     The defaults of __init__ are the official 4-scale R50 recipe. See `build` for the arguments.
     """
-    eps = 1e-6                                           # of the GIoU
-    matcher_weights = (2., 5., 2.)                       # class, L1, GIoU
-
     def __init__(self, num_classes, backbone, *, hidden_dim=256, heads=8, ffn_dim=2048, encoder_layers=6,
-                 decoder_layers=6, num_queries=900, feature_levels=4, points=4, dropout=0.,
-                 denoising=100, box_noise=0.4, label_noise=0.5):
-        super().__init__()
-        self.num_classes, self.num_queries, self.decoder_layers = num_classes, num_queries, decoder_layers
+                 decoder_layers=6, num_queries=900, feature_levels=4, points=4, dropout=0., shared_heads=True,
+                 denoising=100, box_noise=0.4, label_noise=0.5, position_temperature=20., position_offset=0.,
+                 logit_eps=1e-3):
+        super().__init__(num_classes, backbone, num_queries, decoder_layers)
         self.denoising, self.box_noise, self.label_noise = denoising, box_noise, label_noise
-        self.backbone = backbone
         self.encoder = DeformableEncoder(backbone.channels, hidden_dim, heads, ffn_dim, encoder_layers, feature_levels,
-                                         points, dropout, temperature=20., offset=0.)
-        self.decoder = DinoDecoder(num_classes, hidden_dim, heads, ffn_dim, decoder_layers, feature_levels,
-                                   points, dropout)
-        self.proposals = Proposals(num_classes, hidden_dim)
-        # The official heads of the proposals start as copies of the decoder's.
-        self.proposals.class_head.load_state_dict(self.decoder.class_head.state_dict())
-        self.proposals.box_head.load_state_dict(self.decoder.box_head.state_dict())
+                                         points, dropout, position_temperature, position_offset)
+        self.decoder = DinoDecoder(num_classes, hidden_dim, heads, ffn_dim, decoder_layers, feature_levels, points,
+                                   dropout, logit_eps, shared_heads)
+        self.proposals = Proposals(self.decoder.class_heads[0], self.decoder.box_heads[0], hidden_dim, binary=False)
         self.content = nn.Embedding(num_queries, hidden_dim)
         nn.init.xavier_uniform_(self.content.weight)
         self.label_embed = nn.Embedding(num_classes + 1, hidden_dim)     # the last row is never drawn; official has it
@@ -519,99 +781,50 @@ class Dino(nn.Module):
         """(Q, D) content of the learned queries, by rank of the proposal."""
         return self.content.weight
 
-    def encode(self, images: Tensor, padding: Tensor) -> Memory:
-        return self.encoder(self.backbone(images), padding)
-
-    def decode(self, memory: Memory, content: Tensor, boxes: Tensor, attend: Tensor | None = None,
-               position: None = None) -> Detections:
-        """Decode any queries: content (B, Q, D), reference boxes (B, Q, 4), attend (B, Q, Q) or None: all see all.
-
-        Q = 0 is fine. The boxes get no gradient through where the decoder looks, only through what it predicts.
-        position is part of the contract for detectors that cannot make it from boxes; DINO does and takes None only.
-        """
-        if position is not None:
-            raise ValueError("DINO makes its positional queries from boxes: pass position=None")
-        return self.decoder(memory, content, boxes, attend)
+    def learned_queries(self, memory: Memory) -> tuple[Queries, Detections]:
+        """Mixed query selection: boxes from the encoder (detached), content learned, by rank."""
+        proposals, boxes = self.proposals(memory, self.num_queries)
+        return Queries(self.content.weight[:boxes.shape[1]].expand(len(boxes), -1, -1), boxes), proposals
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None, extra: tuple | None = None,
                 noise: dict[str, Tensor] | None = None) -> Output:
-        """All queries in one decoder pass, as groups: [denoising, learned, extra].
+        """See Detector.forward. In training mode denoising queries are made of the targets, unless there are none.
 
-        targets: per image "labels" (K_b,) and "boxes" (K_b, 4); denoising queries are made of them in training mode.
-        extra: (content (B, E, D), boxes (B, E, 4), attend (B, E, E) or None, valid), decoded unseen by and not seeing
-        the other groups; valid (B, E) only matters to the caller's loss. noise: fixed draws, see `denoising_noise`.
+        Where the decoder looks sends no gradient to the boxes, only what it predicts does.
+        noise: fixed draws for the denoising queries, see `denoising_noise`.
         """
+        if not (self.training and targets is not None):
+            return super().forward(images, padding, targets, extra)
         memory = self.encode(images, padding)
-        proposals = self.proposals(memory, self.num_queries)
-        # Mixed query selection: boxes from the encoder (detached), content learned, by rank.
-        boxes = [proposals.boxes[0].detach()]
-        content = [self.content.weight[:boxes[0].shape[1]].expand(len(images), -1, -1)]
-        slots, groups, objects, learned = 0, 0, 0, boxes[0].shape[1]
-        if self.training:
-            # label_embed stays in the graph without denoising queries: distributed training waits for every gradient.
-            content[0] = content[0] + 0. * self.label_embed.weight[0, 0]
-        if self.training and self.denoising > 0 and targets is not None:
-            padded = criterion.pad_targets(targets)
-            objects = padded.labels.shape[1]
-            groups = denoising_groups(self.denoising, objects)
-            slots = 2 * groups * objects
-        if slots:
+        learned, proposals = self.learned_queries(memory)
+        # label_embed stays in the graph without denoising queries: distributed training waits for every gradient.
+        learned = learned._replace(content=learned.content + 0. * self.label_embed.weight[0, 0])
+        padded, noised = criterion.pad_targets(targets), []
+        objects = padded.labels.shape[1]
+        groups = denoising_groups(self.denoising, objects) if self.denoising > 0 else 0
+        if groups:
             noise = noise or denoising_noise(len(images), groups, objects, self.num_classes, images.device)
-            noised = denoising_queries(padded, self.label_embed.weight, noise, self.label_noise, self.box_noise,
-                                       self.decoder.eps)
-            content.insert(0, noised[0])
-            boxes.insert(0, noised[1])
-        if extra is not None:
-            content.append(extra[0])
-            boxes.append(extra[1])
-        attend = self.attention_groups(learned, groups, objects, extra, images.device)
-        decoded = self.decode(memory, torch.cat(content, 1), torch.cat(boxes, 1), attend)
+            noised.append(Queries(*denoising_queries(padded, self.label_embed.weight, noise, self.label_noise,
+                                                     self.box_noise, self.decoder.eps)))
+        attend = attention_groups(learned.content.shape[1], extra, images.device, groups, objects)
+        queries = [*noised, learned] + ([self.caller_queries(extra)] if extra else [])
+        found = self.decode_together(memory, queries, attend)
+        known = Denoising(found[0].logits, found[0].boxes, groups, objects) if noised else None
+        return Output(memory, found[len(noised)], proposals, known, found[-1] if extra else None)
 
-        sizes = [slots, learned, decoded.boxes.shape[2] - slots - learned]
-        logits, boxes = decoded.logits.split(sizes, 2), decoded.boxes.split(sizes, 2)
-        return Output(memory, Detections(logits[1], boxes[1]), proposals,
-                      Denoising(logits[0], boxes[0], groups, objects) if slots else None,
-                      Detections(logits[2], boxes[2]) if extra is not None else None)
+    @property
+    def suffixes(self) -> list[str]:
+        layers = super().suffixes
+        return layers + ["_interm"] + [f"_dn{suffix}" for suffix in layers if self.denoising > 0]
 
-    @staticmethod
-    def attention_groups(learned: int, groups: int, objects: int, extra: tuple | None, device) -> Tensor | None:
-        """(Q, Q) or (B, Q, Q) bool mask of the joint pass, True where the row may look at the column; None: everywhere.
-
-        Denoising groups see themselves and the learned queries, learned queries only learned ones (seeing a noised
-        object would give its answer away); extra queries see what their own `attend` says and nothing else.
-        """
-        if not groups and extra is None:
-            return None
-        noised = torch.arange(2 * groups * objects, device=device) // (2 * max(objects, 1))
-        group = torch.cat([noised, torch.full((learned,), groups, device=device)])
-        attend = (group[:, None] == group) | (group == groups)                            # (Q, Q)
-        if extra is None:
-            return attend
-        content, _, among, _ = extra
-        batch, count = content.shape[:2]
-        attend = F.pad(attend.expand(batch, -1, -1), (0, count, 0, count))                # (B, Q + E, Q + E), False
-        attend[:, len(group):, len(group):] = True if among is None else among
-        return attend
-
-    def loss(self, output: Output, targets: list[dict]) -> dict[str, Tensor]:
-        """Unweighted losses by their official names: loss_ce, loss_bbox, loss_giou of the last layer, _0, _1, .. of the
-        others, _interm of the encoder's proposals, _dn, _dn_0, .. of the denoising queries (0 when there are none).
-
-        Raises ValueError on predictions or targets that are not finite.
-        """
-        wanted = criterion.pad_targets(targets)
-        found = output.detections
-        count = criterion.normaliser(wanted.counts, found.logits.device)
+    def layer_losses(self, output: Output, wanted: criterion.Targets, count: Tensor) -> list[tuple]:
+        found, proposals = output.detections, output.proposals
         # The proposals are as many as the learned queries: one more layer to match, in the same call.
-        logits = torch.cat([found.logits, output.proposals.logits])
-        boxes = torch.cat([found.boxes, output.proposals.boxes])
-        query, matched = criterion.match(logits, boxes, wanted, self.matcher_weights, self.eps)
-        values = criterion.set_losses(logits, boxes, wanted, query, matched, count, self.eps)
+        losses = [self.matched_losses(torch.cat([found.logits, proposals.logits]),
+                                      torch.cat([found.boxes, proposals.boxes]), wanted, count)]
         if self.denoising > 0:
-            noised = self.denoising_losses(output.denoising, wanted, count)
-            values = [torch.cat(pair) for pair in zip(values, noised)]
-        return {f"loss_{kind}{suffix}": x for kind, each in zip(("ce", "bbox", "giou"), values)
-                for suffix, x in zip(self.suffixes, each.unbind(), strict=True)}
+            losses.append(self.denoising_losses(output.denoising, wanted, count))
+        return losses
 
     def denoising_losses(self, found: Denoising | None, wanted: criterion.Targets, count: Tensor) -> tuple:
         """(ce, bbox, giou), each (L,). Nothing to match: slot k of a group is object k, all other slots background."""
@@ -625,27 +838,17 @@ class Dino(nn.Module):
         query, matched = query.expand(*found.logits.shape[:2], -1), repeated.valid.expand(len(found.logits), -1, -1)
         return criterion.set_losses(found.logits, found.boxes, repeated, query, matched, count * groups, self.eps)
 
-    @property
-    def suffixes(self) -> list[str]:
-        """Of the losses' names, in the order in which `loss` stacks the predictions."""
-        layers = [f"_{i}" for i in range(self.decoder_layers - 1)] + [""]
-        return layers + ["_interm"] + [f"_dn{suffix}" for suffix in layers if self.denoising > 0]
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Official: class 1, L1 5, GIoU 2, the same for every layer, the proposals and the denoising queries."""
-        return {f"loss_{kind}{suffix}": weight for suffix in self.suffixes
-                for kind, weight in (("ce", 1.), ("bbox", 5.), ("giou", 2.))}
-
-    def parameter_groups(self, lr: float = 1e-4, backbone_lr: float = 1e-5) -> list[dict]:
-        """For AdamW, as official: the backbone slower, weight decay on everything, no frozen parameters."""
-        slow = {id(p) for p in self.backbone.parameters()}
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": [p for p in trained if id(p) not in slow], "lr": lr},
-                {"params": [p for p in trained if id(p) in slow], "lr": backbone_lr}]
-
 
 # ----------------------------------------------------------------------------------- build, postprocess, record, gflops
+
+CLASSES = dict(zip(DETECTORS, (DabDetr, DeformableDetr, Dino)))
+
+
+def options_of(name: str) -> dict:
+    """The overrides that detector `name` takes beside the backbone's, with their official values."""
+    parameters = inspect.signature(CLASSES[name].__init__).parameters
+    return {key: p.default for key, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+
 
 def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50", backbone_width: int = 64,
           pretrained_backbone: bool | str = True, frozen_backbone: bool | None = None, **overrides) -> nn.Module:
@@ -654,25 +857,33 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     backbone: "resnet18|34|50|101", or your own module: images -> list of maps, finest first, with .channels.
     backbone_width: 64 is the standard ResNet. pretrained_backbone: True (torchvision's ImageNet weights, downloaded),
     False, or a local file with torchvision's names; ignored for your own module. frozen_backbone: see `ResNet`; by
-    default True exactly with pretrained weights. Further overrides and their official values: the arguments of the
-    detector's class (`Dino`). feature_levels: up to 3 are the coarsest maps of the backbone (3: strides 8, 16, 32),
-    more are made by strided convolutions. denoising: number of queries, see `denoising_groups`; 0 for none.
+    default True exactly with pretrained weights. Further overrides and their official values: `options_of(name)`.
+
+    hidden_dim, heads, ffn_dim, encoder_layers, decoder_layers, num_queries, dropout: all detectors.
+    feature_levels, points: not DAB-DETR. Up to 3 levels are the coarsest maps of the backbone (3: strides 8, 16, 32),
+        more are made by strided convolutions.
+    num_patterns, feature_stride: DAB-DETR. Contents that each anchor is asked with, 0 for none; the backbone's map of
+        stride 8, 16 or 32 that is read.
+    box_refine, two_stage: Deformable DETR. Each layer refines the boxes; they start from the encoder's own.
+    denoising, box_noise, label_noise: DINO. Number of queries, see `denoising_groups`, 0 for none; their noise.
+    position_temperature, position_offset, logit_eps; shared_heads (DINO): the official values differ between detectors;
+        other programs' models of the same name want others (see checkpoints.py).
 
     model.config holds the resolved overrides as plain values: build(name, num_classes, **model.config) gives the same
     architecture, without downloading pretrained weights again. Raises ValueError on unknown names and values.
     """
     if name not in DETECTORS:
         raise ValueError(f"unknown detector {name!r}: choose one of {', '.join(DETECTORS)}")
-    if name != "dino":
-        raise ValueError(f"{name} is not part of this version yet: use dino")
-    options = {k: p.default for k, p in inspect.signature(Dino.__init__).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    options = options_of(name)
     if unknown := sorted(overrides.keys() - options):
         raise ValueError(f"{name} has no option {', '.join(unknown)}: it has {', '.join(options)}")
     options |= overrides
     if options["hidden_dim"] % 4 or options["hidden_dim"] % options["heads"]:
         raise ValueError(f"hidden_dim {options['hidden_dim']} must be a multiple of 4 and of heads {options['heads']}")
-    if options["feature_levels"] < 1 or options["decoder_layers"] < 1:
+    if options["decoder_layers"] < 1 or options.get("feature_levels", 1) < 1:
         raise ValueError("feature_levels and decoder_layers must be at least 1")
+    if options.get("feature_stride", 32) not in (8, 16, 32):
+        raise ValueError(f"feature_stride {options['feature_stride']}: choose 8, 16 or 32")
     custom = isinstance(backbone, nn.Module)
     frozen = bool(pretrained_backbone) if frozen_backbone is None else frozen_backbone
     if custom:
@@ -689,7 +900,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
         body = ResNet(backbone, backbone_width, frozen)
         if pretrained_backbone:
             body.load_pretrained(backbone, pretrained_backbone)
-    model = Dino(num_classes, body, **options)
+    model = CLASSES[name](num_classes, body, **options)
     model.detector = name
     model.config = {"backbone": "custom" if custom else backbone, "backbone_width": backbone_width,
                     "pretrained_backbone": False, "frozen_backbone": frozen, **options}
@@ -712,25 +923,37 @@ def postprocess(detections: Detections, sizes, k: int = 300) -> list[dict]:
 
 @dataclass
 class Recorded:
-    """What one deformable attention looked at, see `record`."""
-    points: Tensor
-    weights: Tensor
+    """What one attention looked at, see `record`."""
+    weights: Tensor                    # dense: (B, heads, Q, K); deformable: (B, Q, heads, levels, points)
+    points: Tensor | None = None       # deformable: (.., points, 2), (x, y) as fractions of the padded image
 
 
 @contextmanager
-def record(model: nn.Module):
-    """Collect what deformable attention looks at: `with record(model) as seen: model(...)`.
+def record(model: nn.Module, queries=None):
+    """Collect what every attention looks at: `with record(model) as seen: model(...)`.
 
-    seen["encoder.0"], seen["decoder.0"], ... hold .points (B, Q, heads, levels, points, 2), (x, y) as fractions of the
-    padded image, and .weights (B, Q, heads, levels, points), of the last pass through that layer; the queries of an
-    encoder layer are the tokens, those of a joint decoder pass come in the order denoising, learned, extra.
-    No cost when not recording.
+    seen["encoder.0"], .. tokens of an encoder layer looking at one another; seen["decoder.0.self"], .. queries of a
+    decoder layer looking at one another, seen["decoder.0.cross"], .. at the memory; each a `Recorded`, of the last pass
+    through that layer. Queries of a joint pass come in the order denoising, learned, extra.
+    queries: which of the looking ones to keep, a slice or a list of indices (a large image has 17,000 tokens).
+    Outputs are the same with and without recording, and there is no cost when not recording.
     """
     seen = {}
+    keep = slice(None) if queries is None else queries
     modules = {f"encoder.{i}": layer.attention for i, layer in enumerate(model.encoder.layers)}
-    modules |= {f"decoder.{i}": layer.cross_attention for i, layer in enumerate(model.decoder.layers)}
+    for i, layer in enumerate(model.decoder.layers):
+        modules |= {f"decoder.{i}.self": layer.self_attention, f"decoder.{i}.cross": layer.cross_attention}
+
+    def remember(key):
+        def sampled(points, weights):
+            seen[key] = Recorded(weights[:, keep], points[:, keep])
+
+        def dense(weights):
+            seen[key] = Recorded(weights[:, :, keep])
+        return sampled if isinstance(modules[key], DeformableAttention) else dense
+
     for key, module in modules.items():
-        module.recorder = lambda points, weights, key=key: seen.update({key: Recorded(points, weights)})
+        module.recorder = remember(key)
     try:
         yield seen
     finally:

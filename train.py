@@ -48,6 +48,14 @@ SHIPPED_TEACHER = HERE / "weights" / "toy_teacher_dino.safetensors"
 # Configuration: one flat, frozen record. Its defaults are the official DINO 4-scale recipe; a recipe is a named change.
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Official schedules, each for its own total batch. Where a setting is None, the detector's value here is taken.
+SCHEDULES = {
+    "dab_detr": dict(epochs=50, batch_size=16, lr=1e-4, backbone_lr=1e-5, drop_at=40 / 50),
+    "deformable_detr": dict(epochs=50, batch_size=32, lr=2e-4, backbone_lr=2e-5, drop_at=40 / 50),
+    "dino": dict(epochs=12, batch_size=16, lr=1e-4, backbone_lr=1e-5, drop_at=11 / 12),
+}
+
+
 def option(default, text, **extra):
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
@@ -79,21 +87,29 @@ class Config:
     feature_levels: int | None = option(None, "feature maps the encoder reads")
     points: int | None = option(None, "sampling points per head and level")
     dropout: float | None = option(None, "dropout in the transformer")
-    denoising: int | None = option(None, "denoising queries (DINO), 0 = none; below 50 official DINO makes more")
-    box_noise: float | None = option(None, "denoising queries only: part of half the box that a corner may move")
-    label_noise: float | None = option(None, "denoising queries only: twice the chance of a random class")
+    num_patterns: int | None = option(None, "DAB-DETR: contents that each anchor is asked with, 0 = none")
+    feature_stride: int | None = option(None, "DAB-DETR: 8 | 16 | 32, the one feature map it reads")
+    box_refine: bool | None = option(None, "Deformable DETR: each decoder layer refines the boxes")
+    two_stage: bool | None = option(None, "Deformable DETR: start from the encoder's own boxes (with --box-refine)")
+    denoising: int | None = option(None, "DINO: denoising queries, 0 = none; below 50 official DINO makes more")
+    box_noise: float | None = option(None, "DINO, denoising only: part of half the box that a corner may move")
+    label_noise: float | None = option(None, "DINO, denoising only: twice the chance of a random class")
+    shared_heads: bool | None = option(None, "DINO: one head for all layers (detrex, MMDetection: one each)")
+    position_temperature: float | None = option(None, "of the image position encoding")
+    position_offset: float | None = option(None, "of the image position encoding, in cells")
+    logit_eps: float | None = option(None, "of the inverse sigmoid of a box")
     # --- optimisation
     steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the untrained checkpoint")
-    epochs: float = option(12, "passes over the training images, when --steps is not given")
-    batch_size: int = option(16, "images a step in each process, whatever --accumulate is")
+    epochs: float | None = option(None, "passes over the training images, when --steps is not given")
+    batch_size: int | None = option(None, "images a step in each process, whatever --accumulate is")
     accumulate: int = option(1, "split each batch into N parts, one backward each: less memory, same step size")
-    lr: float = option(1e-4, "AdamW learning rate; tied to the TOTAL batch and never scaled behind your back")
-    backbone_lr: float = option(1e-5, "learning rate of the backbone")
+    lr: float | None = option(None, "AdamW learning rate; tied to the TOTAL batch and never scaled behind your back")
+    backbone_lr: float | None = option(None, "learning rate of the backbone")
     weight_decay: float = option(1e-4, "AdamW weight decay")
     warmup: int = option(0, "steps of linear warm-up")
     schedule: str = option("drop", "drop: lr/10 once, after --drop-at of the steps; cosine: down to 2 %%",
                            choices=("drop", "cosine"))
-    drop_at: float = option(0.917, "where the drop happens, as a fraction of all steps")
+    drop_at: float | None = option(None, "where the drop happens, as a fraction of all steps")
     clip: float = option(0.1, "largest gradient norm")
     ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = off")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay fp32",
@@ -108,6 +124,9 @@ class Config:
     init_from: str | None = option(None, "start from these weights (fine-tuning; --resume continues a run instead)")
 
     def __post_init__(self):
+        for name, value in SCHEDULES[self.detector].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)             # a frozen record may still finish itself
         for name, least in dict(batch_size=1, accumulate=1, steps=0, epochs=0, warmup=0, clip=0, ema=0).items():
             value = getattr(self, name)
             if value is not None and value < least or name == "ema" and value >= 1:
@@ -128,23 +147,40 @@ class Run:
     save_minutes: float = option(2.0, "minutes between checkpoints")
 
 
+# The toy: 160 x 48 pixels, so narrow models, all trained from scratch. One recipe for each detector and role.
+# lambda_mem is the best of 2000, 5000 and 12000 for DINO on the split "tune" (600 steps, seed 10), which no table reports;
+# the light logit part has not been searched.
+TOY = dict(data="toy", backbone="resnet18", pretrained_backbone="none", hidden_dim=64, heads=8, num_queries=24,
+           batch_size=16, warmup=150, schedule="cosine", ema=0.99)
+TOY_STUDENT = TOY | dict(backbone_width=12, ffn_dim=128, encoder_layers=1, decoder_layers=2, steps=1200, lr=3e-3,
+                         backbone_lr=3e-3, method="clockdistill")
+TOY_TEACHER = TOY | dict(backbone_width=24, ffn_dim=192, encoder_layers=2, decoder_layers=3, steps=3000, lr=2e-3,
+                         backbone_lr=2e-3)
 RECIPES = {
-    # The toy: 160 x 48 pixels, so narrow models, all trained from scratch. lambda_mem is the best of 2000, 5000 and 12000
-    # on the split "tune" (600 steps, seed 10), which no table reports; the light logit part has not been searched.
-    "toy-student": dict(
-        data="toy", backbone="resnet18", backbone_width=12, pretrained_backbone="none", hidden_dim=64, heads=8,
-        ffn_dim=128, encoder_layers=1, decoder_layers=2, num_queries=24, feature_levels=3, points=2, denoising=50,
-        steps=1200, batch_size=16, lr=3e-3, backbone_lr=3e-3, warmup=150, schedule="cosine", ema=0.99,
-        method="clockdistill", method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
-                                               "normalise=confidence")),
-    "toy-teacher": dict(
-        data="toy", backbone="resnet18", backbone_width=24, pretrained_backbone="none", hidden_dim=64, heads=8,
-        ffn_dim=192, encoder_layers=2, decoder_layers=3, num_queries=24, feature_levels=3, points=4, denoising=50,
-        steps=3000, batch_size=16, lr=2e-3, backbone_lr=2e-3, warmup=150, schedule="cosine", ema=0.99),
+    "toy-student": {
+        "dino": TOY_STUDENT | dict(
+            feature_levels=3, points=2, denoising=50,
+            method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
+                            "normalise=confidence")),
+        "deformable_detr": TOY_STUDENT | dict(
+            feature_levels=3, points=2, box_refine=True, dropout=0.,
+            method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
+                            "normalise=confidence")),
+        "dab_detr": TOY_STUDENT | dict(
+            feature_stride=8,
+            method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
+                            "normalise=confidence")),
+    },
+    "toy-teacher": {
+        "dino": TOY_TEACHER | dict(feature_levels=3, points=4, denoising=50),
+        "deformable_detr": TOY_TEACHER | dict(feature_levels=3, points=4, box_refine=True, dropout=0.),
+        "dab_detr": TOY_TEACHER | dict(feature_stride=8),
+    },
 }
 MODEL_FIELDS = ("backbone", "backbone_width", "pretrained_backbone", "hidden_dim", "heads", "ffn_dim", "encoder_layers",
-                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "denoising", "box_noise",
-                "label_noise")
+                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "num_patterns", "feature_stride",
+                "box_refine", "two_stage", "denoising", "box_noise", "label_noise", "shared_heads",
+                "position_temperature", "position_offset", "logit_eps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -916,7 +952,7 @@ def demo(scale, teacher, device, seed=0):
     common = dict(root=plan["root"], seed=seed)
 
     def stage(name, recipe, taught_by=None, **changes):
-        cfg = Config(**RECIPES[recipe] | common | plan["teacher" if name == "teacher" else "student"] | changes)
+        cfg = Config(**RECIPES[recipe]["dino"] | common | plan["teacher" if name == "teacher" else "student"] | changes)
         folder = out / name
         begun = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else None
         if begun and (begun["taught_by"] != taught_by or begun["settings"] | {"teacher": cfg.teacher} != plain(cfg)):
@@ -1015,7 +1051,7 @@ def draw_demo(out, teacher_path, results, plan, device):
         asked = content if name == "teacher" else method.student_content(content)
         with torch.no_grad(), models.record(network) as seen:
             network.decode(network.encode(one, nothing), asked, reference, attend)
-        final = seen[f"decoder.{network.config['decoder_layers'] - 1}"]
+        final = seen[f"decoder.{network.config['decoder_layers'] - 1}.cross"]
         shown_queries = slice(0, len(boxes) * groups, groups)                  # of one group, none of the random ones
         attention[name] = (final.points[0, shown_queries], final.weights[0, shown_queries])
     pictures["query_attention"] = plots.query_attention(images[0], truths[0]["boxes"], attention)
@@ -1042,7 +1078,16 @@ DISTILLATION = ("teacher", "method", "method_options", "teacher_floor")
 EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
 
 
-OFFICIAL = {p.name: p.default for f in (models.Dino, models.build) for p in inspect.signature(f).parameters.values()}
+def official(name):
+    """The official value of a setting, for `--help`: of each detector, where they differ."""
+    backbone = inspect.signature(models.build).parameters
+    if name in backbone:
+        return backbone[name].default
+    values = {d: (models.options_of(d) | SCHEDULES[d])[name] for d in models.DETECTORS
+              if name in models.options_of(d) | SCHEDULES[d]}
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return ", ".join(f"{detector} {value:.4g}" for detector, value in values.items())
 
 
 def add_options(parser, cls, only=None, without=()):
@@ -1053,7 +1098,8 @@ def add_options(parser, cls, only=None, without=()):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         kind = next(t for t in getattr(kind, "__args__", (kind,)) if t is not type(None))
         text = field.metadata["help"] + ("" if field.default in (None, ()) else f" (default: {field.default})")
-        text += f" (official: {OFFICIAL[field.name]})" if field.name in MODEL_FIELDS else ""
+        if field.name in MODEL_FIELDS or field.name in SCHEDULES["dino"]:
+            text += f" (official: {official(field.name)})"
         extra = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
@@ -1099,7 +1145,8 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
 
     recipes = "recipes (given options override them; without --recipe --data toy takes toy-student):\n" + "\n".join(
-        f"  {name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in RECIPES.items())
+        f"  {name}, {detector}: " + " ".join(f"{k}={v}" for k, v in recipe.items())
+        for name, recipes in RECIPES.items() for detector, recipe in recipes.items())
     for name, purpose, without in (("fit", "train a detector", DISTILLATION),
                                    ("distill", "train a student with a teacher", ())):
         p = commands.add_parser(name, parents=[debug], help=purpose, formatter_class=text,
@@ -1134,7 +1181,8 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
 def configure(given, command):
     """Options given on the command line, over a recipe, over the defaults -> (Config, Run)."""
     recipe = given.pop("recipe", None) or ("toy-student" if given.get("data", "toy") == "toy" else None)
-    settings = RECIPES.get(recipe, {}) | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    detector = given.setdefault("detector", Config.detector)
+    settings = (RECIPES[recipe][detector] if recipe else {}) | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if command == "fit":
         settings |= dict(teacher=None, method=None, method_options=())
     if command == "distill" and not settings.get("teacher"):
