@@ -970,7 +970,7 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
     def sampling(value_shape, grid_shape, *args, out_shape=None, **kwargs):
         return 2 * 5 * value_shape[0] * value_shape[1] * grid_shape[1] * grid_shape[2]    # 2 for each multiply-add
 
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: sampling})
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():

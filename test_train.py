@@ -393,7 +393,7 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, 
     # With another teacher the student alone is kept, and the student distilled from the first teacher put aside.
     shipped = tmp_path / "x.safetensors"
     assert train.main(["export", "--checkpoint", str(tmp_path / "demo" / "student"), "--out", str(shipped)]) == 0
-    monkeypatch.setattr(train, "SHIPPED_TEACHER", shipped)
+    monkeypatch.setattr(train, "SHIPPED_TEACHERS", {"dino": shipped})
     monkeypatch.setattr(train, "HERE", tmp_path)
     assert train.main(["demo", "--scale", "quick"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())

@@ -25,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,15 @@ from tqdm import tqdm
 
 import checkpoints
 import data
+import looks
 import models
 import plots
+import tables
 from clockdistill import CLoCKDistill, location_mask
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"clockdistill": CLoCKDistill}       # name on the command line -> class; its arguments are the options
-SHIPPED_TEACHER = HERE / "weights" / "toy_teacher_dino.safetensors"
+SHIPPED_TEACHERS = {name: HERE / "weights" / f"toy_teacher_{name}.safetensors" for name in models.DETECTORS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,14 +151,16 @@ class Run:
 
 
 # The toy: 160 x 48 pixels, so narrow models, all trained from scratch. One recipe for each detector and role.
-# lambda_mem is the best of 2000, 5000 and 12000 for DINO on the split "tune" (600 steps, seed 10), which no table reports;
-# the light logit part has not been searched.
+# lambda_mem is the best of 2000, 5000 and 12000 for DINO on the split "tune" (600 steps, seed 10), which no table
+# reports; the light logit part has not been searched.
 TOY = dict(data="toy", backbone="resnet18", pretrained_backbone="none", hidden_dim=64, heads=8, num_queries=24,
            batch_size=16, warmup=150, schedule="cosine", ema=0.99)
 TOY_STUDENT = TOY | dict(backbone_width=12, ffn_dim=128, encoder_layers=1, decoder_layers=2, steps=1200, lr=3e-3,
                          backbone_lr=3e-3, method="clockdistill")
 TOY_TEACHER = TOY | dict(backbone_width=24, ffn_dim=192, encoder_layers=2, decoder_layers=3, steps=3000, lr=2e-3,
                          backbone_lr=2e-3)
+# Only DINO has an embedding of labels; the others' queries ask with a frozen random one, the same for both models [P].
+PAPER = {"dino": (), "dab_detr": ("content=random_label",), "deformable_detr": ("content=random_label",)}
 RECIPES = {
     "toy-student": {
         "dino": TOY_STUDENT | dict(
@@ -176,6 +181,14 @@ RECIPES = {
         "deformable_detr": TOY_TEACHER | dict(feature_levels=3, points=4, box_refine=True, dropout=0.),
         "dab_detr": TOY_TEACHER | dict(feature_stride=8),
     },
+    # The paper's data. Length, rates and batch are each detector's official ones (SCHEDULES), on KITTI with the batch
+    # of the authors' earlier code [P]; that the teacher is an R50 and the student an R18 is our choice: --backbone.
+    "kitti-teacher": {name: dict(data="kitti", backbone="resnet50", batch_size=8) for name in models.DETECTORS},
+    "kitti-student": {name: dict(data="kitti", backbone="resnet18", batch_size=8, method="clockdistill",
+                                 method_options=PAPER[name]) for name in models.DETECTORS},
+    "coco-teacher": {name: dict(data="coco", backbone="resnet50") for name in models.DETECTORS},
+    "coco-student": {name: dict(data="coco", backbone="resnet18", method="clockdistill", method_options=PAPER[name])
+                     for name in models.DETECTORS},
 }
 MODEL_FIELDS = ("backbone", "backbone_width", "pretrained_backbone", "hidden_dim", "heads", "ffn_dim", "encoder_layers",
                 "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "num_patterns", "feature_stride",
@@ -916,6 +929,53 @@ def predict(checkpoint, images, out, min_score, size, device):
     print(f"{len(images)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and pictures beside it")
 
 
+def look(checkpoint, images, out, best, layer, size, device):
+    """Pictures of what detectors look at, OUT/000_NAME_MODEL_layers.png and so on: `look --help` names them all."""
+    device, out, detectors, listed = pick_device(device), Path(out), {}, []
+    if best < 1:
+        raise ValueError(f"--best {best}: want at least 1")
+    for path in checkpoint:
+        model, payload = load_model(path)
+        file = payload["path"].resolve()
+        name = file.parent.name if file.stem in ("best", "last") else file.stem
+        if name in detectors:
+            raise ValueError(f"--checkpoint {path}: another one is called {name} too, rename its file or folder")
+        if layer is not None and not 0 <= layer < model.decoder_layers:
+            raise ValueError(f"--layer {layer}: the decoder layers of {name} are 0 to {model.decoder_layers - 1}")
+        detectors[name] = model.to(device), payload
+        if payload["classes"] != (classes := next(iter(detectors.values()))[1]["classes"]):
+            raise ValueError(f"{path} knows other classes than {checkpoint[0]}: compare detectors of the same classes")
+    first, *others = detectors
+    same, different = {name: [] for name in others}, {name: [] for name in others}
+    out.mkdir(parents=True, exist_ok=True)
+    for index, file in enumerate(tqdm(images, "look", mininterval=quiet_interval())):
+        picture, seen, figures = data.read_image(file), {}, {}
+        for name, (model, payload) in detectors.items():
+            sides = parse_size(size or payload["settings"]["size"]) or data.DEFAULT_SIZE[payload["data"]]
+            image = data.prepare(picture, sides)[None].to(device)                          # (1, 3, h, w)
+            seen[name] = looks.watch(model, image, picture, best, layer, seen.get(first))
+            drawn = looks.pictures(name, picture, seen[name], classes)
+            figures |= {f"{name}_{what}": figure for what, figure in drawn.items()}
+        if others:
+            figures["beside"], agreed = looks.beside(picture, seen, classes)
+            for name, matrix in agreed.items():                                            # (q, q)
+                seen[name]["agreement"] = matrix.diagonal()
+                same[name] += matrix.diagonal().tolist()
+                different[name] += matrix[~torch.eye(len(matrix), dtype=torch.bool)].tolist()
+        for what, figure in figures.items():
+            figure.savefig(out / f"{index:03d}_{Path(file).stem}_{what}.png", dpi=150)
+        numbers = ("queries", "scores", "boxes", "agreement")
+        listed.append({"image": str(file), "detections": [
+            {"class": classes[label]} | {name: {key: one[key][i].tolist() for key in numbers if key in one}
+                                         for name, one in seen.items()}
+            for i, label in enumerate(seen[first]["labels"])]})
+    write_json(out / "look.json", listed)
+    for name in others:
+        print(f"agreement of {name} with {first}, 0 to 1, on the same object and on different ones: "
+              f"{mean(same[name]):.2f}, {mean(different[name] or [math.nan]):.2f}")
+    print(f"{len(images)} images: pictures, and the detections shown in look.json, in {out}/")
+
+
 def export(checkpoint, out):
     """A checkpoint's weights alone, in half the bytes: fp16 safetensors with its classes and figures beside them."""
     model, payload = load_model(checkpoint)
@@ -971,7 +1031,10 @@ def demo(scale, teacher, device, seed=0):
     if teacher == "scratch":
         results, teacher_path = {"teacher": stage("teacher", "toy-teacher", **alone)}, out / "teacher"
     else:
-        results, teacher_path = {"teacher": shipped_teacher(plan, device)}, Path(os.path.relpath(SHIPPED_TEACHER))
+        shipped = SHIPPED_TEACHERS["dino"]
+        say(f"\n=== teacher: shipped weights, {shipped.relative_to(HERE)}; make demo TEACHER=scratch trains it ===")
+        results = {"teacher": shipped_teacher(shipped, plan["root"], pick_device(device))}
+        teacher_path = Path(os.path.relpath(shipped))
     taught_by = fingerprint(load_model(teacher_path)[0])
     results["student"] = stage("student", "toy-student", **alone)
     results["distilled"] = stage("distilled", "toy-student", taught_by, teacher=str(teacher_path))
@@ -983,20 +1046,19 @@ def demo(scale, teacher, device, seed=0):
     print_table(results, scale, machine(device))
 
 
-def shipped_teacher(plan, device):
-    """The teacher that comes with the repository, measured here and now."""
-    relative, device = SHIPPED_TEACHER.relative_to(HERE), pick_device(device)
-    say(f"\n=== teacher: shipped weights, {relative}; make demo TEACHER=scratch trains it instead ===")
-    model, payload = load_model(SHIPPED_TEACHER)
+def shipped_teacher(path, root, device):
+    """A teacher that comes with the repository, measured here and now -> what `fit` returns of a run."""
+    model, payload = load_model(path)
     model = model.to(device)
-    dataset = data.build("toy", plan["root"], "val")
-    same_classes(payload, dataset, SHIPPED_TEACHER)
+    dataset = data.build("toy", root, "val")
+    same_classes(payload, dataset, path)
     scores = data.evaluate(detect(model, dataset, Run(), 20), dataset)
     say(f"AP {scores['AP']:.3f}")
     return {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
             "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
             "images_per_second": inference_speed(model, dataset), "history": [], "machine": payload["machine"],
-            "commit": payload["commit"], "weights": str(relative)}
+            "commit": payload["commit"], "settings": payload["settings"],
+            "weights": str(path.relative_to(HERE))}
 
 
 def print_table(results, scale, where):
@@ -1045,16 +1107,19 @@ def draw_demo(out, teacher_path, results, plan, device):
     embedding = content_of(teacher, method)
     with torch.no_grad():
         content, reference, attend, _ = method.queries([target["labels"]], [boxes], embedding)
-    attention = {}
-    for name in ("teacher", "student", "distilled"):
-        network = networks[name]
+    largest = boxes[:, 2:].prod(1).argsort(descending=True)[:3].cpu()
+    attention, true_boxes = {}, truths[0]["boxes"][largest]
+    for name, network in networks.items():
         asked = content if name == "teacher" else method.student_content(content)
         with torch.no_grad(), models.record(network) as seen:
-            network.decode(network.encode(one, nothing), asked, reference, attend)
-        final = seen[f"decoder.{network.config['decoder_layers'] - 1}.cross"]
-        shown_queries = slice(0, len(boxes) * groups, groups)                  # of one group, none of the random ones
-        attention[name] = (final.points[0, shown_queries], final.weights[0, shown_queries])
-    pictures["query_attention"] = plots.query_attention(images[0], truths[0]["boxes"], attention)
+            memory = network.encode(one, nothing)
+            network.decode(memory, asked, reference, attend)
+        final = seen[f"decoder.{network.decoder_layers - 1}.cross"]
+        # Of the first group, none of the random ones.
+        attention[name] = plots.look(final, memory.shapes, largest * groups) | {"boxes": true_boxes}
+    pictures["query_attention"] = plots.query_attention(
+        images[0], attention, [dataset.classes[label] for label in target["labels"][largest]], memory.shapes[0],
+        title="Where the same target-aware queries look in each model, and how far they agree with the teacher")
 
     histories = {name: [(point["step"], point["AP"]) for point in result["history"]] or result["AP"]
                  for name, result in results.items()}
@@ -1068,6 +1133,42 @@ def draw_demo(out, teacher_path, results, plan, device):
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
     say(f"pictures   {', '.join(f'{name}.png' for name in pictures)} in {out}/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: many runs of the commands above
+# ---------------------------------------------------------------------------------------------------------------------
+
+def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, changes):
+    """See tables.py."""
+    def parse(arguments):
+        given = vars(command_line().parse_args(arguments))
+        command, _ = given.pop("command"), given.pop("debug")
+        return plain(configure(given, command)[0])
+
+    def build(settings):
+        classes = 80 if scale == "coco" else 3
+        overrides = {name: settings[name] for name in MODEL_FIELDS if settings[name] is not None}
+        frozen = overrides.pop("pretrained_backbone", "imagenet") != "none"      # the same model, nothing downloaded
+        return models.build(settings["detector"], classes, pretrained_backbone=False, frozen_backbone=frozen,
+                            **overrides)
+
+    shipped = {name: path for name, path in SHIPPED_TEACHERS.items() if path.exists()}
+    if scale != "toy" or teachers == "scratch" or changes:
+        shipped = {}
+    root = root or ("datasets/toy" if scale == "toy" else None)
+    if root is None and not dry_run:
+        raise ValueError(f"table {scale} needs --root, the folder of the data ({tables.SCALES[scale].download})")
+    results = results or (f"runs/table-{scale}-changed/results" if changes else f"results/{scale}")
+    work = work or (f"runs/table-{scale}-changed" if changes else f"runs/table-{scale}")
+    device = pick_device()
+    if jobs is None:
+        jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
+    if scale == "toy" and not (rebuild or dry_run):
+        data.make_toy(root)                                  # before several runs would draw it at once
+    site = tables.Site(scale, root or "ROOT", work, results, parse, build, changes=changes, teachers=shipped,
+                       measure=lambda path: shipped_teacher(path, root, device))
+    return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1172,6 +1273,44 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was trained")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
 
+    p = commands.add_parser("table", parents=[debug], formatter_class=text, help="many runs, one table: see tables.py",
+                            epilog="Options of fit and distill after -- go to every run, and the figures elsewhere:\n"
+                                   "  python train.py table kitti --root DIR -- --steps 100 --size 160,540")
+    p.add_argument("scale", choices=tables.SCALES)
+    p.add_argument("--root", help="folder of the data (toy: datasets/toy)")
+    p.add_argument("--only", nargs="+", choices=tables.TABLES, default=tables.TABLES, help="these tables")
+    p.add_argument("--dry-run", action="store_true", help="print every run's command and cost, and what to download")
+    p.add_argument("--rebuild", action="store_true", help="no runs: tables and figures from the results there are")
+    p.add_argument("--shard", type=tables.shard, default=(0, 1), metavar="I/N", help="every N-th run from the I-th")
+    p.add_argument("--jobs", type=int, help="runs at once (default: one a CPU core, one in all on a GPU)")
+    p.add_argument("--teachers", choices=("shipped", "scratch"), default="shipped", help="of the toy")
+    p.add_argument("--work", help="folder of the runs' folders (default: runs/table-SCALE)")
+    p.add_argument("--results", help="folder of the results (default: results/SCALE)")
+    p.add_argument("--tflops", type=float, default=20., help="dry run: useful work a second (default: %(default)s)")
+    p.add_argument("changes", nargs="*", metavar="-- OPTION", help="for every run")
+
+    p = commands.add_parser("look", parents=[debug], formatter_class=text,
+                            help="draw what the queries and tokens of detectors look at", epilog="""
+writes for each image and checkpoint, named after the file or the folder of its run:
+  000_NAME_MODEL_layers.png   where the queries of the best detections look, decoder layer by layer
+  000_NAME_MODEL_heads.png    the same of the best detection alone, head by head
+  000_NAME_MODEL_tokens.png   where the encoder's tokens in the middle of these detections look
+  000_NAME_MODEL_self.png     which queries listen to which
+  000_NAME_beside.png         several checkpoints, each with the query that finds the same object: where do they look?
+  look.json                   the detections shown, and how far the attention of each further checkpoint agrees with
+                              that of the first: 1 is the same, 0 is nowhere in common
+example:
+  python train.py look --checkpoint runs/teacher --checkpoint runs/student street.png""")
+    p.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
+                   help="last.pt, best.pt, exported safetensors, or a run's folder; several times: the first (a teacher) "
+                        "says which objects are shown")
+    p.add_argument("images", nargs="+", metavar="IMAGE")
+    p.add_argument("--out", default="runs/look", help="folder of the output (default: %(default)s)")
+    p.add_argument("--best", type=int, default=4, help="how many of the best detections (default: %(default)s)")
+    p.add_argument("--layer", type=int, help="decoder layer of the heads and of the comparison; default: the last")
+    p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as each checkpoint was trained")
+    p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+
     p = commands.add_parser("export", parents=[debug], help="weights alone as fp16 safetensors: small, safe to publish")
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="file ending in .safetensors")
@@ -1182,7 +1321,8 @@ def configure(given, command):
     """Options given on the command line, over a recipe, over the defaults -> (Config, Run)."""
     recipe = given.pop("recipe", None) or ("toy-student" if given.get("data", "toy") == "toy" else None)
     detector = given.setdefault("detector", Config.detector)
-    settings = (RECIPES[recipe][detector] if recipe else {}) | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    settings = RECIPES[recipe][detector] if recipe else {}
+    settings = settings | {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     if command == "fit":
         settings |= dict(teacher=None, method=None, method_options=())
     if command == "distill" and not settings.get("teacher"):
@@ -1203,8 +1343,12 @@ def main(arguments=None):
             evaluate_checkpoint(given.pop("checkpoint"), given)
         elif command == "predict":
             predict(**given)
+        elif command == "look":
+            look(**given)
         elif command == "export":
             export(**given)
+        elif command == "table":
+            return table(**given)
     except Interrupted as stop:
         print(f"{stop}; the same command (fit and distill: with --resume) goes on", file=sys.stderr)
         return 130

@@ -1,0 +1,620 @@
+"""The tables: a plan of runs, each a command of train.py, and what is read off their results.
+
+    python train.py table toy                  runs what is missing, resumes what was cut off, rebuilds results/toy
+    python train.py table toy --rebuild        only rebuilds tables and figures, from the JSON of the runs that are done
+    python train.py table toy --shard 2/3      a third of the runs, for another machine: bring results/toy/runs together
+
+A run leaves its checkpoints in a folder of its own under --work, and a small JSON, under its name, in RESULTS/runs.
+Everything else in RESULTS is computed from those files. Tuning uses other images (split "tune") and other seeds than
+any table; what it chose is read off its runs' JSON too (`chosen`).
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+import models
+import plots
+
+HERE = Path(__file__).resolve().parent
+TABLES = ("main", "rivals", "ablation", "sensitivity", "schedule")
+RIVALS = ("fitnets", "hinton", "fgd", "mgd", "gkd", "kd_detr", "detrdistill", "d3etr")
+SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+# --------------------------------------------------------------------------------------------------------------- a plan
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what its command depends on."""
+    scale: str                         # "toy" | "kitti" | "coco"
+    detector: str
+    role: str                          # "teacher" | "student"
+    method: str | None = None          # of distillation
+    options: tuple = ()                # its options, sorted (name, value) pairs
+    seed: int = 0
+    split: str = "val"                 # where AP is measured
+    steps: float = 1.                  # as a multiple of the recipe's
+
+    @property
+    def name(self):
+        """Folder and file name; the options as a short digest, they are spelt out in the JSON."""
+        if self.role == "teacher":
+            return f"{self.detector}-teacher"
+        digest = hashlib.sha256(repr(self.options).encode()).hexdigest()[:6]
+        what = f"{self.method}-{digest}" if self.method else "student"
+        return (f"{self.detector}-{what}" + (f"-x{self.steps:g}" if self.steps != 1 else "")
+                + (f"-{self.split}" if self.split != "val" else "") + f"-{self.seed}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: the same run with several seeds."""
+    table: str
+    detector: str
+    label: str                         # in the table
+    jobs: tuple
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How far a plan goes, and where its figures stand."""
+    main_seeds: tuple
+    seeds: tuple                       # of the other tables
+    others: tuple                      # detectors of the other tables
+    tune_seeds: tuple                  # () = nothing is tuned: published weights
+    arguments: tuple                   # of every run, which change no figure
+    images: int                        # of the training split
+    image_size: tuple                  # (height, width) where cost is told
+    download: str
+
+
+SCALES = {
+    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), ("dino", "deformable_detr"), (100,),
+                 ("--eval-every", "300", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
+                 "nothing: the images are drawn on first use"),
+    "kitti": Scale((0, 1, 2), (0,), ("dino",), (), ("--eval-every", "5000"), 5985, (402, 1333),
+                   "KITTI's left colour images (12 GB) and training labels (5 MB) from cvlibs.net/datasets/kitti, into "
+                   "ROOT/training/image_2 and label_2; torchvision's ResNet weights come by themselves"),
+    "coco": Scale((0,), (0,), ("dino",), (), ("--eval-every", "20000"), 118_287, (800, 1333),
+                  "COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from cocodataset.org, into "
+                  "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
+}
+
+# What is tuned, by the same budget of four trials for every method: its weight, in steps of four.
+TRIALS = {
+    "clockdistill": [{"lambda_mem": x, "lambda_log": y} for x, y in
+                     ((2000, 0.1), (8000, 0.1), (8000, 0.5), (32000, 0.1))],
+    "fitnets": [{"weight": x} for x in (0.25, 1, 4, 16)],
+    "hinton": [{"weight": x} for x in (0.25, 1, 4, 16)],
+    "fgd": [{"weight": x} for x in (0.25, 1, 4, 16)],
+    "mgd": [{"weight": x} for x in (0.25, 1, 4, 16)],
+    "gkd": [{"weight": x} for x in (0.25, 1, 4, 16)],
+    "kd_detr": [{"weight": x} for x in (0.05, 0.2, 0.8, 3.2)],
+    "detrdistill": [{"weight": x} for x in (0.05, 0.2, 0.8, 3.2)],
+    "d3etr": [{"weight": x} for x in (0.05, 0.2, 0.8, 3.2)],
+}
+
+
+# The memory part in pieces. Each piece's weight is tuned too: the masks change the size of the sum.
+MEMORY = {
+    "memory_plain": {"lambda_log": 0.0, "location": False, "scale": False},
+    "memory_location": {"lambda_log": 0.0, "scale": False},
+    "memory": {"lambda_log": 0.0},
+}
+TRIALS |= {
+    "memory_plain": [{"lambda_mem": x} for x in (8, 32, 128, 512)],
+    "memory_location": [{"lambda_mem": x} for x in (32, 128, 512, 2048)],
+    "memory": [{"lambda_mem": x} for x in (500, 2000, 8000, 32000)],
+}
+# Only DINO has label embeddings; the others are asked with a frozen random one, the same for both models.
+LABEL = {"dino": "label", "deformable_detr": "random_label", "dab_detr": "random_label"}
+# Around the chosen setting: {what: [(in the table, change)]}; a function gets the chosen options.
+SENSITIVITY = {
+    "lambda_mem": [("lambda_mem / 4", lambda o: {"lambda_mem": o["lambda_mem"] / 4}),
+                   ("lambda_mem x 4", lambda o: {"lambda_mem": o["lambda_mem"] * 4})],
+    "lambda_log": [("lambda_log / 4", lambda o: {"lambda_log": o["lambda_log"] / 4}),
+                   ("lambda_log x 4", lambda o: {"lambda_log": o["lambda_log"] * 4})],
+    "alpha : beta": [("beta 0", lambda o: {"beta": 0.0}), ("beta x 100", lambda o: {"beta": 1e-5})],
+    "temperature": [("temperature 1", lambda o: {"temperature": 1.0}),
+                    ("temperature 3", lambda o: {"temperature": 3.0})],
+}
+PLACES = ("root", "teacher", "init_from")                    # settings that only say where a file lies
+
+
+def pairs(options):
+    return tuple(sorted(options.items()))
+
+
+def shard(text):
+    """'2/3' -> (1, 3), for argparse."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"want I/N, 1/3 to 3/3, not {text}")
+    return int(index) - 1, int(count)
+
+
+def number(text):
+    """An option's value as it was written: a number, a truth value or a word."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def plan(scale, chosen, only=TABLES):
+    """-> [Row] of every table of `only`. chosen(detector, what): the options that tuning found (`tuning`)."""
+    scope, rows = SCALES[scale], []
+
+    def row(table, detector, label, seeds, **job):
+        rows.append(Row(table, detector, label, tuple(Job(scale, detector, seed=seed, **job) for seed in seeds)))
+
+    def taught(table, detector, label, seeds, options, method="clockdistill", **job):
+        row(table, detector, label, seeds, role="student", method=method, options=pairs(options), **job)
+
+    for detector in models.DETECTORS:
+        row("main", detector, "teacher", (0,), role="teacher")
+        row("main", detector, "student", scope.main_seeds, role="student")
+        taught("main", detector, "clockdistill", scope.main_seeds, chosen(detector, "clockdistill"))
+    for detector in scope.others:
+        best, seeds = chosen(detector, "clockdistill"), scope.seeds
+        logits = best | {"lambda_mem": 0.0}
+        row("rivals", detector, "student", seeds, role="student")
+        for method in RIVALS:
+            taught("rivals", detector, method, seeds, chosen(detector, method), method)
+        taught("rivals", detector, "clockdistill", seeds, best)
+
+        row("ablation", detector, "none", seeds, role="student")
+        for label, variant in (("memory, every token alike", "memory_plain"), ("+ location mask", "memory_location"),
+                               ("+ scale mask: the memory part", "memory")):
+            taught("ablation", detector, label, seeds, chosen(detector, variant))
+        for label, change in (("logits on the teacher's learned queries", {"queries": "learned"}),
+                              ("logits on random fixed queries", {"queries": "random"}),
+                              ("logits on target-aware queries: the logit part", {}),
+                              ("... content: label", {"content": LABEL[detector]}),
+                              ("... content: frozen random", {"content": "random"}),
+                              ("... content: the teacher's learned", {"content": "own"}),
+                              ("... 3 groups", {"groups": 3}), ("... no box noise", {"box_noise": 0.0}),
+                              ("... no confidence weight", {"confidence": False, "normalise": "queries"})):
+            if all(logits.get(key) == value for key, value in change.items()) and change:
+                label += " (as in the logit part)"
+            taught("ablation", detector, label, seeds, logits | change)
+        taught("ablation", detector, "both parts: clockdistill", seeds, best)
+
+        for changes in SENSITIVITY.values():
+            for label, change in changes:
+                taught("sensitivity", detector, label, seeds, best | change(best))
+        taught("sensitivity", detector, "as chosen", seeds, best)
+        for steps in (1, 3):
+            row("schedule", detector, f"student, {steps} x the steps", seeds, role="student", steps=steps)
+            taught("schedule", detector, f"distilled, {steps} x the steps", seeds, best, steps=steps)
+    return [row for row in rows if row.table in only]
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+class Site:
+    """Where a table is made: its folders, and how its commands are read."""
+
+    def __init__(self, scale, root, work, results, parse, build, measure=None, changes=(),
+                 teachers=None):
+        """parse: the arguments of train.py -> its settings, as plain values. build: settings -> the model, untrained.
+        changes: further arguments of every run. teachers: {detector: file} of teachers that need no training, of which
+        measure(file) tells the result."""
+        self.scale, self.root, self.parse, self.build, self.changes = scale, root, parse, build, list(changes)
+        self.work, self.results, self.teachers, self.measure = Path(work), Path(results), teachers or {}, measure
+        self.scope = SCALES[scale]
+
+    def model(self, job):
+        return self.build(self.parse(self.arguments(job)))
+
+    def defaults(self, detector):
+        """The recipe's options of CLoCKDistill for this detector, in the form of `Job.options`."""
+        command = ["distill", "--recipe", f"{self.scale}-student", "--detector", detector, "--teacher", "-"]
+        return {name: number(value) for name, value in
+                (pair.split("=", 1) for pair in self.parse(command)["method_options"])}
+
+    def teacher(self, job):
+        """The checkpoint that teaches this job's student."""
+        shipped = self.teachers.get(job.detector)
+        return str(shipped or self.work / Job(job.scale, job.detector, "teacher").name)
+
+    def arguments(self, job):
+        """Of train.py."""
+        command = ["distill" if job.method else "fit", "--recipe", f"{job.scale}-{job.role}",
+                   "--detector", job.detector, "--root", str(self.root), "--seed", str(job.seed),
+                   "--val-split", job.split, *self.scope.arguments]
+        if job.method:
+            command += ["--teacher", self.teacher(job), "--method", job.method]
+        command += self.changes
+        if job.steps != 1:
+            command += ["--steps", str(round(self.parse(command)["steps"] * job.steps))]
+        if job.options:
+            command += ["--method-options", *(f"{name}={value}" for name, value in job.options)]
+        return command
+
+    def result(self, job):
+        """The JSON of a finished run, or None; of one made with other settings: None, and the old file goes aside."""
+        path = self.results / "runs" / f"{job.name}.json"
+        if not path.exists():
+            return None
+        found, wanted = json.loads(path.read_text()), self.parse(self.arguments(job))
+        if job.role == "teacher" and job.detector in self.teachers:
+            return found
+        differ = [key for key, value in found["settings"].items() if key not in PLACES and wanted.get(key) != value]
+        if differ:
+            tqdm.write(f"{path} was made with other settings ({', '.join(differ)}): it is made again")
+            return None
+        return found
+
+    def run(self, job, threads):
+        """Train, from where it was cut off, and file the result. Raises RuntimeError with the last line it said."""
+        facts = {"name": job.name, "detector": job.detector, "role": job.role, "method": job.method,
+                 "options": dict(job.options), "split": job.split}
+        if job.role == "teacher" and job.detector in self.teachers:
+            write_json(self.results / "runs" / f"{job.name}.json", facts | self.measure(self.teachers[job.detector]))
+            return
+        folder = self.work / job.name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE / "train.py"), *self.arguments(job), "--out", str(folder), "--resume"]
+        with open(folder / "output.txt", "a") as output:
+            code = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=output,
+                                  stderr=subprocess.STDOUT).returncode
+        if code:
+            lines = (folder / "output.txt").read_text().strip().splitlines() or ["it said nothing"]
+            raise RuntimeError(f"{job.name}: {lines[-1]} ({folder}/output.txt; exit code {code})")
+        result = json.loads((folder / "result.json").read_text())
+        facts["command"] = shlex.join(["train.py", *command[2:]])
+        write_json(self.results / "runs" / f"{job.name}.json", facts | result)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def run_all(site, jobs, workers, shard, rebuild):
+    """Run the jobs without a result, `workers` at a time -> {job: result or None}. A job that fails stops no other."""
+    done = {job: site.result(job) for job in jobs}
+    mine = [job for index, job in enumerate(jobs) if index % shard[1] == shard[0] and done[job] is None]
+    if rebuild or not mine:
+        return done
+    threads, failed, spent = max(1, (os.cpu_count() or 1) // workers), [], {}
+    for result in filter(None, done.values()):
+        spent.setdefault((result["detector"], result["role"]), []).append(result["minutes"])
+
+    def remaining(left):
+        known = [minutes for times in spent.values() for minutes in times]
+        if not known:
+            return "?"
+        guess = [np.mean(spent.get((job.detector, job.role), known)) for job in left]
+        return f"{sum(guess) / workers / 60:.1f} h"
+
+    left, lock = list(mine), threading.Lock()
+    with tqdm(total=len(mine), desc="runs", unit="run") as bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        bar.set_postfix_str(f"about {remaining(left)} to go")
+
+        def one(job):
+            tqdm.write(f"{time.strftime('%H:%M')}  {job.name}")
+            try:
+                site.run(job, threads)
+            except RuntimeError as error:
+                failed.append(str(error))
+            with lock:
+                done[job] = site.result(job)
+                left.remove(job)
+                if done[job]:
+                    spent.setdefault((job.detector, job.role), []).append(done[job]["minutes"])
+                    tqdm.write(f"{time.strftime('%H:%M')}  {job.name}: AP {done[job]['AP']:.3f}")
+                bar.update()
+                bar.set_postfix_str(f"about {remaining(left)} to go")
+
+        waiting = [pool.submit(one, job) for job in mine]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)        # the running ones were interrupted too, and saved
+            raise
+    for line in failed:
+        tqdm.write(f"failed: {line}")
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------- what came of it
+
+def gain(scores, base):
+    """Paired by seed: {"mean", "low", "high"} of the mean difference with its 95 % interval (Student's t).
+
+    scores, base: {seed: AP}. Only seeds that both have count; with one the interval is not known (None).
+    """
+    difference = np.array([scores[seed] - base[seed] for seed in scores if seed in base])
+    if not len(difference):
+        return None
+    mean = float(difference.mean())
+    if len(difference) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    half = scipy.stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / math.sqrt(len(difference))
+    return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
+
+
+def summarise(rows, done):
+    """{table: [one dict a row]}, of the rows that have any result."""
+    tables = {}
+    for row in rows:
+        results = {job.seed: done[job] for job in row.jobs if done.get(job)}
+        if not results:
+            continue
+        base = {job.seed: done[job]["AP"] for job in plain_students(row) if done.get(job)}
+        scores = {seed: result["AP"] for seed, result in results.items()}
+        first = next(iter(results.values()))
+        line = {"detector": row.detector, "method": row.label, "seeds": list(results), "AP": list(scores.values()),
+                **{name: [result[name] for result in results.values()] for name in SHOWN[1:]},
+                "gain": gain(scores, base) if row.jobs[0].method else None,
+                "options": first["options"], "params": first["params"], "gflops": first["gflops"],
+                "minutes": [result["minutes"] for result in results.values()],
+                "runs": [result["name"] for result in results.values()]}
+        tables.setdefault(row.table, []).append(line)
+    return tables
+
+
+def plain_students(row):
+    """The runs that this row's are compared with: the same, without a teacher."""
+    return [dataclasses.replace(job, method=None, options=()) for job in row.jobs]
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+def spread(values, digits=3):
+    """mean ± standard deviation over seeds."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    text = f"{np.mean(values):.{digits}f}"
+    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def interval(found):
+    if found is None:
+        return ""
+    text = f"{found['mean']:+.3f}"
+    return text + (f" ({found['low']:+.3f} to {found['high']:+.3f})" if found["low"] is not None else "")
+
+
+TITLES = {
+    "main": "Three detectors",
+    "rivals": "Rivals, each tuned by the same budget",
+    "ablation": "What each part does",
+    "sensitivity": "How sensitive the gain is to the settings",
+    "schedule": "A longer schedule: the ceiling or only the speed?",
+    "search": "The search for each detector's settings (split `tune`, one seed: not results)",
+}
+
+
+def markdown(tables, speed, scale):
+    """All tables as one page; the paired gain is against the same detector's student, with its 95 % interval."""
+    text = [f"# {scale}: tables\n\nMade by `python train.py table {scale}` from the JSON files in `runs/`. AP mean ± "
+            "standard deviation over seeds; gain: paired by seed against the same detector's student alone, with its "
+            "95 % interval (Student's t).\n"]
+    for name, lines in tables.items():
+        text.append(f"\n## {TITLES[name]}\n")
+        if name == "main":
+            text += ["| detector | model | AP | AP50 | AP75 | AP small / medium / large | gain in AP | parameters | "
+                     "GFLOPs | images/s | seeds |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+            for line in lines:
+                sizes = " / ".join(spread(line[key], 2) for key in ("APs", "APm", "APl"))
+                rate = speed.get(line["detector"], {}).get("teacher" if line["method"] == "teacher" else "student")
+                scores = " | ".join(spread(line[key]) for key in ("AP", "AP50", "AP75"))
+                cells = [line["detector"], line["method"], scores, sizes, interval(line["gain"]),
+                         f"{line['params'] / 1e6:.2f} M", f"{line['gflops']:.3g}", f"{rate:.0f}" if rate else "",
+                         str(len(line["seeds"]))]
+                text.append(f"| {' | '.join(cells)} |")
+        else:
+            text += ["| detector | run | AP | AP50 | gain in AP | minutes | seeds |", "|---|---|---|---|---|---|---|"]
+            for line in lines:
+                cells = [line["detector"], line["method"], spread(line["AP"]), spread(line["AP50"]),
+                         interval(line["gain"]), f"{np.mean(line['minutes']):.1f}", str(len(line["seeds"]))]
+                text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def learning_curves(lines, done_by_name):
+    """{label: [(step, [AP of each seed])]} for plots.curves."""
+    curves = {}
+    for line in lines:
+        points = {}
+        for name in line["runs"]:
+            for point in done_by_name[name]["history"]:
+                points.setdefault(point["step"], []).append(point["AP"])
+        curves[line["method"]] = sorted(points.items())
+    return curves
+
+
+def draw(tables, done, folder):
+    """The figures, each computed from the same rows as its table."""
+    by_name = {result["name"]: result for result in done.values() if result}
+    figures = {}
+    for detector in models.DETECTORS:
+        lines = [line for line in tables.get("main", []) if line["detector"] == detector]
+        if len(lines) > 1:
+            curves = learning_curves(lines, by_name)
+            for line in lines:
+                if line["method"] == "teacher":                  # its schedule is another: a level, not a curve
+                    curves["teacher"] = line["AP"][0]
+            figures[f"curves_{detector}"] = plots.curves(curves, "AP", f"{detector}: with and without a teacher")
+        longer = [line for line in tables.get("schedule", []) if line["detector"] == detector]
+        if longer:
+            figures[f"schedule_{detector}"] = plots.curves(learning_curves(longer, by_name), "AP",
+                                                           f"{detector}: schedules of one and three times the steps")
+    for name in ("main", "rivals", "ablation"):
+        gains = [(line["detector"], line["method"], line["gain"]) for line in tables.get(name, []) if line["gain"]]
+        if gains:
+            figures[f"gains_{name}"] = plots.gains(gains, TITLES[name])
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def images_per_second(rows, site, seconds=2.0):
+    """{detector: {role: images/s}} of the models of the main table: one image at a time, interleaved, median.
+
+    Speed does not depend on the weights: the models are built anew, and measured when no run is beside them.
+    """
+    networks = {}
+    for row in rows:
+        job = row.jobs[0]
+        if row.table == "main" and not job.method:
+            networks[job.detector, job.role] = site.model(job).eval()
+    image = torch.zeros(1, 3, *site.scope.image_size)
+    nothing, times = torch.zeros_like(image[:, 0], dtype=torch.bool), {key: [] for key in networks}
+    with torch.no_grad():
+        while min(map(len, times.values()), default=3) < 3 or sum(map(sum, times.values())) < seconds * len(times):
+            for key, network in networks.items():
+                start = time.perf_counter()
+                models.postprocess(network(image, nothing).detections, [site.scope.image_size], 100)
+                times[key].append(time.perf_counter() - start)
+    speed = {}
+    for (detector, role), taken in times.items():
+        speed.setdefault(detector, {})[role] = 1 / float(np.median(taken))
+    return speed
+
+
+# ------------------------------------------------------------------------------------------------------------ a dry run
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps for the backward pass, each storage once, parameters apart. Works on fake tensors."""
+
+    def __init__(self, parameters):
+        self.seen = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self.kept, self.bytes = [], 0
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.kept.append(storage)                        # alive, so that no other storage gets its address
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def training_bytes(model, batch, height, width):
+    """Estimated peak of a training step: weights, gradients, Adam's two averages, and what the forward pass keeps."""
+    parameters = list(model.parameters())
+    hooks = SavedBytes([*parameters, *model.buffers()])
+    with FakeTensorMode(allow_non_fake_inputs=True), hooks:
+        images = torch.zeros(batch, 3, height, width)
+        model.train()(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
+    return 16 * sum(p.numel() for p in parameters) + hooks.bytes
+
+
+def dry_run(site, jobs, tflops):
+    """Print every run with its command, and what it would take."""
+    sizes, total = {}, 0.
+    print(f"To download: {site.scope.download}.\n")
+    for job in jobs:
+        settings = site.parse(site.arguments(job))
+        key = job.detector, job.role
+        if key not in sizes:
+            model = site.model(job)
+            sizes[key] = (models.gflops(model, *site.scope.image_size),
+                          training_bytes(model, settings["batch_size"], *site.scope.image_size))
+        forward, memory = sizes[key]
+        images = settings["epochs"] * site.scope.images
+        if settings["steps"]:
+            images = settings["steps"] * settings["batch_size"]
+        teacher = sizes.get((job.detector, "teacher"), (0, 0))[0] if job.method else 0
+        hours = images * (3 * forward + teacher) * 2e9 / (tflops * 1e12) / 3600
+        total += hours
+        print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
+              f"  python {shlex.join(['train.py', *site.arguments(job)])}")
+    height, width = site.scope.image_size
+    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work (--tflops: the peak times "
+          "what training reaches of it, a fifth to a third), a step being three forward passes and one of the teacher. "
+          f"Memory: weights, gradients, Adam and saved activations in fp32 at {height} x {width}.")
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+def tuning(site):
+    """-> ([Job], chosen): every trial, and chosen(detector, what) -> the options of the best one so far, or of the
+    first when none has run. Where nothing is tuned, those of the recipe and the methods' own defaults."""
+    scope, done = site.scope, {}
+
+    def trials(detector, what):
+        method = "clockdistill" if what in MEMORY else what
+        base = site.defaults(detector) if method == "clockdistill" else {}
+        return [base | MEMORY.get(what, {}) | trial for trial in (TRIALS[what] if scope.tune_seeds else [{}])]
+
+    def jobs(detector, what):
+        method = "clockdistill" if what in MEMORY else what
+        return [Job(site.scale, detector, "student", method, pairs(options), seed, "tune")
+                for options in trials(detector, what) for seed in scope.tune_seeds]
+
+    def chosen(detector, what):
+        scores = [done[job]["AP"] if done.get(job) else -math.inf for job in jobs(detector, what)]
+        return trials(detector, what)[int(np.argmax(scores)) if scores else 0]
+
+    whole = {detector: ["clockdistill"] for detector in models.DETECTORS}
+    for detector in scope.others:
+        whole[detector] += [*MEMORY, *RIVALS]
+    every = [job for detector, kinds in whole.items() for what in kinds for job in jobs(detector, what)]
+    return list(dict.fromkeys(every)), chosen, done
+
+
+def make(site, only, workers, shard, rebuild, dry, tflops):
+    """The command `table`: teachers, tuning, tables; what other shards still have to do stops it in between."""
+    trials, chosen, tuned = tuning(site)
+    teachers = [Job(site.scale, detector, "teacher") for detector in models.DETECTORS]
+    if dry:
+        rows = plan(site.scale, chosen, only)
+        dry_run(site, list(dict.fromkeys([*teachers, *trials, *(job for row in rows for job in row.jobs)])), tflops)
+        return 0
+    for jobs, what in ((teachers, "teachers"), (trials, "tuning runs")):
+        done = run_all(site, jobs, workers, shard, rebuild)
+        tuned.update(done)
+        missing = [job.name for job in jobs if done[job] is None]
+        if missing and not rebuild:
+            raise ValueError(f"{len(missing)} {what} have no result yet ({missing[0]}, ...): failed, or another "
+                             f"shard's; bring their JSON files to {site.results}/runs and repeat the command")
+    rows = plan(site.scale, chosen, only)
+    jobs = list(dict.fromkeys(job for row in rows for job in (*row.jobs, *plain_students(row))))
+    done = tuned | run_all(site, jobs, workers, shard, rebuild)
+    write(site, rows, trials, done, rebuild)
+    return int(any(done[job] is None for job in jobs) and not rebuild)
+
+
+def write(site, rows, trials, done, rebuild):
+    """tables.json, tables.md and the figures, from the results alone."""
+    tables = summarise(rows, done)
+    tried = [{"detector": job.detector, "method": job.method, "options": dict(job.options), "seed": job.seed,
+              "AP": done[job]["AP"]} for job in trials if done.get(job)]
+    file = site.results / "speed.json"
+    if file.exists() and rebuild:
+        speed = json.loads(file.read_text())
+    else:
+        speed = images_per_second(rows, site)
+        write_json(file, speed)
+    write_json(site.results / "tables.json", tables)
+    write_json(site.results / "tuning.json", tried)
+    (site.results / "tables.md").write_text(markdown(tables, speed, site.scale))
+    draw(tables, done, site.results)
+    print(f"{sum(map(len, tables.values()))} rows: {site.results}/tables.md, tables.json, tuning.json and figures")
