@@ -123,7 +123,7 @@ class DeformableAttention(nn.Module):
             weights = weights.unflatten(-1, (self.levels, self.points))                 # (B, Q, heads, levels, points)
             points = centre[:, :, None, :, None] + offsets * unit[:, :, None, :, None]  # (B, Q, heads, .., .., 2)
             if self.recorder:
-                self.recorder(points.detach(), weights.detach())
+                self.recorder(points, weights)
             mixed = deformable_sample(full_precision(value), shapes, points, weights)
         return self.output_proj(mixed)
 
@@ -152,7 +152,7 @@ class DenseAttention(nn.Module):
         if self.recorder:              # beside the computation proper, which is the same with and without
             scores = (query @ key.transpose(-1, -2)).float() / query.shape[-1] ** 0.5
             scores = scores if attend is None else scores.masked_fill(~attend, -math.inf)
-            self.recorder(scores.softmax(-1).detach())
+            self.recorder(scores.softmax(-1))
         mixed = F.scaled_dot_product_attention(query, key, value, attend, self.dropout if self.training else 0.)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))                          # (B, heads, Q, d') -> (B, Q, D)
 

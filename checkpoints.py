@@ -3,8 +3,12 @@
 A payload is a nested dict / list of tensors, numbers, strings and None. A model's
 payload is {"model": state_dict, "detector": name, "config": model.config, "classes": [...], "category_ids": [...]}
 and whatever else the caller adds.
+
+`load_weights` knows other programs' models by two kinds of tables: what they call our parameters (FORMATS), and how
+they compute differently with equally named weights (PUBLISHED).
 """
 import argparse
+import collections
 import json
 import os
 import re
@@ -12,47 +16,33 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-# What published .pth files hold beside tensors, and what cannot execute anything when it is unpickled.
-INERT = [argparse.Namespace]
 
-# Source name -> ours, as regular expressions tried from the top; the first that matches the start of a name counts.
-# {name of the format: (a key that only this format has, table)}
-OFFICIAL_DINO = [
-    (r"backbone\.0\.body\.", "backbone."),
-    (r"input_proj\.", "encoder.project."),
-    (r"transformer\.level_embed", "encoder.level_embed"),
-    (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.", r"encoder.layers.\1.attention."),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm1\.", r"encoder.layers.\1.norm."),
-    (r"transformer\.encoder\.layers\.(\d+)\.(linear1|linear2)\.", r"encoder.layers.\1.ffn.\2."),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm2\.", r"encoder.layers.\1.ffn.norm."),
-    (r"transformer\.decoder\.layers\.(\d+)\.self_attn\.", r"decoder.layers.\1.self_attention."),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm2\.", r"decoder.layers.\1.self_norm."),      # official: self is norm2,
-    (r"transformer\.decoder\.layers\.(\d+)\.cross_attn\.", r"decoder.layers.\1.cross_attention."),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm1\.", r"decoder.layers.\1.cross_norm."),     # cross is norm1
-    (r"transformer\.decoder\.layers\.(\d+)\.(linear1|linear2)\.", r"decoder.layers.\1.ffn.\2."),
-    (r"transformer\.decoder\.layers\.(\d+)\.norm3\.", r"decoder.layers.\1.ffn.norm."),
-    (r"transformer\.decoder\.norm\.", "decoder.norm."),
-    (r"transformer\.decoder\.ref_point_head\.", "decoder.position."),
-    (r"(transformer\.decoder\.)?bbox_embed\.\d+\.", "decoder.box_head."),              # one head, stored for each layer
-    (r"(transformer\.decoder\.)?class_embed\.\d+\.", "decoder.class_head."),
-    (r"transformer\.enc_output\.", "proposals.project."),
-    (r"transformer\.enc_output_norm\.", "proposals.norm."),
-    (r"transformer\.enc_out_bbox_embed\.", "proposals.box_head."),
-    (r"transformer\.enc_out_class_embed\.", "proposals.class_head."),
-    (r"transformer\.tgt_embed\.", "content."),
-    (r"label_enc\.", "label_embed."),
-]
-FORMATS = {
-    "ours": ("encoder.project.0.0.weight", []),
-    "official_dino": ("transformer.enc_out_class_embed.weight", OFFICIAL_DINO),
-}
-PER_CLASS = re.compile(r"class_head\.|label_embed\.")        # re-initialised when the number of classes differs
-PER_QUERY = re.compile(r"content\.")                         # by rank: the first rows are kept
+# --------------------------------------------------------------------------------------------------------------- files
+
+class Ignored:
+    """Stands for what a file holds and nobody needs: takes anything, does nothing."""
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# What published .pth files hold beside tensors, and what cannot execute anything when it is unpickled: the arguments of
+# official programs, numpy's numbers and arrays (numpy 1 says core, numpy 2 _core), MMEngine's log of the training.
+INERT = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray,
+         *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+         *[(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")
+           for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])],     # scalar, _reconstruct
+         *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],    # of defaultdicts
+         (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"), (Ignored, "builtins.getattr")]
 
 
 def save(path: str | Path, payload: dict, half: bool = False) -> None:
@@ -108,6 +98,163 @@ def load(path: str | Path, map_location="cpu") -> dict:
         raise ValueError(f"{broken} ({text[:120]})") from None
 
 
+def load_from_hub(name: str) -> dict:
+    """'organisation/model' on the Hugging Face hub -> payload, its config.json as payload["config"]."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import EntryNotFoundError
+    except ImportError:
+        raise ValueError(f"hf:{name} needs another package: pip install huggingface_hub") from None
+
+    def fetch(file):
+        try:
+            return hf_hub_download(name, file)
+        except EntryNotFoundError as error:
+            if not isinstance(error, FileNotFoundError):     # which it is without a connection
+                return None
+            reason = error
+        except Exception as error:                           # names, rights, connections: many kinds
+            reason = error
+        raise ValueError(f"cannot fetch hf:{name} ({' '.join(str(reason).split())[:120]}): check the name and the "
+                         "connection, or download its model.safetensors and give that file")
+
+    path = fetch("model.safetensors") or fetch("pytorch_model.bin")
+    if path is None:
+        raise ValueError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin: is it a PyTorch model?")
+    payload, config = load(path), fetch("config.json")
+    said = {"config": json.loads(Path(config).read_text())} if config else {}
+    return said | (payload if "model" in payload else {"model": payload})
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+# Rows (theirs, ours), replaced one after the other. Regular expressions in which a dot is a dot, # a number, the same on
+# both sides, E and D are encoder.layers.# and decoder.layers.#. A program's own rows lead to the names of the official
+# repositories or at once to ours, the rows OFFICIAL from there to ours, those of the detector finish what depends on it.
+
+OFFICIAL = [   # IDEA-Research/DAB-DETR and DINO, fundamentalvision/Deformable-DETR
+    ("^backbone.0.body.", "backbone."), ("^transformer.", ""), ("^input_proj.", "encoder.project."),
+    ("^level_embeds?$", "encoder.level_embed"),
+    ("^E.self_attn.", "E.attention."), ("^E.norm1.", "E.norm."), ("^E.norm2.", "E.ffn.norm."),
+    ("^D.self_attn.", "D.self_attention."), ("^D.cross_attn.", "D.cross_attention."), ("^D.norm3.", "D.ffn.norm."),
+    (".(linear1|linear2|activation).", r".ffn.\1."),
+    ("^decoder.ref_point_head.", "decoder.position."),
+    ("^(?:decoder.)?class_embed.", "decoder.class_heads."), ("^(?:decoder.)?bbox_embed.", "decoder.box_heads."),
+    ("^enc_output.", "proposals.project."), ("^enc_output_norm.", "proposals.norm."),
+]
+DEFORMABLE_NORMS = [("^D.norm2.", "D.self_norm."), ("^D.norm1.", "D.cross_norm.")]
+OF_DETECTOR = {
+    "dab_detr": [
+        ("^D.norm1.", "D.self_norm."), ("^D.norm2.", "D.cross_norm."),        # the other way round than Deformable DETR
+        ("^D.sa_", "D.self_attention."), ("^D.ca_", "D.cross_attention."),
+        ("_attention.(?:q|query_)content_proj.", "_attention.query_content."),
+        ("_attention.(?:q|query_)pos_proj.", "_attention.query_position."),
+        ("_attention.(?:q|query_)pos_sine_proj.", "_attention.query_sine."),
+        ("_attention.(?:k|key_)content_proj.", "_attention.key_content."),
+        ("_attention.(?:k|key_)pos_proj.", "_attention.key_position."),
+        ("_attention.(?:v|value)_proj.", "_attention.value."),
+        ("coder.query_scale.", "coder.position_scale."), ("^decoder.ref_anchor_head.", "decoder.anchor_size."),
+        ("^decoder.(class_heads|box_heads).(?=[a-z])", r"decoder.\1.0."),     # the one head has no number
+        ("^encoder.project.0.0.", "encoder.project."),                        # in MMDetection a list of one
+        ("^(?:refpoint_embed|anchor_box_embed|query_embedding).", "anchors."),
+    ],
+    "deformable_detr": DEFORMABLE_NORMS + [
+        ("^query_embed(?:ding)?.", "queries."), ("^reference_points.", "reference."),
+        ("^pos_trans.", "position.project."), ("^pos_trans_norm.", "position.norm."),
+    ],
+    "dino": DEFORMABLE_NORMS + [
+        ("^enc_out_class_embed.", "proposals.class_head."), ("^enc_out_bbox_embed.", "proposals.box_head."),
+        ("^(?:tgt_embed|query_embedding).", "content."), ("^label_enc.", "label_embed."),
+    ],
+    None: [],
+}
+MMCV_LAYERS = [   # mmcv's transformer, of which MMDetection is made and, after it, detrex
+    (".attentions.0.", ".self_attn."), (".attentions.1.", ".cross_attn."), ("_attn.attn.", "_attn."), (".ffns.0.", ".ffn."),
+    (".ffn.layers.0.0.", ".linear1."), (".ffn.layers.1.", ".linear2."), (".ffn.(?:layers.0.1|activation).", ".activation."),
+    ("E.norms.0.", "E.norm1."), ("E.norms.1.", "E.norm2."),
+    ("D.norms.0.", "D.self_norm."), ("D.norms.1.", "D.cross_norm."), ("D.norms.2.", "D.norm3."),
+    (".post_norm(?:_layer)?.", ".norm."),
+    ("^neck.convs.#.conv.", "input_proj.#.0."), ("^neck.convs.#.(?:norm|gn).", "input_proj.#.1."),
+    ("^neck.extra_convs.#.conv.", "input_proj.+#.0."),                        # + counts on from the last of convs
+    ("^neck.extra_convs.#.(?:norm|gn).", "input_proj.+#.1."),
+]
+DETREX = MMCV_LAYERS + [
+    ("^backbone.stem.", "backbone."),                                         # of detectron2
+    *[(f"^backbone.res{stage + 1}.", f"backbone.layer{stage}.") for stage in (1, 2, 3, 4)],
+    (".conv#.norm.", ".bn#."), (".shortcut.norm.", ".downsample.1."), (".shortcut.", ".downsample.0."),
+]
+MMDETECTION = MMCV_LAYERS + [   # 2.x and 3.x; the backbone has torchvision's names
+    ("^bbox_head.", ""), ("^(?:cls_branches|fc_cls).", "class_embed."), ("^(?:reg_branches|fc_reg).", "bbox_embed."),
+    *[(f"^bbox_embed.#.{2 * layer}.", f"bbox_embed.#.layers.{layer}.") for layer in (0, 1, 2)],
+    ("^memory_trans_fc.", "enc_output."), ("^memory_trans_norm.", "enc_output_norm."),
+    ("^(pos_trans|reference_points)_fc.", r"\1."), ("^dn_query_generator.label_embedding.", "label_enc."),
+]
+HUGGING_FACE = [   # transformers 4 and the hub's files; transformers 5 has .mlp. and o_proj, and no conv_encoder
+    ("^model.backbone.(?:conv_encoder.)?model.(?:_backbone.)?", "backbone."),          # timm has torchvision's names
+    ("^backbone.embedder.embedder.convolution.", "backbone.conv1."),
+    ("^backbone.embedder.embedder.normalization.", "backbone.bn1."),
+    *[(f"^backbone.encoder.stages.{stage - 1}.layers.", f"backbone.layer{stage}.") for stage in (1, 2, 3, 4)],
+    *[(f".layer.{part - 1}.convolution.", f".conv{part}.") for part in (1, 2, 3)],
+    *[(f".layer.{part - 1}.normalization.", f".bn{part}.") for part in (1, 2, 3)],
+    (".shortcut.convolution.", ".downsample.0."), (".shortcut.normalization.", ".downsample.1."),
+    ("^model.", ""), ("^input_projection.", "input_proj."),
+    ("^query_position_embeddings.", "query_embed."), ("^query_refpoint_embeddings.", "refpoint_embed."),
+    ("^bbox_predictor.", "bbox_embed."), ("^decoder.layernorm.", "decoder.norm."),
+    ("^E.self_attn_layer_norm.", "E.norm1."), ("^E.final_layer_norm.", "E.norm2."),
+    ("^D.(?:self_attn.)?self_attn_layer_norm.", "D.self_norm."),
+    ("^D.(?:encoder_attn|cross_attn.cross_attn)_layer_norm.", "D.cross_norm."),
+    ("^D.(?:mlp.)?final_layer_norm.", "D.norm3."),
+    (".(?:mlp.)?fc#.", ".linear#."), (".(?:mlp.)?activation_fn.", ".activation."),
+    (".encoder_attn.", ".cross_attn."), ("_attn.(?:self|cross)_attn_", "_attn."),
+    ("_attn.(?:self|cross)_attn.output_proj.", "_attn.out_proj."), (".self_attn.o_proj.", ".self_attn.out_proj."),
+]
+FORMATS = {   # program: (by which name its files are known, rows), tried in this order
+    "ours": ("^encoder.project.|^decoder.class_heads.", []),
+    "mmdetection": ("^bbox_head.", MMDETECTION + OFFICIAL),
+    "detrex": ("^transformer.(?:en|de)coder.layers.#.attentions.", DETREX + OFFICIAL),
+    "official": ("^transformer.(?:en|de)coder.layers.", OFFICIAL),
+    "hugging_face": ("^model.(?:en|de)coder.layers.", HUGGING_FACE + OFFICIAL),
+    "torchvision": ("^layer1.0.conv1.weight$", [("^", "backbone.")]),
+}
+DETECTORS = {"dab_detr": "ref_anchor_head|anchor_size", "dino": "label_enc|label_embed", "deformable_detr": "sampling_"}
+FUSED = ("q_proj", "k_proj", "v_proj")                           # three matrices that are one in ours, in_proj
+IGNORED = re.compile(r"num_batches_tracked$|^backbone\.fc\.")    # nothing depends on it; ImageNet's classes
+PER_CLASS = re.compile(r"class_heads?\.|label_embed\.")          # a row for each class
+PER_QUERY = re.compile(r"(content|anchors|queries)\.")           # a row for each query
+
+# (position_temperature, position_offset, logit_eps) of models.build with which a program's model was made: neither names
+# nor shapes give them away, and with others the same weights compute other numbers. Read in the sources named.
+PUBLISHED = {
+    # util/misc.py, models/**/position_encoding.py, main.py or config (DAB-DETR's: by running it, see test_golden.py)
+    ("official", "dab_detr"): (20., 0., 1e-3),
+    ("official", "deformable_detr"): (10000., -0.5, 1e-5),
+    ("official", "dino"): (20., 0., 1e-3),
+    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py. DINO: of 12 epochs; the configs of 24 and 36 say (20, 0).
+    ("detrex", "dab_detr"): (20., 0., 1e-3),
+    ("detrex", "deformable_detr"): (10000., -0.5, 1e-3),         # also with weights that were official ones
+    ("detrex", "dino"): (10000., -0.5, 1e-3),
+    # 2.28, 3.3: configs, {dab_detr,deformable_detr,dino}_layers.py, *_head.py. Two eps in one model: DINO moves references
+    # with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one, so where a reference lies within 1e-3
+    # of 0 or 1 boxes differ; elsewhere they are equal.
+    ("mmdetection", "dab_detr"): (20., 0., 1e-3),
+    ("mmdetection", "deformable_detr"): (10000., -0.5, 1e-5),
+    ("mmdetection", "dino"): (20., 0., 1e-3),
+    # transformers 5.24, modeling_*.py. The hub's DAB-DETR has the official weights, trained with 1e-3.
+    ("hugging_face", "dab_detr"): (20., 0., 1e-5),
+    ("hugging_face", "deformable_detr"): (10000., -0.5, 1e-5),
+}
+HEADS = 8                                                        # of attention, in all of them
+# What a file says of itself (our config, official args, the hub's config.json) -> option.
+SAID = {name: name for name in ("position_temperature", "position_offset", "logit_eps", "heads", "two_stage")} | {
+    "pe_temperatureH": "position_temperature", "temperature_height": "position_temperature", "nheads": "heads",
+    "encoder_attention_heads": "heads", "with_box_refine": "box_refine"}
+RESNETS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
+# The class of each row of a head: of 91 rows COCO's official id, as torchvision lists them, of 80 the ids that exist.
+COCO_91 = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO = {91: COCO_91, 80: [name for name in COCO_91 if name not in ("__background__", "N/A")]}
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
 @dataclass
 class Report:
     """What `load_weights` did, by our names; skipped are names of the source."""
@@ -118,80 +265,210 @@ class Report:
     missing: list[str] = field(default_factory=list)             # of the model, not in the source: left as they were
 
     def __str__(self):
-        resized = "; ".join(f"{name} {change}" for name, change in self.resized.items()) or "none"
+        groups = {change: [name for name in self.resized if self.resized[name] == change] for change in
+                  self.resized.values()}
+        resized = "; ".join(f"{', '.join(names)} {change}" for change, names in groups.items()) or "none"
         return (f"{self.source}: loaded {len(self.loaded)} tensors, skipped {len(self.skipped)}, "
                 f"missing {len(self.missing)}, resized: {resized}")
 
 
-def load_weights(model: nn.Module, source_weights: str | Path | dict, source: str = "auto") -> Report:
+def load_weights(model: nn.Module, source_weights: str | Path | dict, source: str = "auto",
+                 classes: list[str] | None = None, made_with: dict | None = None) -> Report:
     """Copy weights into the model, whichever known program made them, and print one line about it.
 
-    source_weights: a file, a payload, or a state_dict. source: one of FORMATS, or "auto" to recognise it by its names.
-    Class heads and label embeddings of another number of classes keep the model's own initialisation; of another number
-    of queries the first ones are used. A part of the model (backbone, encoder, ...) is loaded whole or not at all.
-    Raises ValueError when nothing fits, when a part fits only partly, or when any other shape differs.
+    source_weights: a file, "hf:organisation/model", a payload, or a state_dict. source: one of FORMATS, or "auto" to
+    recognise it by its names.
+    classes: names of the model's classes. Rows of class heads and label embeddings go to their namesakes, rows without one
+    keep the model's own initialisation. The source's names come with it (ours, MMDetection, the hub); without names 80 and
+    91 classes are COCO's, on either side, and equal numbers are copied as they are.
+    made_with: options of models.build that the source was made with, where you know better than PUBLISHED.
+    Of another number of queries the first ones are used. A part of the model (backbone, encoder, ...) is loaded whole or
+    not at all.
+    Raises ValueError, and leaves the model as it was, when the source was made with other options than the model (naming
+    them), when nothing fits, when a part fits only partly, or when any other shape differs.
     """
-    payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
+    if str(source_weights).startswith("hf:"):
+        payload = load_from_hub(source_weights.removeprefix("hf:"))
+    else:
+        payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
     origin = "state_dict" if isinstance(source_weights, dict) else str(source_weights)
     state = next((payload[key] for key in ("model", "state_dict") if isinstance(payload.get(key), dict)), payload)
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if source == "auto":
-        source = next((name for name, (key, _) in FORMATS.items() if key in state), None)
+        source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
     if source not in FORMATS:
         raise ValueError(f"{origin}: names of no known format ({', '.join(FORMATS)}): is it a detector's checkpoint?")
-    detector = payload.get("detector", model.detector)
-    if detector != model.detector:
-        raise ValueError(f"{origin} holds a {detector}, the model is a {model.detector}: build that detector instead")
+    detector = payload.get("detector") or next((name for name, mark in DETECTORS.items() if contains(state, mark)), None)
+    if detector not in (None, wanted := getattr(model, "detector", detector)):
+        raise ValueError(f"{origin} holds a {detector}, the model is a {wanted}: build that detector instead")
 
-    report = Report(f"{origin} ({source})")
-    own, first_rows = model.state_dict(), {}
-    for key, value in state.items():
-        name = rename(key, FORMATS[source][1])
+    own, report, rows = model.state_dict(), Report(f"{origin} ({source})"), {}
+    found = translate(state, source, detector, origin)           # {our name: (source name, value)}
+    options = options_of(found, state, source, detector) | said_by(payload, origin) | (made_with or {})
+    check_options(model, options, report.source)
+    found = share_heads(found, own, origin)
+    names = class_names(payload, found, own, classes)
+    for name, (key, value) in found.items():
         if name not in own:
-            if not name.endswith("num_batches_tracked"):
-                report.skipped.append(key)
-        elif name in report.loaded:                          # a head that the source stores once per layer
-            if not torch.equal(value, state[report.loaded[name]]):
-                raise ValueError(f"{origin}: {key} differs from {report.loaded[name]}, this model has one for both")
-        elif name in report.resized:
-            continue
+            report.skipped += [] if IGNORED.search(name) else [key]
+        elif (fitted := fit_rows(name, value, own[name], names, detector)) is not None:
+            rows[name], report.resized[name] = fitted
         elif value.shape == own[name].shape:
             report.loaded[name] = key
-        elif value.shape[1:] == own[name].shape[1:] and PER_CLASS.search(name):
-            report.resized[name] = f"({len(value)} to {len(own[name])} rows: re-initialised)"
-        elif value.shape[1:] == own[name].shape[1:] and PER_QUERY.match(name):
-            report.resized[name] = f"({len(value)} to {len(own[name])} rows: the first kept)"
-            first_rows[name] = value[:len(own[name])]
         else:
             raise ValueError(f"{origin}: {key} is {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}: "
                              "another architecture; build the model with the checkpoint's sizes")
-    # BatchNorm's counter of batches is not in files made with frozen BatchNorm, and nothing depends on it.
-    report.missing = [name for name in own if name not in report.loaded and name not in report.resized
-                      and not name.endswith("num_batches_tracked")]
+    report.missing = [name for name in own if name not in report.loaded | report.resized and not IGNORED.search(name)]
     if not report.loaded:
         raise ValueError(f"{origin}: none of its {len(state)} tensors fits this model: is it another architecture's?")
-    loaded_parts = {part(name) for name in report.loaded}
-    stray = [key for key in report.skipped if part(rename(key, FORMATS[source][1])) in loaded_parts]
-    stray += [name for name in report.missing if part(name) in loaded_parts]
-    if stray:
-        raise ValueError(f"{origin}: another architecture, {stray[0]} and {len(stray) - 1} more have no counterpart; "
+    parts = {name.split(".")[0] for name in report.loaded}
+    strays = [name for name in report.missing + [name for name in found if name not in own and not IGNORED.search(name)]
+              if name.split(".")[0] in parts]
+    if strays:
+        raise ValueError(f"{origin}: another architecture, {strays[0]} and {len(strays) - 1} more have no counterpart; "
                          "build the model with the checkpoint's depths and options")
     with torch.no_grad():
-        for name, key in report.loaded.items():
-            own[name].copy_(state[key])                      # state_dict() shares the model's memory
-        for name, rows in first_rows.items():
-            own[name][:len(rows)] = rows
+        for name in report.loaded:
+            own[name].copy_(found[name][1])                      # state_dict() shares the model's memory
+        for name, (ours, theirs) in rows.items():
+            own[name][ours] = found[name][1][theirs].to(own[name])
     print(report)
     return report
 
 
-def rename(key: str, table: list[tuple[str, str]]) -> str:
-    """The name that `table` gives a source key; a key that no line matches keeps its own."""
-    for pattern, ours in table:
-        if re.match(pattern, key):
-            return re.sub(pattern, ours, key, count=1)
-    return key
+def regex(row: str) -> re.Pattern:
+    row = row.replace("E.", "encoder.layers.#.").replace("D.", "decoder.layers.#.")
+    return re.compile(row.replace(".", r"\.").replace("#", r"(\d+)"))
 
 
-def part(name: str) -> str:
-    return name.split(".")[0]
+def contains(state: dict, mark: str) -> bool:
+    return any(map(regex(mark).search, state))
+
+
+def translate(state: dict[str, Tensor], source: str, detector: str | None, origin: str) -> dict[str, tuple[str, Tensor]]:
+    """-> {our name: (source name, value)}, heads numbered by layer; names that no row knows stay as they are."""
+    def replacement(ours):
+        return ours.replace("E.", "encoder.layers.#.").replace("D.", "decoder.layers.#.").replace("#", r"\1")
+
+    rows = [(regex(theirs), replacement(ours)) for theirs, ours in FORMATS[source][1] + OF_DETECTOR[detector]]
+    found = {}
+    for key, value in state.items():
+        name = key
+        for theirs, ours in rows:
+            name = theirs.sub(ours, name, count=1)
+        if name in found and not torch.equal(value, found[name][1]):         # modules that are stored twice
+            raise ValueError(f"{origin}: {key} differs from {found[name][0]}, but one should be the other")
+        found.setdefault(name, (key, value))
+    for name in [name for name in found if f".{FUSED[0]}." in name]:
+        keys, values = zip(*(found.pop(name.replace(FUSED[0], matrix)) for matrix in FUSED))
+        found[name.replace(FUSED[0] + ".", "in_proj_")] = ", ".join(keys), torch.cat(values)
+    levels = len({name.split(".")[2] for name in found if re.match(r"encoder\.project\.\d", name)})
+    layers = len({name.split(".")[2] for name in found if name.startswith("decoder.layers.")})
+
+    def settle(name):                        # one head more than decoder layers: the last is that of the proposals
+        name = re.sub(r"^encoder\.project\.\+(\d+)", lambda m: f"encoder.project.{levels + int(m[1])}", name)
+        return re.sub(rf"^decoder\.(class|box)_heads\.{layers}\.", r"proposals.\1_head.", name)
+    found = {settle(name): entry for name, entry in found.items()}
+    for name in [name for name in found if re.fullmatch(r"encoder\.project\.\d+\.0\.weight", name)]:
+        bias = found[name][1].new_zeros(len(found[name][1]))     # mmcv's convolutions have none before a norm
+        found.setdefault(name.replace("weight", "bias"), ("no bias", bias))
+    return found
+
+
+def options_of(found: dict, state: dict, source: str, detector: str | None) -> dict:
+    """Options of models.build that a source was made with, by its names, shapes and program; None: not known."""
+    def size(name):
+        return len(found[name][1]) if name in found else None
+
+    def count(prefix):
+        return len({name.split(".")[2] for name in found if name.startswith(prefix)})
+
+    first = {name: re.sub(r"_heads\.\d+\.", "_heads.0.", name) for name in found if "_heads." in name}
+    differ = any(not torch.equal(found[name][1], found[zero][1]) for name, zero in first.items() if zero in found)
+    options = {"encoder_layers": count("encoder.layers.") or None, "feature_levels": size("encoder.level_embed"),
+               "backbone": RESNETS.get((count("backbone.layer3."), "backbone.layer1.0.conv3.weight" in found)),
+               "backbone_width": size("backbone.conv1.weight")}
+    if count("decoder.layers."):
+        # A plain Deformable DETR has one head for all layers, though its program may store it for each.
+        several = contains(state, "decoder.bbox_embed.") or source == "ours" and count("decoder.box_heads.") > 1
+        options |= {"decoder_layers": count("decoder.layers."), "hidden_dim": size("decoder.layers.0.self_norm.weight"),
+                    "ffn_dim": size("decoder.layers.0.ffn.linear1.bias"), "num_patterns": size("patterns.weight") or 0,
+                    "two_stage": "proposals.project.weight" in found, "box_refine": differ or several,
+                    "shared_heads": False if differ else None}
+    if known := PUBLISHED.get((source, detector)):
+        options |= dict(zip(("position_temperature", "position_offset", "logit_eps", "heads"), (*known, HEADS)))
+    return options
+
+
+def said_by(payload: dict, origin: str) -> dict:
+    """Options of models.build by what the file says of itself."""
+    said = (payload.get("config") or {}) | vars(payload.get("args") or argparse.Namespace())
+    if said.get("dilation"):
+        raise ValueError(f"{origin} was made with dilation (DC5), which these models do not have: choose another file")
+    return {SAID[name]: value for name, value in said.items() if name in SAID and value is not None}
+
+
+def check_options(model: nn.Module, options: dict, origin: str) -> None:
+    """Refuse a source made with other options than the model; a model without .config is taken as it is."""
+    config = {name: value for name, value in getattr(model, "config", {}).items()
+              if not (name.startswith("backbone") and model.config["backbone"] == "custom")}
+    wrong = {name: value for name, value in options.items() if value is not None and config.get(name, value) != value}
+    if wrong:
+        theirs = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        ours = ", ".join(f"{name}={config[name]!r}" for name in wrong)
+        raise ValueError(f"{origin} was made with {theirs}, the model with {ours}: build it with models.build("
+                         f"{model.detector!r}, ..., {theirs}), or give made_with={{...}} if the file was made otherwise")
+
+
+def share_heads(found: dict, own: dict, origin: str) -> dict:
+    """The source's only head for every layer of the model, or equal ones for the model's only head."""
+    def numbered(name, layer):
+        return re.sub(r"_heads\.\d+\.", f"_heads.{layer}.", name)
+
+    fitting = {}
+    for name, (key, value) in found.items():
+        only = name not in own and numbered(name, 0) in own
+        if only and not torch.equal(value, found[numbered(name, 0)][1]):
+            raise ValueError(f"{origin}: {key} differs from {found[numbered(name, 0)][0]}, this model has one for both")
+        fitting |= {} if only else {name: (key, value)}
+    return fitting | {name: found[numbered(name, 0)] for name in own if name not in found
+                      and numbered(name, 0) in found and numbered(name, 1) not in found}
+
+
+def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> tuple[list, list]:
+    """The source's classes and the model's: names, [] where unknown; numbers, when rows are to be copied as they are."""
+    head = "decoder.class_heads.0.bias"
+    if head not in found or head not in own:
+        return [], []
+    theirs, ours = len(found[head][1]), len(own[head])
+    if classes is None and theirs == ours:
+        return list(range(theirs)), list(range(ours))
+    if classes is not None and len(classes) != ours:
+        raise ValueError(f"classes names {len(classes)}, but the model has {ours}: give a name for each")
+    meta = payload.get("meta") or {}                             # MMDetection 2: CLASSES, 3: dataset_meta
+    said = [payload.get("classes"), meta.get("CLASSES"), (meta.get("dataset_meta") or {}).get("CLASSES"),
+            (meta.get("dataset_meta") or {}).get("classes"),
+            list(((payload.get("config") or {}).get("id2label") or {}).values()), COCO.get(theirs)]
+    named = next((names for names in said if names and len(names) == theirs), [])
+    return [name.lower() for name in named], [name.lower() for name in classes or COCO.get(ours, [])]
+
+
+def fit_rows(name: str, value: Tensor, own: Tensor, names: tuple, detector: str | None) -> tuple | None:
+    """-> ((our rows, the source's rows), what to say of it); None for a tensor that is copied whole, or not at all."""
+    if value.shape[1:] != own.shape[1:] or not (PER_QUERY.match(name) or PER_CLASS.search(name)):
+        return None
+    # In Deformable DETR class 0 of a proposal means any object, whatever the classes are.
+    if PER_QUERY.match(name) or name.startswith("proposals.") and detector == "deformable_detr":
+        pairs, change = [(i, i) for i in range(min(len(value), len(own)))], "the first kept"
+    else:
+        theirs, ours = names
+        pairs = [(i, theirs.index(label)) for i, label in enumerate(ours) if label in theirs]
+        named = ", ".join(str(ours[i]) for i, _ in pairs) if len(pairs) < 6 else f"{len(pairs)} classes"
+        change = "by class" if len(pairs) == len(ours) else f"{named} by name, the others re-initialised"
+        if not pairs:
+            change = "re-initialised"
+        elif len(value) > len(theirs) and len(own) > len(ours):  # label_embed's row of no class, which not all have
+            pairs.append((len(ours), len(theirs)))
+    if len(value) == len(own) and pairs == [(i, i) for i in range(len(own))]:
+        return None
+    return tuple(map(list, zip(*pairs))) or ([], []), f"({len(value)} to {len(own)} rows: {change})"

@@ -288,8 +288,7 @@ class CLoCKDistill(nn.Module):
         losses = distill(s_memory, t_memory, s_logits, s_boxes, t_logits, t_boxes,
                          labels, boxes, shapes, padding, valid)
 
-    A part whose weight is 0 is not computed, needs no inputs and no parameters. The teacher's own learned queries
-    [P, KD-DETR] can be distilled by the same logit_loss: decode them in both, with `valid` all True.
+    A part whose weight is 0 is not computed, needs no inputs and no parameters.
     """
 
     def __init__(self, student_dim=256, teacher_dim=256, *,
@@ -306,11 +305,13 @@ class CLoCKDistill(nn.Module):
                                             # row a class) or "random" (one row) | "zero". The labels' contain the class
                                             # that is asked for; with the others, decoders must look at the memory.
                  num_classes=None,          # needed by content="random_label"
+                 target=True,               # [A] the target-aware queries; off for ablation
                  groups=1,                  # [O] 3 in [P], which without noise repeats the same loss three times
                  box_noise=0.0,             # [P] 0..1; above 0 the decoders have something to correct
                  label_noise=0.0,           # [P] 0..1
                  random_queries=0,          # [O] 300 in [P]; they look away from the objects, this paper at them
                  random_fixed=True,         # [P] the same random queries at every step; False: new ones (KD-DETR)
+                 learned=False,             # [O] on in [P]: the teacher's own queries too, see with_learned
                  # logit part
                  cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,            # [T, P]
                  temperature=10.0,          # [P]
@@ -331,7 +332,7 @@ class CLoCKDistill(nn.Module):
                                   content="label" if content in ("label", "random_label") else "slot")
         self.logit_options = dict(temperature=temperature, classes=classes, confidence=confidence, normalise=normalise,
                                   layers=layers)
-        self.content = content
+        self.content, self.target, self.learned = content, target, learned
         # Drawn from their own seed: a student's first weights and its data order are the same with and without us.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -352,6 +353,7 @@ class CLoCKDistill(nn.Module):
     def queries(self, labels, boxes, embedding=None, generator=None):
         """target_queries with this module's switches -> content (B, Q, teacher_dim), boxes, attend, valid.
 
+        With target=False as if there were no objects: only the random queries, if any.
         embedding: the teacher's, for content="label" (C, D) its label embedding, for "own" (N, D) or (D,) its learned
             contents; the others need none.  Everything else, and what comes back: see target_queries.
         """
@@ -359,10 +361,29 @@ class CLoCKDistill(nn.Module):
         if embedding is None:
             raise ValueError(f'content="{self.content}" needs the teacher\'s embedding; a teacher without one can be '
                              'asked with content="own", "random_label", "random" or "zero"')
+        if not self.target:
+            labels, boxes = [l[:0] for l in labels], [b[:0] for b in boxes]
         return target_queries(labels, boxes, embedding, generator=generator, **self.query_options)
 
+    @staticmethod
+    def with_learned(queries, content, boxes):
+        """Queries that both decoders read, and beside them, as a group of their own, the teacher's learned ones.
+
+        queries: content (B, Q, D), boxes (B, Q, 4), attend, valid.  content (B, N, D), boxes (B, N, 4), or points
+        (B, N, 2), which become boxes without extent: those of the teacher for these images.  Returns the same four,
+        (B, Q + N).
+        """
+        B, N = content.shape[:2]
+        Q = queries[0].shape[1]
+        attend = F.pad(queries[2], (0, N, 0, N))                      # (B, Q + N, Q + N), False in what is new
+        attend[:, Q:, Q:] = True
+        boxes = F.pad(boxes, (0, 4 - boxes.shape[-1]))
+        return (torch.cat([queries[0], content], 1), torch.cat([queries[1], boxes.to(queries[1])], 1), attend,
+                torch.cat([queries[3], queries[3].new_ones(B, N)], 1))
+
     def student_content(self, content):
-        """The same queries for the student: (B, Q, teacher_dim) -> (B, Q, student_dim), unchanged if widths agree."""
+        """The same contents (or positions, which are added to contents) for the student: (B, Q, teacher_dim) ->
+        (B, Q, student_dim), unchanged if widths agree."""
         return content if self.student_reads is None else self.student_reads(content)
 
     def forward(self, student_memory, teacher_memory, student_logits, student_boxes, teacher_logits, teacher_boxes,

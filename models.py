@@ -72,18 +72,19 @@ RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 
 class ResNet(nn.Module):
     """torchvision's ResNet with the same parameter names, any width (planes w, 2w, 4w, 8w), and C3, C4, C5 as output.
 
+    stages: 4, or 3 or 2 where nobody reads C5 or C4.
     frozen: every BatchNorm has fixed statistics and scale, and the stem and first stage get no gradient, as in the
     official detectors. That only makes sense with pretrained weights: from scratch everything trains.
     """
-    def __init__(self, name: str, width: int = 64, frozen: bool = False):
+    def __init__(self, name: str, width: int = 64, frozen: bool = False, stages: int = 4):
         super().__init__()
-        block, depths = RESNETS[name]
+        (block, depths), self.stages = RESNETS[name], stages
         norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
-        self.channels = [width * scale * block.expansion for scale in (2, 4, 8)]
+        self.channels = [width * scale * block.expansion for scale in (2, 4, 8)[:stages - 1]]
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         inputs = width
-        for stage, depth in enumerate(depths):
+        for stage, depth in enumerate(depths[:stages]):
             planes, blocks = width * 2 ** stage, []
             for index in range(depth):
                 stride, outputs = (2 if stage and not index else 1), planes * block.expansion
@@ -105,8 +106,8 @@ class ResNet(nn.Module):
         x = images.contiguous(memory_format=torch.channels_last)       # a quarter faster on CPU
         x = F.max_pool2d(self.bn1(self.conv1(x)).relu_(), 3, stride=2, padding=1)
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for stage in range(1, self.stages + 1):
+            x = self.get_submodule(f"layer{stage}")(x)
             maps.append(x)
         return maps[1:]
 
@@ -125,7 +126,8 @@ class ResNet(nn.Module):
             state = load_file(source)
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        unused = ("fc.", *(f"layer{stage}." for stage in range(self.stages + 1, 5)))
+        state = {key: value for key, value in state.items() if not key.startswith(unused)}
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
@@ -215,9 +217,9 @@ class DenseEncoder(nn.Module):
     def __init__(self, channels, dim, heads, ffn_dim, layers, stride, dropout, temperature, offset):
         super().__init__()
         self.dim, self.temperature, self.offset = dim, temperature, offset
-        self.level = {32: -1, 16: -2, 8: -3}[stride]
-        if len(channels) < -self.level:
-            raise ValueError(f"feature_stride {stride} needs a backbone with {-self.level} maps, it has {len(channels)}")
+        self.level = {8: 0, 16: 1, 32: -1}[stride]
+        if stride == 16 and len(channels) < 2:
+            raise ValueError("feature_stride 16 needs a backbone with maps of strides 8 and 16, it has one map")
         self.project = nn.Conv2d(channels[self.level], dim, 1)
         self.position_scale = xavier_(MLP(dim, dim, dim))
         self.layers = nn.ModuleList(DenseEncoderLayer(dim, heads, ffn_dim, dropout) for _ in range(layers))
@@ -504,7 +506,7 @@ def attention_groups(learned: int, extra: tuple | None, device, groups: int = 0,
     attend = (group[:, None] == group) | (group == groups)                                # (Q, Q)
     if extra is None:
         return attend
-    content, _, among, _ = extra
+    content, _, among = extra[:3]
     batch, count = content.shape[:2]
     attend = F.pad(attend.expand(batch, -1, -1), (0, count, 0, count))                    # (B, Q + E, Q + E), False
     attend[:, len(group):, len(group):] = True if among is None else among
@@ -548,7 +550,9 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def caller_queries(self, extra: tuple) -> Queries:
-        """The caller's queries (content, boxes, attend, valid) in the form in which the learned ones are decoded."""
+        """The caller's queries, see `forward`, in the form in which the learned ones are decoded."""
+        if len(extra) > 4 and extra[4] is not None:
+            raise ValueError(f"{type(self).__name__} makes its positional queries from boxes: pass no position")
         return Queries(extra[0], extra[1])
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None,
@@ -557,7 +561,8 @@ class Detector(nn.Module):
 
         targets: per image "labels" (K_b,) and "boxes" (K_b, 4); only denoising queries (DINO) are made of them.
         extra: (content (B, E, D), boxes (B, E, 4), attend (B, E, E) or None, valid), decoded unseen by and not seeing
-        the other queries; valid (B, E) only matters to the caller's loss.
+        the other queries; valid (B, E) only matters to the caller's loss. Or with a fifth, position (B, n, D): of the
+        last n of them, for a one-stage Deformable DETR, which makes the others' from the boxes.
         """
         memory = self.encode(images, padding)
         learned, proposals = self.learned_queries(memory)
@@ -696,8 +701,12 @@ class DeformableDetr(Detector):
         return Queries(content, self.reference(position).sigmoid(), position), None
 
     def caller_queries(self, extra: tuple) -> Queries:
-        content, boxes = extra[:2]
-        return Queries(content, boxes if self.two_stage else boxes[..., :2], self.box_position(boxes))
+        content, boxes, position = extra[0], extra[1], extra[4] if len(extra) > 4 else None
+        if position is None:
+            position = self.box_position(boxes)
+        elif position.shape[1] < boxes.shape[1]:
+            position = torch.cat([self.box_position(boxes[:, :-position.shape[1]]), position], 1)
+        return Queries(content, boxes if self.two_stage else boxes[..., :2], position)
 
     def box_position(self, boxes: Tensor) -> Tensor:
         """(B, Q, 4) -> (B, Q, D): the two-stage model's own position, or a fixed random map of the sine encoding.
@@ -863,7 +872,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     feature_levels, points: not DAB-DETR. Up to 3 levels are the coarsest maps of the backbone (3: strides 8, 16, 32),
         more are made by strided convolutions.
     num_patterns, feature_stride: DAB-DETR. Contents that each anchor is asked with, 0 for none; the backbone's map of
-        stride 8, 16 or 32 that is read.
+        stride 8, 16 or 32 that is read: the first, second or last one of your own module.
     box_refine, two_stage: Deformable DETR. Each layer refines the boxes; they start from the encoder's own.
     denoising, box_noise, label_noise: DINO. Number of queries, see `denoising_groups`, 0 for none; their noise.
     position_temperature, position_offset, logit_eps; shared_heads (DINO): the official values differ between detectors;
@@ -897,7 +906,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
         if pretrained_backbone is True and backbone_width != 64:
             raise ValueError(f"no ImageNet weights exist for backbone_width {backbone_width}: "
                              "use 64, or pretrained_backbone=False, or a file of your own")
-        body = ResNet(backbone, backbone_width, frozen)
+        body = ResNet(backbone, backbone_width, frozen, {32: 4, 16: 3, 8: 2}[options.get("feature_stride", 32)])
         if pretrained_backbone:
             body.load_pretrained(backbone, pretrained_backbone)
     model = CLASSES[name](num_classes, body, **options)
@@ -929,27 +938,29 @@ class Recorded:
 
 
 @contextmanager
-def record(model: nn.Module, queries=None):
+def record(model: nn.Module, queries=None, graph: bool = False):
     """Collect what every attention looks at: `with record(model) as seen: model(...)`.
 
     seen["encoder.0"], .. tokens of an encoder layer looking at one another; seen["decoder.0.self"], .. queries of a
     decoder layer looking at one another, seen["decoder.0.cross"], .. at the memory; each a `Recorded`, of the last pass
     through that layer. Queries of a joint pass come in the order denoising, learned, extra.
     queries: which of the looking ones to keep, a slice or a list of indices (a large image has 17,000 tokens).
+    graph: with the gradients of what was looked at, for losses on attention.
     Outputs are the same with and without recording, and there is no cost when not recording.
     """
     seen = {}
     keep = slice(None) if queries is None else queries
+    kept = (lambda x: x) if graph else Tensor.detach
     modules = {f"encoder.{i}": layer.attention for i, layer in enumerate(model.encoder.layers)}
     for i, layer in enumerate(model.decoder.layers):
         modules |= {f"decoder.{i}.self": layer.self_attention, f"decoder.{i}.cross": layer.cross_attention}
 
     def remember(key):
         def sampled(points, weights):
-            seen[key] = Recorded(weights[:, keep], points[:, keep])
+            seen[key] = Recorded(kept(weights)[:, keep], kept(points)[:, keep])
 
         def dense(weights):
-            seen[key] = Recorded(weights[:, :, keep])
+            seen[key] = Recorded(kept(weights)[:, :, keep])
         return sampled if isinstance(modules[key], DeformableAttention) else dense
 
     for key, module in modules.items():

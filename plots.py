@@ -11,6 +11,7 @@ by marker or by their written name, never by colour alone. Inputs are only read.
 piles up in memory and no display is needed: the caller saves with `figure.savefig(path)`, or in a notebook (after
 `%matplotlib inline`) names the figure last in a cell. Pages are 9 inches wide: 8 pt type is legible at 900 pixels.
 """
+import itertools
 import math
 
 import numpy as np
@@ -27,8 +28,10 @@ from matplotlib.transforms import ScaledTranslation
 TEACHER, STUDENT, DISTILLED, TRUTH = "#0072B2", "#E69F00", "#009E73", "#FFFFFF"
 OTHERS = ("#CC79A7", "#56B4E9", "#D55E00", "#882255", "#999999", "#000000")
 MARKERS = ("s", "o", "^", "D", "v", "P")                     # of classes, and of levels
-BRIGHT = ("#56B4E9", "#E69F00", "#CC79A7", "#F0E442", "#009E73", "#D55E00")   # of levels, and of predicted classes
+BRIGHT = ("#56B4E9", "#E69F00", "#CC79A7", "#F0E442", "#009E73", "#D55E00")   # of predicted classes
+LEVELS = ("#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#FFFFFF", "#999999")   # of sampling points: no model's colour
 FALSE, MISSED = (0, (3, 1.5)), (0, (1, 1))                   # dashes of false alarms, and of missed truths
+REFERENCE = (0, (1, 1))                                      # dots of where a query starts from
 WEIGHT_MAP = "viridis"          # its lightness rises evenly, for colour-blind eyes and in grey print too
 PAGE_INCHES = 9
 INK = "#222222"
@@ -130,51 +133,208 @@ def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
                        "Memory error: where the student does not yet remember what the teacher does")
 
 
-def query_attention(image, boxes, attention, k=3, which=None, context=3.0):
-    """What target-aware queries look at: objects in rows, models in columns, every sampling point a dot.
+def look(recorded, shapes, queries=slice(None), boxes=None, references=None, image=0):
+    """What queries of one image look at, out of what models.record collected: dict(places, weights, boxes, references).
 
-    image: the padded batch image. boxes: (Q, 4), the queries' ground-truth boxes in its pixels. attention: dict name ->
-    (points (Q, heads, levels, points, 2), x and y as fractions of the padded image; weights (Q, heads, levels, points),
-    which sum to 1 over a head's levels and points), as models.record gives them for one image. Shows the queries in
-    `which`, by default the k largest boxes, in a window of `context` times the box. The area of a dot is its weight,
-    its colour and marker the level; the titles say what share of the attention falls inside the box.
+    recorded: has `weights`, and `points` or None, of a batch. shapes: the memory's levels [(H, W)]. queries: which of
+    the recorded ones, a slice or indices. boxes: (Q, 4) that the recorded queries predict; references: (Q, 4) or
+    (Q, 2) that they start from; both in pixels. In the look, queries come first everywhere, then heads:
+      sampled  places (q, heads, levels, P, 2), x and y as fractions of the padded image; weights (q, heads, levels, P)
+      dense    places (H, W), of the map whose cells the weights (q, heads, H * W) belong to
+    A head's weights sum to 1. Raises ValueError on weights of something else than the memory's cells.
     """
-    pixels, boxes = _pixels(image), _array(boxes).reshape(-1, 4)
+    weights, places = recorded.weights[image], recorded.points
+    if places is not None:
+        places = places[image][queries]
+    else:
+        places, weights = tuple(shapes[0]), weights.transpose(0, 1)      # (Q, heads, H * W)
+        if len(shapes) > 1 or weights.shape[-1] != places[0] * places[1]:
+            raise ValueError(f"dense weights over {weights.shape[-1]} keys do not lie on a memory of {list(shapes)}: "
+                             "attention among queries is a picture of its own, self_attention")
+    found = {"places": places, "weights": weights[queries]}
+    return found | {name: None if of is None else of[queries]
+                    for name, of in (("boxes", boxes), ("references", references))}
+
+
+def heads_apart(one, query):
+    """One query of a look -> dict name -> look, of each head alone, as `query_attention` takes them."""
+    def only(h):
+        alone = {name: None if of is None else of[query:query + 1] for name, of in one.items() if name != "places"}
+        sampled = one["weights"].ndim == 4
+        return alone | {"weights": alone["weights"][:, h:h + 1],
+                        "places": one["places"][query:query + 1, h:h + 1] if sampled else one["places"]}
+    return {f"head {h}": only(h) for h in range(one["weights"].shape[1])}
+
+
+def attention_mass(places, weights, height, width):
+    """Where attention goes on a grid over the image, so that any two compare: sampled or dense, mean over heads.
+
+    places, weights: tensors as in `look`. A sampling point gives its weight to the cells whose centres surround it,
+    bilinearly (near the image's edge, to those there are), and loses it outside the image; a dense weight spreads
+    evenly over its cell. Returns (q, height, width); a map sums to the share of attention that falls on the image.
+    """
+    if weights.ndim == 3:
+        down, across = (_covered(torch.arange(new) / new, torch.arange(1, new + 1) / new, old).to(weights)
+                        for new, old in zip((height, width), places))                     # (height, H), (width, W)
+        return down @ weights.mean(1).unflatten(-1, places) @ across.T
+    inside = ((places >= 0) & (places <= 1)).all(-1)                                      # (q, heads, levels, P)
+    weights = (weights * inside).flatten(1) / weights.shape[1]                            # (q, N)
+    x, y = (places * places.new_tensor([width, height]) - 0.5).flatten(1, 3).unbind(-1)   # 0 is the first cell's centre
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+    mass = weights.new_zeros(len(weights), height * width)
+    for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, row = x.floor() + right, y.floor() + below
+        part = (1 - (x - column).abs()) * (1 - (y - row).abs())          # 0 for a column or row beyond the last
+        cell = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
+        mass.scatter_add_(1, cell.long(), weights * part)
+    return mass.unflatten(1, (height, width))
+
+
+def agreement(a, b):
+    """How far maps (.., H, W) overlap when each is scaled to sum 1: the sum of min(a, b), from 0 (apart) to 1 (alike).
+
+    On coarse cells anything on the same object agrees: what a number is worth shows against `even_mass`. A map without
+    mass agrees with nothing: 0. Leading axes broadcast. Raises ValueError on two different grids.
+    """
+    if a.shape[-2:] != b.shape[-2:]:
+        raise ValueError(f"maps of {tuple(a.shape[-2:])} and {tuple(b.shape[-2:])} cells: make both on one grid")
+    a, b = (m / m.sum((-2, -1), keepdim=True).clamp(min=1e-12) for m in (a, b))
+    return torch.minimum(a, b).sum((-2, -1))
+
+
+def even_mass(boxes, size, height, width):
+    """Maps (q, height, width) of attention spread evenly over boxes (q, 4), in pixels of an image of size (W, H).
+
+    A map sums to the part of the box that is inside the image.
+    """
+    x0, y0, x1, y1 = (boxes / boxes.new_tensor(size).repeat(2)).cpu().unbind(1)           # (q,) each
+    down, across = _covered(y0, y1, height), _covered(x0, x1, width)                      # (q, height), (q, width)
+    return down[:, :, None] * across[:, None] / ((x1 - x0) * width * (y1 - y0) * height).clamp(min=1e-12)[:, None, None]
+
+
+def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where queries look"):
+    """What queries look at, over the image: queries in rows; models, decoder layers or heads in columns.
+
+    image: the padded batch image. looks: dict name -> look (see `look`), of the same targets in the same order.
+    rows: their names. A sampling point is a dot, its area the weight, its colour and marker the level; dense attention
+    is a map, mean over heads. `boxes` are solid, white or in the model's colour, `references` dotted, or a cross; the
+    titles say what share of the attention falls inside the box. A row's window is `context` times its boxes, or with
+    None the whole image. A single row of many columns is folded.
+    grid: (height, width). With it every panel also has the map that `attention_mass` makes on this grid, and the titles
+    say how far it agrees with that of the first column, with the boxes' IoU where they hardly are the same (below 0.5);
+    below `title` stands how far a look spread evenly over the first column's boxes would agree.
+    """
+    pixels = _pixels(image)
     height, width = pixels.shape[:2]
-    if which is None:
-        which = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")[:k]
-    columns, rows = max(len(attention), 1), max(len(which), 1)
-    shape = min(max(height / width, 0.45), 0.75)                         # of every window: height / width
-    figure = _figure((PAGE_INCHES / columns * shape + 0.2) * rows + 0.55)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    levels = 1
-    for column, (name, (points, weights)) in enumerate(attention.items()):
-        points, weights = _array(points), _array(weights)
-        levels = max(levels, points.shape[2] if points.ndim == 5 else 1)
-        for row, query in enumerate(which):
-            x0, y0, x1, y1 = boxes[query]
-            axes = _show(grid[row, column], pixels)
-            xy = points[query] * (width, height)                         # (heads, levels, points, 2)
-            for level in range(xy.shape[1]):
-                axes.scatter(*xy[:, level].reshape(-1, 2).T, s=220 * weights[query][:, level].ravel(), alpha=0.7,
-                             linewidths=0.4, edgecolors="black", facecolors=BRIGHT[level % 6],
-                             marker=MARKERS[level % 6])
-            _boxes(axes, boxes[query][None], TRUTH, width=1.4)
-            inside = ((xy >= (x0, y0)) & (xy <= (x1, y1))).all(-1)       # (heads, levels, points)
-            share = weights[query][inside].sum() / max(weights[query].sum(), 1e-12)
-            axes.set_title(f"{name}: {share:.0%} inside the box", fontsize=8.5, color=INK, pad=3)
-            h = min(context * max(y1 - y0, (x1 - x0) * shape), height, width * shape)      # the window stays inside
-            w = h / shape                                                                  # the image
-            left = np.clip((x0 + x1 - w) / 2, 0, width - w)
-            top = np.clip((y0 + y1 - h) / 2, 0, height - h)
-            axes.set(xlim=(left, left + w), ylim=(top + h, top))
-    for axes in grid.flat:
-        if not axes.images:
-            axes.set_axis_off()
-    keys = [Line2D([], [], linestyle="none", marker=MARKERS[level % 6], color=BRIGHT[level % 6], markeredgewidth=0.4,
+    looks = {name: {key: _tensor(one.get(key)) for key in ("places", "weights", "boxes", "references")}
+             for name, one in looks.items()}
+    first = next(iter(looks.values()), None)
+    count = len(first["weights"]) if looks else 0
+    maps = {name: attention_mass(one["places"], one["weights"], *(grid or one["places"]))       # each (q, H, W)
+            for name, one in looks.items() if count and (grid or one["weights"].ndim == 3)}
+    heat = {name: m.numpy() * m[0].numel() for name, m in maps.items()}                         # 1: an even spread
+    norm = LogNorm(1, max([m.max() for m in heat.values()] + [2]))
+
+    columns, lines = max(len(looks), 1), max(count, 1)
+    if count == 1 and columns > 4:
+        columns, lines = 4, math.ceil(columns / 4)
+    shape = height / width if context is None else min(max(height / width, 0.6), 0.8)           # of every window
+    page = PAGE_INCHES if columns > 2 or context is None else 6                                 # 1 or 2 windows: large
+    inches = (page - 0.4 * bool(len(rows))) / columns                                           # enough on less
+    figure = _figure((inches * shape + 0.2) * lines + 0.75 + 0.45 * bool(heat), page)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels[len(looks) * count:]:
+        axes.set_axis_off()
+    for (row, (name, one)), axes in zip(itertools.product(range(count), looks.items()), panels):
+        places, weights, facts = one["places"], one["weights"][row], []
+        _show(axes, pixels)
+        if name in heat:
+            drawn = _heat(axes, heat[name][row], pixels, norm)
+        if weights.ndim == 3:
+            places = places[row]
+            _dots(axes, places, weights, (width, height), (35 if grid else 70) * min(inches, 3))
+        if one["references"] is not None:
+            _reference(axes, one["references"][row].numpy())
+        if one["boxes"] is not None:
+            box, color = one["boxes"][row], model_style(name)["color"]
+            _boxes(axes, box[None], TRUTH if color in OTHERS else color, width=1.4)
+            facts.append(f"{_share_inside(places, weights, box / torch.tensor([width, height] * 2)):.0%} in the box")
+        if grid and one is not first:
+            facts.append(f"agrees {agreement(maps[next(iter(maps))][row], maps[name][row]):.2f}")
+            if one["boxes"] is not None and first["boxes"] is not None:
+                iou = _iou(first["boxes"][row].numpy(), box.numpy()[None])[0]
+                facts[-1] += f" (IoU {iou:.2f})" * bool(iou < 0.5)
+        axes.set_title("\n".join([name] * (row == 0) + [", ".join(facts)] * bool(facts)), fontsize=8, color=INK, pad=3)
+        if one is first and len(rows):
+            axes.set_ylabel(rows[row], fontsize=8, color=INK)
+        if context is not None:
+            left, top, right, bottom = _window(looks.values(), row, (width, height), shape, context)
+            axes.set(xlim=(left, right), ylim=(bottom, top))
+    if heat:
+        _bar(figure, panels, drawn, "attention of a cell, times an even spread over the image")
+
+    levels = max([one["weights"].shape[2] for one in looks.values() if one["weights"].ndim == 4] + [0])
+    keys = [Line2D([], [], linestyle="none", marker=MARKERS[level % 6], color=LEVELS[level % 6], markeredgewidth=0.4,
                    markeredgecolor="black", label=f"level {level}") for level in range(levels)]
-    figure.legend(handles=keys, loc="outside lower center", ncols=levels + 1, fontsize=8, frameon=False)
-    figure.suptitle("Where target-aware queries look: area of a dot = attention weight", fontsize=10, color=INK)
+    starts = {one["references"].shape[1] for one in looks.values() if one["references"] is not None}
+    if any(one["boxes"] is not None for one in looks.values()):
+        keys.append(Line2D([], [], color=INK, label="box"))
+    if 4 in starts:
+        keys.append(Line2D([], [], color=INK, linestyle=REFERENCE, label="reference box"))
+    if 2 in starts:
+        keys.append(Line2D([], [], color=INK, linestyle="none", marker="+", markersize=9, label="reference point"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=max(len(keys), 1), fontsize=8, frameon=False)
+    if grid and count and first["boxes"] is not None:
+        even = agreement(maps[next(iter(maps))], even_mass(first["boxes"], (width, height), *grid)).mean()
+        title += f"\n(for comparison, an even look over the box agrees {even:.2f})"
+    figure.suptitle(title, fontsize=10, color=INK)
+    return figure
+
+
+def self_attention(weights, shown=None, names=(), groups=None, title="Which queries listen to which"):
+    """Queries looking at one another, a square matrix for each layer (or model): rows look at columns.
+
+    weights: dict name -> (heads, Q, Q), 0 where masked; drawn is the mean over heads. shown: indices of the queries to
+    draw, in this order; None: all. names: of the shown, "" for none. groups: dict name -> how many of the shown, in
+    order (denoising, learned, extra): draws borders, and their names where `names` has none. The colour is the weight
+    times the number of queries that the row may look at, so 1 is an even spread; the titles say what a query keeps to
+    itself, mean over the shown. Raises ValueError when the groups are not all the shown together.
+    """
+    maps = {name: _array(w).mean(0) for name, w in weights.items()}                       # (Q, Q) each
+    order = {name: np.arange(len(m)) if shown is None else _array(shown).astype(int) for name, m in maps.items()}
+    heat = {name: (m * (m > 0).sum(-1, keepdims=True))[np.ix_(order[name], order[name])] for name, m in maps.items()}
+    norm = LogNorm(0.1, max([m.max(initial=0) for m in heat.values()] + [10]))
+    columns = min(max(len(maps), 1), 3)
+    lines = math.ceil(max(len(maps), 1) / columns)
+    side = min((PAGE_INCHES - 1) / columns, 3.4)
+    figure = _figure((side + 0.3) * lines + 0.75, width=side * columns + 1)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels[len(maps):]:
+        axes.set_axis_off()
+    borders = np.cumsum([0, *(groups or {}).values()])
+    for panel, (axes, name) in enumerate(zip(panels, maps)):
+        count = len(order[name])
+        if groups and borders[-1] != count:
+            raise ValueError(f"{name}: the groups are {borders[-1]} queries together, the matrix shows {count}")
+        side = max(count, 1)
+        drawn = axes.imshow(np.ma.masked_less_equal(heat[name], 0), extent=(0, side, side, 0), norm=norm,
+                            cmap=WEIGHT_MAP, interpolation="nearest")
+        axes.set_facecolor("#DDDDDD")
+        axes.hlines(borders[1:-1], 0, count, colors="white", linewidths=1.5)
+        axes.vlines(borders[1:-1], 0, count, colors="white", linewidths=1.5)
+        places, words = (borders[1:] + borders[:-1]) / 2, list(groups or ())
+        if any(names):
+            places, words = zip(*((row + 0.5, word) for row, word in enumerate(names) if word))
+        axes.set_xticks([])
+        axes.set_yticks(places, words if panel % columns == 0 else [""] * len(words), fontsize=8)
+        axes.tick_params(length=2)
+        axes.set_xlabel("looked at, in the same order", fontsize=8, color=INK)
+        axes.set_ylabel("query that looks" if panel % columns == 0 else "", fontsize=8, color=INK)
+        own = np.diagonal(maps[name])[order[name]]
+        axes.set_title(f"{name}: {own.mean() if count else 0:.0%} to itself", fontsize=8.5, color=INK, pad=3)
+    if maps:
+        _bar(figure, panels, drawn, "attention, times an even spread (grey: may not look)")
+    figure.suptitle(title, fontsize=10, color=INK)
     return figure
 
 
@@ -335,6 +495,11 @@ def _array(values):
     return np.array(values, dtype=np.float32)
 
 
+def _tensor(values):
+    """A part of a look as a float tensor on the CPU; None, and the (H, W) of a dense map, stay."""
+    return values if values is None or isinstance(values, tuple) else torch.from_numpy(_array(values))
+
+
 def _pixels(image):
     """An image of any of the forms above -> (H, W, 3) float in 0..1, a copy."""
     pixels = _array(image)
@@ -392,14 +557,13 @@ def _judged(axes, result, truth, color, min_score, min_iou, names=None):
     for i in np.argsort(-scores, kind="stable"):
         if scores[i] < min_score:
             break
-        overlap, area = _overlap(boxes[i], true_boxes), _area(boxes[i])
-        iou = overlap / np.maximum(area + _area(true_boxes) - overlap, 1e-9) * (free & (true_labels == labels[i]))
+        iou = _iou(boxes[i], true_boxes) * (free & (true_labels == labels[i]))
         if len(iou) and iou.max() >= min_iou:
             free[iou.argmax()] = False
             found += 1
             _boxes(axes, boxes[i], color, labels=labels[i:i + 1], names=names)
             continue
-        ignored = _overlap(boxes[i], _array(truth.get("ignore", ())).reshape(-1, 4)) / max(area, 1e-9)
+        ignored = _overlap(boxes[i], _array(truth.get("ignore", ())).reshape(-1, 4)) / max(_area(boxes[i]), 1e-9)
         if len(ignored) and ignored.max() >= 0.5:
             continue
         false += 1
@@ -415,6 +579,12 @@ def _area(boxes):
 def _overlap(box, boxes):
     """(4,), (K, 4) -> (K,) areas of intersection in square pixels."""
     return _area(np.concatenate([np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])], 1))
+
+
+def _iou(box, boxes):
+    """(4,), (K, 4) -> (K,)."""
+    overlap = _overlap(box, boxes)
+    return overlap / np.maximum(_area(box) + _area(boxes) - overlap, 1e-9)
 
 
 def _log_norm(maps):
@@ -452,13 +622,76 @@ def _over_scene(image, boxes, levels, title, colour_label, heading):
         _boxes(axes, boxes, TRUTH, width=0.7)
         axes.set_title(title(level), fontsize=8.5, color=INK, pad=3)
     if levels:
-        bar = figure.colorbar(drawn, ax=panels, location="bottom", aspect=70, pad=0.02, format="{x:g}",
-                              ticks=LogLocator(subs=(1, 2, 5)))
-        bar.minorticks_off()
-        bar.set_label(colour_label, fontsize=8)
-        bar.ax.tick_params(labelsize=8)
+        _bar(figure, panels, drawn, colour_label)
     figure.suptitle(heading, fontsize=10, color=INK)
     return figure
+
+
+def _bar(figure, panels, drawn, label):
+    """One horizontal logarithmic colour bar for all panels."""
+    bar = figure.colorbar(drawn, ax=panels, location="bottom", aspect=70, pad=0.02, format="{x:g}",
+                          ticks=LogLocator(subs=(1, 2, 5)))
+    bar.minorticks_off()
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _covered(low, high, cells):
+    """How much of each of `cells` equal parts of 0..1 lies between low and high: (N,), (N,) -> (N, cells) in 0..1."""
+    edges = torch.arange(cells + 1) / cells
+    return ((torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])) * cells).clamp(min=0)
+
+
+def _share_inside(places, weights, box):
+    """Share of one query's attention inside a box (4,), fractions of the image: of points, or of parts of cells."""
+    if weights.ndim == 3:
+        inside = ((places >= box[:2]) & (places <= box[2:])).all(-1)                      # (heads, levels, P)
+        return (weights * inside).sum() / weights.sum().clamp(min=1e-12)
+    x0, y0, x1, y1 = box[:, None]                                                         # (1,) each
+    down, across = _covered(y0, y1, places[0]), _covered(x0, x1, places[1])               # (1, H), (1, W)
+    return (down @ weights.mean(0).view(places) @ across.T).squeeze()
+
+
+def _dots(axes, places, weights, size, scale):
+    """Sampling points of one query, (heads, levels, P, 2): area scale * weight (points squared)."""
+    for level in range(places.shape[1]):
+        axes.scatter(*(places[:, level] * torch.tensor(size)).reshape(-1, 2).T, s=scale * weights[:, level].ravel(),
+                     alpha=0.75, linewidths=0.4, edgecolors="black", facecolors=LEVELS[level % 6],
+                     marker=MARKERS[level % 6])
+
+
+def _heat(axes, values, pixels, norm):
+    """A map over the grey image: its colour and its strength say how much; below an even spread nothing is drawn."""
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels.mean(2), extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=1)
+    return axes.imshow(values, extent=(0, width, height, 0), norm=norm, cmap=WEIGHT_MAP, interpolation="bilinear",
+                       alpha=np.ma.filled(norm(values), 0).clip(0, 1) * 0.9)
+
+
+def _window(looks, row, size, shape, context):
+    """x0 y0 x1 y1 of a part of the image, of height / width = shape: `context` times the row's boxes, and where the
+    references are; the whole image when there is neither."""
+    width, height = size
+    boxes, references = ([one[key][row].numpy() for one in looks if one[key] is not None]
+                         for key in ("boxes", "references"))
+    corners = np.array([np.r_[at[:2], at[-2:]] for at in boxes or references]).reshape(-1, 4)   # a point is a box too
+    if not len(corners):
+        return 0, 0, width, height
+    low, high = corners[:, :2].min(0), corners[:, 2:].max(0)
+    low, high = (low + high) / 2 - context * (high - low) / 2, (low + high) / 2 + context * (high - low) / 2
+    low, high = np.min([low, *(at[:2] for at in references)], 0), np.max([high, *(at[-2:] for at in references)], 0)
+    h = np.clip(max(high[1] - low[1], (high[0] - low[0]) * shape), 4 / shape, min(height, width * shape))
+    part = np.array([h / shape, h])
+    low = np.clip((low + high - part) / 2, 0, size - part)
+    return *low, *(low + part)
+
+
+def _reference(axes, place):
+    """Where a query starts from: a dotted box, or a cross for a point."""
+    if len(place) == 4:
+        _boxes(axes, place[None], TRUTH, linestyle=REFERENCE, width=1.1)
+    else:
+        axes.plot(*place, "+", color=TRUTH, markersize=9, markeredgewidth=1.6, path_effects=_halo(3, TRUTH))
 
 
 def _plain(axes, xlabel, ylabel):

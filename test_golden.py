@@ -70,7 +70,9 @@ def golden(detector):
 def test_full_size_forward_equals_official(detector):
     want, names = golden(detector)
     keys = {key: tuple(shape) for key, shape in names["keys"].items()}
-    keys |= {f"backbone.0.body.{key}": tuple(value.shape) for key, value in torchvision.models.resnet50().state_dict().items()
+    with torch.device("meta"):
+        resnet = torchvision.models.resnet50().state_dict()
+    keys |= {f"backbone.0.body.{key}": tuple(value.shape) for key, value in resnet.items()
              if not key.startswith("fc.") and "num_batches" not in key}
     model = models.build(detector, 91, pretrained_backbone=False, num_queries=30, frozen_backbone=True).eval()
     report = checkpoints.load_weights(model, weights_from_names(keys, names["shared"], names["salt"]))
@@ -90,12 +92,12 @@ def pack(folder):
         full = load_file(Path(folder) / f"{source}.safetensors")
         info = json.loads((Path(folder) / f"{source}.json").read_text())
         names = [f"out.aux_outputs.{layer}." for layer in range(5)] + ["out."]
-        tensors[f"{detector}.logits"] = torch.stack([full[f"{name}pred_logits"] for name in names])      # (6, 2, 30, 91)
-        tensors[f"{detector}.boxes"] = torch.stack([full[f"{name}pred_boxes"] for name in names])        # (6, 2, 30, 4)
-        tensors[f"{detector}.memory"] = full["inter.memory"][:, ::8].contiguous()
+        tensors[f"{detector}.logits"] = torch.stack([full[f"{name}pred_logits"] for name in names])   # (6, 2, 30, 91)
+        tensors[f"{detector}.boxes"] = torch.stack([full[f"{name}pred_boxes"] for name in names])     # (6, 2, 30, 4)
+        tensors[f"{detector}.memory"] = full["inter.memory"][:, ::8].float().contiguous()
         if detector == "dino":
             tensors["dino.proposal_logits"] = full["out.interm_outputs.pred_logits"]
-        tensors |= {"images": full["images"], "padding": full["mask"].to(torch.uint8)}                   # the same for all
+        tensors |= {"images": full["images"], "padding": full["mask"].to(torch.uint8)}     # the same for all
         keys = {key: shape for key, shape in info["keys"].items() if not key.startswith("backbone.")}
         metadata[detector] = json.dumps({"keys": keys, "shared": info["shared"], "salt": info["salt"]})
     GOLDEN.parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 import copy
 import io
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import attention
 import plots
 
 CLASSES = ["Car", "Pedestrian", "Cyclist"]
@@ -41,8 +43,15 @@ def masks(boxes):
     return made
 
 
-def attention(queries):
-    return torch.rand(queries, 4, 3, 2, 2), torch.rand(queries, 4, 3, 2).flatten(2).softmax(-1).view(queries, 4, 3, 2)
+def sampled(queries, boxes=None, references=None):
+    """A look of 4 heads at 3 levels, 2 points each."""
+    weights = torch.rand(queries, 4, 3, 2).flatten(2).softmax(-1).view(queries, 4, 3, 2)
+    return {"places": torch.rand(queries, 4, 3, 2, 2), "weights": weights, "boxes": boxes, "references": references}
+
+
+def dense(queries, boxes=None):
+    """A look of 4 heads at 6 x 20 cells, without references."""
+    return {"places": SHAPES[0], "weights": torch.rand(queries, 4, 120).softmax(-1), "boxes": boxes}
 
 
 def pictures(objects, found):
@@ -53,12 +62,15 @@ def pictures(objects, found):
     memory = torch.randn(cells, 8), torch.randn(cells, 8).bfloat16().requires_grad_()
     history = {"teacher": 0.5, "student alone": [(0, .1), (9, float("nan"))], "rival": [(0, [.1, .2]), (9, [.2, .4])]}
     terms = {f"loss_{i}": [(step, 1 / (1 + step)) for step in range(90)] for i in range(9)} | {"memory": [(3, .1)]}
-    both = {"teacher": attention(objects), "distilled student": attention(objects)}
+    boxes = truth["boxes"]
+    looks = {"teacher": sampled(objects, boxes, boxes[:, :2]), "distilled student": dense(objects, boxes + 1)}
+    among = {f"layer {i}": torch.rand(4, objects, objects).softmax(-1) for i in range(4)}
     models = {"teacher": [result] * 2, "student": [result] * 2}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
             "memory_error": (4 + 1, (image, *memory, SHAPES, truth["boxes"], torch.arange(cells) % 5 == 0)),
-            "query_attention": (max(2 * min(objects, 3), 2), (image, truth["boxes"], both)),
+            "query_attention": (2 * max(objects, 1) + (objects > 0), (image, looks, ["a", "b", "c"], (6, 20))),
+            "self_attention": (6 + 1, (among, None, ["a", "", "c"][:objects] if found else ())),
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
@@ -102,13 +114,160 @@ def test_location_masks_name_the_share_of_the_objects():
     assert figure.axes[1].get_title() == "level 0, 20 x 6 cells; objects: 2.5% of the cells, 75% of S"
 
 
+def one_point(*points, weights=None):
+    """A look of one query with one head at one level, at these points of equal weight."""
+    places = torch.tensor(points).view(1, 1, 1, -1, 2)
+    return places, torch.tensor(weights or [1 / len(points)] * len(points)).view(1, 1, 1, -1)
+
+
+def test_attention_mass_of_a_point_goes_to_the_cells_whose_centres_surround_it():
+    """Of 2 x 4 cells, x centres are 1/8, 3/8, 5/8, 7/8 and y centres 1/4, 3/4."""
+    expected = torch.zeros(2, 4)
+    expected[1, 2] = 1                                                     # in the centre of a cell
+    torch.testing.assert_close(plots.attention_mass(*one_point((.625, .75)), 2, 4)[0], expected)
+    expected[1, 2], expected[1, 3] = .5, .5                                # between two
+    torch.testing.assert_close(plots.attention_mass(*one_point((.75, .75)), 2, 4)[0], expected)
+    expected = torch.zeros(2, 4)                                           # a quarter of the way, on both axes
+    expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 1] = 9 / 16, 3 / 16, 3 / 16, 1 / 16
+    torch.testing.assert_close(plots.attention_mass(*one_point((.1875, .375)), 2, 4)[0], expected)
+
+
+def test_attention_mass_outside_the_image_is_lost_and_at_its_edge_it_is_not():
+    places, weights = one_point((-.01, .5), (.5, 1.01), (0., 0.), (1., 1.), weights=[.5, .2, .1, .2])
+    expected = torch.zeros(2, 4)
+    expected[0, 0], expected[1, 3] = .1, .2                                # the sum, .3, is what falls on the image
+    torch.testing.assert_close(plots.attention_mass(places, weights, 2, 4)[0], expected)
+
+
+def test_attention_mass_is_what_deformable_attention_takes_from_each_token():
+    """Oracle: with unit vectors as values the inner product of attention.py returns each token's share."""
+    places = torch.rand(1, 5, 2, 1, 3, 2, generator=torch.Generator().manual_seed(0)) * .8 + .1    # half a cell inside
+    weights = torch.rand(1, 5, 2, 1, 3).flatten(3).softmax(-1).view(1, 5, 2, 1, 3)
+    tokens = torch.eye(50)[None, :, None].expand(1, 50, 2, 50)             # 5 x 10 of them, for 2 heads
+    taken = attention.deformable_sample(tokens, [(5, 10)], places, weights).view(5, 2, 5, 10).mean(1)
+    torch.testing.assert_close(plots.attention_mass(places[0], weights[0], 5, 10), taken)
+
+
+def test_dense_attention_mass_is_spread_over_the_cells():
+    weights = torch.tensor([[[.25, .75]]])                                 # one query, one head, 1 x 2 cells
+    for grid, expected in (((1, 4), [[.125, .125, .375, .375]]), ((1, 1), [[1.]]), ((1, 3), [[1 / 6, 1 / 3, 1 / 2]]),
+                           ((2, 2), [[.125, .375], [.125, .375]])):
+        torch.testing.assert_close(plots.attention_mass((1, 2), weights, *grid)[0], torch.tensor(expected))
+
+
+def test_attention_mass_in_a_padded_batch_is_that_of_the_image_alone():
+    """Padding doubles the width: places are fractions of the padded image, so they halve; the right half is empty."""
+    one = sampled(3)
+    places = one["places"] * .8 + .1                                       # at least half a cell from the edges
+    padded = plots.attention_mass(places * torch.tensor([.5, 1.]), one["weights"], 4, 16)
+    torch.testing.assert_close(padded[..., :8], plots.attention_mass(places, one["weights"], 4, 8))
+    assert padded[..., 8:].abs().max() == 0
+
+
+def test_no_queries_give_no_maps():
+    assert plots.attention_mass(sampled(0)["places"], sampled(0)["weights"], 4, 8).shape == (0, 4, 8)
+    assert plots.attention_mass((6, 20), dense(0)["weights"], 4, 8).shape == (0, 4, 8)
+    assert plots.agreement(torch.zeros(0, 4, 8), torch.zeros(0, 4, 8)).shape == (0,)
+    assert plots.even_mass(torch.zeros(0, 4), (160, 48), 4, 8).shape == (0, 4, 8)
+
+
+def test_agreement_of_the_same_of_apart_and_by_hand():
+    a, b = torch.tensor([[.5, .5, 0, 0]]), torch.tensor([[0, 0, .5, .5]])
+    c = torch.tensor([[.25, .25, .25, .25]])
+    assert plots.agreement(a, 3 * a) == 1 and plots.agreement(a, b) == 0   # the scale of a map does not matter
+    assert plots.agreement(a, c) == .5
+    assert plots.agreement(a, torch.zeros(1, 4)) == 0                      # all of it fell outside
+    pairs = plots.agreement(torch.stack([a, b, c])[:, None], torch.stack([a, b, c]))
+    torch.testing.assert_close(pairs, torch.tensor([[1, 0, .5], [0, 1, .5], [.5, .5, 1]]))
+    with pytest.raises(ValueError, match="one grid"):
+        plots.agreement(a, torch.zeros(2, 4))
+
+
+def test_an_even_look_over_a_box_by_hand():
+    """A box of 1 1/2 by 1 cells, and one that is half outside the image."""
+    maps = plots.even_mass(torch.tensor([[4., 0, 16, 8], [-8, 0, 8, 8]]), (32, 8), 1, 4)
+    torch.testing.assert_close(maps, torch.tensor([[[1 / 3, 2 / 3, 0, 0]], [[.5, 0, 0, 0]]]))
+
+
+def test_a_look_has_the_queries_first_and_those_asked_for():
+    points, weights = torch.rand(2, 5, 4, 3, 2, 2), torch.rand(2, 5, 4, 3, 2)
+    boxes = torch.rand(5, 4)
+    found = plots.look(SimpleNamespace(points=points, weights=weights), SHAPES, [3, 1], boxes, image=1)
+    assert torch.equal(found["places"], points[1, [3, 1]]) and torch.equal(found["weights"], weights[1, [3, 1]])
+    assert torch.equal(found["boxes"], boxes[[3, 1]]) and found["references"] is None
+    weights = torch.rand(2, 4, 5, 120)                                     # dense: (batch, heads, queries, keys)
+    found = plots.look(SimpleNamespace(points=None, weights=weights), SHAPES[:1], torch.tensor([3, 1]))
+    assert found["places"] == (6, 20) and torch.equal(found["weights"], weights[0, :, [3, 1]].transpose(0, 1))
+    with pytest.raises(ValueError, match="self_attention"):
+        plots.look(SimpleNamespace(points=None, weights=torch.rand(1, 4, 5, 5)), SHAPES[:1])
+
+
+def test_the_head_of_a_look_is_that_of_one_query():
+    for one in (sampled(3, torch.rand(3, 4)), dense(3, torch.rand(3, 4))):
+        heads = plots.heads_apart(one, 1)
+        assert list(heads) == ["head 0", "head 1", "head 2", "head 3"]
+        assert torch.equal(heads["head 2"]["weights"], one["weights"][1:2, 2:3])
+        assert torch.equal(heads["head 2"]["boxes"], one["boxes"][1:2])
+    one = sampled(3)
+    assert torch.equal(plots.heads_apart(one, 1)["head 2"]["places"], one["places"][1:2, 2:3])
+
+
 def test_query_attention_counts_the_weight_inside_the_box():
     """One point of weight 3/4 in the middle of the box, the others in opposite corners of the image."""
-    points = torch.tensor([[20 / 160, 30 / 48], [0., 0.], [1., 1.]]).view(1, 1, 1, 3, 2)
+    image, truth, _ = scene(1)                                             # the box is x 10..30, y 20..40 of 160 x 48
+    places, weights = one_point((20 / 160, 30 / 48), (0., 0.), (1., 1.), weights=[.75, .15, .1])
+    figure = plots.query_attention(image, {"teacher": {"places": places, "weights": weights, "boxes": truth["boxes"]}})
+    assert figure.axes[0].get_title() == "teacher\n75% in the box"
+    assert sum(len(dots.get_offsets()) for dots in figure.axes[0].collections) == 3
+    weights = torch.zeros(1, 1, 120)
+    weights[0, 0, 3 * 20 + 3] = weights[0, 0, 2 * 20 + 2] = .5             # cells x, y 24..32: 6/8 inside; 16..24: half
+    figure = plots.query_attention(image, {"student": {"places": (6, 20), "weights": weights, "boxes": truth["boxes"]}})
+    assert figure.axes[0].get_title() == "student\n62% in the box"        # (6/8 + 4/8) / 2
+
+
+def test_query_attention_says_how_far_the_columns_agree():
     image, truth, _ = scene(1)
-    weights = torch.tensor([.75, .15, .1]).view(1, 1, 1, 3)
-    figure = plots.query_attention(image, truth["boxes"], {"teacher": (points, weights)})
-    assert figure.axes[0].get_title() == "teacher: 75% inside the box"
+    one = {"places": one_point((.1, .6))[0], "weights": one_point((.1, .6))[1], "boxes": truth["boxes"]}
+    far = one | {"places": one["places"] + .3, "boxes": truth["boxes"] + 10}             # IoU 10 * 10 / 700
+    figure = plots.query_attention(image, {"teacher": one, "student": one, "far": far}, ["Car"], (6, 20))
+    assert [axes.get_title().split("\n")[-1] for axes in figure.axes[:3]] == [
+        "100% in the box", "100% in the box, agrees 1.00", "0% in the box, agrees 0.00 (IoU 0.14)"]
+    assert figure.axes[0].get_ylabel() == "Car" and "an even look" in figure.get_suptitle()
+
+
+def test_windows_lie_in_the_image_and_show_boxes_and_references():
+    image, truth, _ = scene(3)
+    one = sampled(3, truth["boxes"], torch.tensor([[0., 0], [65., 25], [150., 47]]))
+    axes = plots.query_attention(image, {"teacher": one}).axes[:3]
+    for panel, box, point in zip(axes, truth["boxes"], one["references"]):
+        (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+        assert 0 <= left <= min(box[0], point[0]) and max(box[2], point[0]) <= right <= 160
+        assert 0 <= top <= min(box[1], point[1]) and max(box[3], point[1]) <= bottom <= 48
+    whole = plots.query_attention(image, {"teacher": one}, context=None).axes[0]
+    assert whole.get_xlim() == (0, 160) and whole.get_ylim() == (48, 0)
+    assert plots.query_attention(image, {"teacher": sampled(1)}).axes[0].get_xlim() == (0, 160)    # nothing to look for
+
+
+def test_heads_of_one_query_are_folded():
+    image, truth, _ = scene(1)
+    figure = plots.query_attention(image, plots.heads_apart(dense(1, truth["boxes"]) | {
+        "weights": torch.rand(1, 8, 120).softmax(-1)}, 0))
+    assert [len({round(axes.get_position().y0, 3) for axes in figure.axes[:8]}), len(figure.axes)] == [2, 8 + 1]
+
+
+def test_self_attention_by_hand():
+    """Queries 0 and 1 see each other, query 2 itself: weights times 2, 2 and 1."""
+    weights = torch.tensor([[[.75, .25, 0], [.5, .5, 0], [0, 0, 1]]])
+    figure = plots.self_attention({"layer 0": weights}, groups={"learned": 2, "extra": 1})
+    drawn = figure.axes[0].images[0].get_array()
+    assert drawn.filled(-1).tolist() == [[1.5, .5, -1], [1, 1, -1], [-1, -1, 1]]
+    assert figure.axes[0].get_title() == "layer 0: 75% to itself"          # (3/4 + 1/2 + 1) / 3
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "extra"]
+    figure = plots.self_attention({"layer 0": weights}, shown=torch.tensor([2, 0]), names=["last", ""])
+    assert figure.axes[0].images[0].get_array().filled(-1).tolist() == [[1, -1], [-1, 1.5]]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["last"]
+    with pytest.raises(ValueError, match="3"):
+        plots.self_attention({"layer 0": weights}, groups={"learned": 2})
 
 
 @pytest.mark.parametrize("width, height, zoom", [(1242, 375, 1), (1241, 374, 1), (160, 48, 6)])

@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_images(toy, monkeypat
 def test_predictions_that_are_not_finite_stop_with_step_and_images(toy):
     cfg, learner, _, batches = one_learner(toy)
     with torch.no_grad():
-        learner.student.decoder.class_head.bias[0] = float("nan")
+        learner.student.decoder.class_heads[0].bias[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 0, images \[\d+, \d+\]: .*predicted logits"):
         next(train.train_steps(learner, None, optimizer_of(learner), batches, cfg, 3))
 

@@ -40,10 +40,11 @@ import looks
 import models
 import plots
 import tables
+from baselines import BASELINES, View
 from clockdistill import CLoCKDistill, location_mask
 
 HERE = Path(__file__).resolve().parent
-METHODS = {"clockdistill": CLoCKDistill}       # name on the command line -> class; its arguments are the options
+METHODS = {"clockdistill": CLoCKDistill} | BASELINES       # name on the command line -> class; its arguments are the options
 SHIPPED_TEACHERS = {name: HERE / "weights" / f"toy_teacher_{name}.safetensors" for name in models.DETECTORS}
 
 
@@ -172,14 +173,15 @@ RECIPES = {
             method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
                             "normalise=confidence")),
         "dab_detr": TOY_STUDENT | dict(
-            feature_stride=8,
+            feature_stride=8, num_queries=60, steps=3000, lr=1e-3, backbone_lr=1e-3,
             method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
                             "normalise=confidence")),
     },
     "toy-teacher": {
         "dino": TOY_TEACHER | dict(feature_levels=3, points=4, denoising=50),
         "deformable_detr": TOY_TEACHER | dict(feature_levels=3, points=4, box_refine=True, dropout=0.),
-        "dab_detr": TOY_TEACHER | dict(feature_stride=8),
+        "dab_detr": TOY_TEACHER | dict(backbone="resnet34", backbone_width=32, feature_stride=8, num_queries=60,
+                                       steps=6000, lr=1e-3, backbone_lr=1e-3),
     },
     # The paper's data. Length, rates and batch are each detector's official ones (SCHEDULES), on KITTI with the batch
     # of the authors' earlier code [P]; that the teacher is an R50 and the student an R18 is our choice: --backbone.
@@ -365,10 +367,12 @@ def lr_factor(cfg, step, steps):
 
 @dataclass
 class Lesson:
-    """What a frozen teacher says about one batch."""
+    """What a frozen teacher says about one batch, to a rival in a View."""
     memory: models.Memory
     detections: models.Detections | None       # its decoding of the target-aware queries; None when no term needs it
-    queries: tuple | None                      # (content for the student, boxes, attend, valid)
+    queries: tuple | None                      # (content for the teacher, boxes, attend, valid, position or None)
+    view: View | None = None
+    generator: torch.Generator | None = None   # of the rival's random numbers
 
 
 def content_of(teacher, method):
@@ -378,21 +382,80 @@ def content_of(teacher, method):
 
 @torch.no_grad()
 def teach(teacher, method, batch, generator=None):
-    """The teacher encodes the batch and decodes the target-aware queries alone: its learned queries are never run."""
+    """The teacher encodes the batch and decodes the method's queries alone: its own, unless wanted, are never run."""
     memory = teacher.encode(batch.images, batch.padding)
+    if not isinstance(method, CLoCKDistill):
+        return teach_rival(teacher, method, batch, memory, generator)
     if not method.reads_queries:
         return Lesson(memory, None, None)
     labels, boxes = [t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets]
     embedding = content_of(teacher, method)
-    queries = method.queries(labels, boxes, embedding, generator=generator)
-    content, reference, attend, _ = queries
-    return Lesson(memory, teacher.decode(memory, content, reference, attend), queries)
+    queries, position = method.queries(labels, boxes, embedding, generator=generator), None
+    if method.learned:
+        learned, _ = teacher.learned_queries(memory)
+        queries = method.with_learned(queries, learned.content, learned.boxes)
+        position = learned.position                                            # of these, the last ones
+    queries = (*queries, position)
+    asked = teacher.caller_queries(queries)
+    return Lesson(memory, teacher.decode(memory, asked.content, asked.boxes, queries[2], asked.position), queries)
+
+
+def teach_rival(teacher, method, batch, memory, generator):
+    """The teacher's View, as far as the rival needs it. The decoder reads the rival's queries alone."""
+    needs, view, queries, states = method.needs, view_of(memory, batch.padding), None, []
+    if needs:
+        memory = dataclasses.replace(memory, tokens=memory.tokens.detach().requires_grad_("gradient" in needs))
+        with torch.set_grad_enabled("gradient" in needs):
+            learned, proposals = teacher.learned_queries(memory)
+            queries = method.queries(learned, generator)
+            asked = teacher.caller_queries(queries)
+            hooks = [layer.register_forward_hook(lambda layer, inputs, state: states.append(state))
+                     for layer in teacher.decoder.layers if "states" in needs]
+            with models.record(teacher) if "attention" in needs else contextlib.nullcontext() as seen:
+                found = teacher.decode(memory, asked.content, asked.boxes, queries[2], asked.position)
+            for hook in hooks:
+                hook.remove()
+            view = view._replace(logits=found.logits, boxes=found.boxes, states=torch.stack(states) if states else None,
+                                 matches=matches_of(teacher, found, batch.targets) if "matches" in needs else None,
+                                 attention=attention_of(teacher, seen, slice(None)) if seen else None)
+            if "gradient" in needs:
+                output = models.Output(memory, found, proposals, None, None)
+                loss = sum(teacher.loss_weights[k] * v for k, v in teacher.loss(output, batch.targets).items())
+                view = view._replace(gradient=torch.autograd.grad(loss, memory.tokens)[0])
+    return Lesson(memory, None, queries if "queries" in needs else None, view, generator)
+
+
+def extent_of(padding):
+    """(B, 2), (w_i / W, h_i / H): the part of the padded batch that each image fills."""
+    real = (~padding).float()                                                                  # (B, H, W)
+    return torch.stack([real[:, 0].mean(1), real[:, :, 0].mean(1)], 1)
+
+
+def view_of(memory, padding):
+    return View(memory.tokens, memory.padding, memory.shapes, extent_of(padding))
+
+
+def matches_of(model, found, targets):
+    return models.criterion.match(found.logits, found.boxes, models.criterion.pad_targets(targets),
+                                  model.matcher_weights, model.eps)
+
+
+def attention_of(model, seen, part):
+    """Attention of a part of the queries, among themselves and to the memory, layer by layer, as a View holds it."""
+    pairs = []
+    for i in range(model.decoder_layers):
+        among, across = seen[f"decoder.{i}.self"], seen[f"decoder.{i}.cross"]
+        dense = across.points is None
+        pairs.append((among.weights[:, :, part, part],
+                      across.weights[:, :, part] if dense else (across.points[:, part], across.weights[:, part])))
+    return pairs
 
 
 class Learner(nn.Module):
     """Student and distillation method as one module, so that there is one forward for DDP to wrap, and one backward."""
 
-    TERMS = ("memory", "cls", "l1", "giou")        # the losses that come from the teacher; all others are detection
+    # The losses that come from the teacher; all others are detection.
+    TERMS = tuple(dict.fromkeys(("memory", "cls", "l1", "giou", *(t for m in BASELINES.values() for t in m.terms))))
 
     def __init__(self, student, method=None):
         super().__init__()
@@ -402,18 +465,34 @@ class Learner(nn.Module):
         """-> {name: weighted scalar}. Their sum is what is minimised."""
         extra = None
         if lesson is not None and lesson.queries is not None:
-            content, reference, attend, valid = lesson.queries
-            extra = (self.method.student_content(content), reference, attend, valid)
-        output = self.student(images, padding, targets, extra=extra)
+            content, reference, attend, valid, position = lesson.queries
+            reads = self.method.student_content
+            extra = (reads(content), reference, attend, valid, None if position is None else reads(position))
+        looks = lesson is not None and "attention" in getattr(self.method, "needs", ())
+        with models.record(self.student, graph=True) if looks else contextlib.nullcontext() as seen:
+            output = self.student(images, padding, targets, extra=extra)
         weights = self.student.loss_weights
         losses = {name: weights[name] * value for name, value in self.student.loss(output, targets).items()}
-        if lesson is not None:
+        if lesson is not None and lesson.view is not None:
+            losses |= self.rival(output, lesson, targets, padding, seen)
+        elif lesson is not None:
             losses |= self.distillation(output, lesson, targets, padding)
         return losses
 
+    def rival(self, output, lesson, targets, padding, seen):
+        own, needs = output.detections, self.method.needs
+        view = view_of(output.memory, padding)._replace(logits=own.logits, boxes=own.boxes)
+        if "matches" in needs:
+            view = view._replace(matches=matches_of(self.student, own, targets))
+        asked = None if output.extra is None else view._replace(logits=output.extra.logits, boxes=output.extra.boxes)
+        if seen:                                         # queries come in the order denoising, learned, extra
+            first = 0 if output.denoising is None else output.denoising.logits.shape[2]
+            last = first + own.logits.shape[2]
+            view = view._replace(attention=attention_of(self.student, seen, slice(first, last)))
+            asked = asked._replace(attention=attention_of(self.student, seen, slice(last, None)))
+        return self.method(view, lesson.view, targets, {"queries": asked, "generator": lesson.generator})
+
     def distillation(self, output, lesson, targets, padding):
-        real = (~padding).float()                                                              # (B, H, W)
-        extent = torch.stack([real[:, 0].mean(1), real[:, :, 0].mean(1)], 1)                   # (B, 2): w_i/W, h_i/H
         answers, valid, normaliser = (None,) * 4, None, None
         if lesson.queries is not None:
             valid = lesson.queries[3]
@@ -425,7 +504,7 @@ class Learner(nn.Module):
                 normaliser = (normaliser / dist.get_world_size()).clamp(min=1)
         return self.method(output.memory.tokens, lesson.memory.tokens, *answers,
                            [t["labels"] for t in targets], [t["boxes"] for t in targets],
-                           output.memory.shapes, output.memory.padding, valid, extent, normaliser)
+                           output.memory.shapes, output.memory.padding, valid, extent_of(padding), normaliser)
 
 
 def gradient_report(losses, student):
@@ -590,11 +669,14 @@ def open_teacher(cfg, run, dataset, device):
     return teacher
 
 
+GIVEN = ("student_dim", "teacher_dim", "num_classes", "levels")        # a method's arguments that are no options
+
+
 def open_method(cfg, teacher, student):
     """The distillation method of `--method`, with its `--method-options`."""
     cls = METHODS[cfg.method]
     known = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()
-             if name not in ("student_dim", "teacher_dim", "num_classes")}
+             if name not in GIVEN}
     options = {}
     for pair in cfg.method_options:
         name, _, value = pair.partition("=")
@@ -602,7 +684,9 @@ def open_method(cfg, teacher, student):
             raise ValueError(f"--method-options {pair}: {cfg.method} has no option {name!r}, only "
                              + ", ".join(f"{k}={v}" for k, v in known.items()))
         options[name] = parse_like(known[name], value, pair)
-    method = cls(student.config["hidden_dim"], teacher.config["hidden_dim"], num_classes=student.num_classes, **options)
+    given = {"student_dim": student.config["hidden_dim"], "teacher_dim": teacher.config["hidden_dim"],
+             "num_classes": student.num_classes, "levels": student.config.get("feature_levels", 1)}
+    method = cls(**{k: v for k, v in given.items() if k in inspect.signature(cls).parameters}, **options)
     return method.to(next(student.parameters()).device)
 
 
@@ -946,7 +1030,7 @@ def look(checkpoint, images, out, best, layer, size, device):
         if payload["classes"] != (classes := next(iter(detectors.values()))[1]["classes"]):
             raise ValueError(f"{path} knows other classes than {checkpoint[0]}: compare detectors of the same classes")
     first, *others = detectors
-    same, different = {name: [] for name in others}, {name: [] for name in others}
+    same, different, even = {name: [] for name in others}, {name: [] for name in others}, []
     out.mkdir(parents=True, exist_ok=True)
     for index, file in enumerate(tqdm(images, "look", mininterval=quiet_interval())):
         picture, seen, figures = data.read_image(file), {}, {}
@@ -957,23 +1041,25 @@ def look(checkpoint, images, out, best, layer, size, device):
             drawn = looks.pictures(name, picture, seen[name], classes)
             figures |= {f"{name}_{what}": figure for what, figure in drawn.items()}
         if others:
-            figures["beside"], agreed = looks.beside(picture, seen, classes)
+            figures["beside"], agreed, of_even = looks.beside(picture, seen, classes)
+            even += of_even.tolist()
             for name, matrix in agreed.items():                                            # (q, q)
                 seen[name]["agreement"] = matrix.diagonal()
-                same[name] += matrix.diagonal().tolist()
+                same[name] += matrix.diagonal()[seen[name]["iou"] >= 0.5].tolist()
                 different[name] += matrix[~torch.eye(len(matrix), dtype=torch.bool)].tolist()
         for what, figure in figures.items():
             figure.savefig(out / f"{index:03d}_{Path(file).stem}_{what}.png", dpi=150)
-        numbers = ("queries", "scores", "boxes", "agreement")
+        numbers = {"score": "scores", "box": "boxes", "iou": "iou", "agreement": "agreement"}
         listed.append({"image": str(file), "detections": [
-            {"class": classes[label]} | {name: {key: one[key][i].tolist() for key in numbers if key in one}
-                                         for name, one in seen.items()}
-            for i, label in enumerate(seen[first]["labels"])]})
+            {"class": classes[label]} | {name: {"query": int(one["queries"][i])} | {
+                key: one[of][i].double().round(decimals=3).tolist() for key, of in numbers.items() if of in one}
+                for name, one in seen.items()} for i, label in enumerate(seen[first]["labels"])]})
     write_json(out / "look.json", listed)
     for name in others:
-        print(f"agreement of {name} with {first}, 0 to 1, on the same object and on different ones: "
-              f"{mean(same[name]):.2f}, {mean(different[name] or [math.nan]):.2f}")
-    print(f"{len(images)} images: pictures, and the detections shown in look.json, in {out}/")
+        print(f"{name} agrees with {first} by {mean(same[name] or [math.nan]):.2f} on {len(same[name])} objects that "
+              f"both find, by {mean(different[name] or [math.nan]):.2f} on different objects; "
+              f"a look spread evenly over the box would by {mean(even):.2f} (0: apart, 1: alike)")
+    print(f"{len(images)} images: pictures, and look.json with the detections shown, in {out}/")
 
 
 def export(checkpoint, out):
@@ -1219,7 +1305,7 @@ def describe_methods():
     lines = []
     for name, cls in METHODS.items():
         options = [f"{p.name}={p.default}" for p in inspect.signature(cls).parameters.values()
-                   if p.name not in ("student_dim", "teacher_dim", "num_classes")]
+                   if p.name not in GIVEN]
         lines.append(f"--method-options of {name}, with their defaults; {cls.__module__}.py says what each does:\n  "
                      + " ".join(options))
     return "\n".join(lines)
@@ -1302,8 +1388,8 @@ writes for each image and checkpoint, named after the file or the folder of its 
 example:
   python train.py look --checkpoint runs/teacher --checkpoint runs/student street.png""")
     p.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
-                   help="last.pt, best.pt, exported safetensors, or a run's folder; several times: the first (a teacher) "
-                        "says which objects are shown")
+                   help="last.pt, best.pt, exported safetensors, or a run's folder; given several times, the first one "
+                        "(the teacher) says which objects are shown")
     p.add_argument("images", nargs="+", metavar="IMAGE")
     p.add_argument("--out", default="runs/look", help="folder of the output (default: %(default)s)")
     p.add_argument("--best", type=int, default=4, help="how many of the best detections (default: %(default)s)")

@@ -1,0 +1,624 @@
+"""The rivals: eight other ways to distil a detection transformer, with one signature, so that a table is a loop.
+
+    FitNets, FGD, MGD, GKD            the student's memory copies the teacher's, ever more selectively
+    Hinton                            class scores of the queries that found the same object
+    KDDETR, DETRDistill, D3ETR        the decoder's answers, made for DETRs
+
+    method = BASELINES["fgd"](student_dim, teacher_dim, levels=4)     # its parameters learn with the student
+    losses = method(student, teacher, targets, extras)                # {name: weighted scalar}: add to detection's
+
+`student` and `teacher` are Views of a forward pass; what a method wants beyond a view's plain fields is in its `needs`.
+To copy a method into other code, take its class, `Baseline`, `View` and the helpers that it names.
+
+B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (labels 0..C-1), K objects. Boxes are
+(cx, cy, w, h) as fractions of each image's own size. F_T, F_S: memory of teacher and student, f: a learned linear map
+where their widths differ, one for all levels. Layer i = 1..L_s of the student is compared with layer
+round(i * L_t / L_s) of the teacher, at least 1. All is computed in float32 (or float64), also under autocast; gradients
+never reach the teacher; padded tokens do not count, whatever they hold. A process divides by its own images or pairs.
+
+Where a choice comes from: [C] the method's public code, [A] its abstract, [O] our own adaptation or reading. The
+default weights are for 256 channels and 800 x 1333 pixels; other scales need their own.
+"""
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+
+class View(NamedTuple):
+    """One model's pass over a batch. The optional fields are filled for methods that need them."""
+    memory: Tensor                     # (B, S, D) encoder output, the levels one after the other, each row by row
+    padding: Tensor                    # (B, S) bool, True where padded
+    shapes: list                       # [(H_l, W_l)], sum H_l W_l = S
+    extent: Tensor                     # (B, 2) part of the padded width and height that each image fills
+    logits: Tensor | None = None       # (L, B, Q, C) before the sigmoid; student: of its learned queries,
+    boxes: Tensor | None = None        # (L, B, Q, 4)                     teacher: of `Baseline.queries`
+    matches: tuple | None = None       # query (L, B, K) of each object, and whether it has one (L, B, K) bool
+    states: Tensor | None = None       # (L, B, Q, D) what each decoder layer hands to the next
+    attention: list | None = None      # L pairs: among queries (B, heads, Q, Q); to the memory (B, heads, Q, S), or
+    #                                    deformable (points (B, Q, heads, levels, P, 2), (x, y) as fractions of the
+    #                                    padded image, weights (B, Q, heads, levels, P))
+    gradient: Tensor | None = None     # (B, S, D) derivative of the model's own detection loss by its memory
+
+
+class Baseline(nn.Module):
+    """What the siblings share: the call, the queries, and the linear maps where widths differ.
+
+    needs: what the caller has to prepare, beside a student's View with logits and boxes and a teacher's without:
+        "detections"  teacher.logits and .boxes, its answers to `queries`
+        "matches"     .matches of both: their own detections, assigned to the ground truth
+        "states"      teacher.states
+        "gradient"    teacher.gradient
+        "queries"     extras["queries"]: the student's View of its answers to `queries`, by way of `student_content`,
+                      decoded in the same pass as its own, unseen by and not seeing them
+        "attention"   .attention of teacher, student and extras["queries"], of the student with its graph
+    terms: the names of the losses, in order.  copies_memory: whether there is an `adapter`, f.
+    """
+    needs, terms, copies_memory = (), (), False
+
+    def __init__(self, student_dim, teacher_dim, seed):
+        super().__init__()
+        differ, asks = student_dim != teacher_dim, "queries" in self.needs
+        with _own_random_numbers(seed):
+            self.adapter = nn.Linear(student_dim, teacher_dim) if differ and self.copies_memory else nn.Identity()
+            self.student_reads = nn.Linear(teacher_dim, student_dim) if differ and asks else nn.Identity()
+
+    @torch.no_grad()
+    def queries(self, learned, generator=None):
+        """What the teacher, and with "queries" in `needs` also the student, is asked: here the teacher's own queries.
+
+        learned: the teacher's (content (B, Q, D), boxes (B, Q, 4) or points (B, Q, 2), position (B, Q, D) or None).
+        Returns content, boxes, attend (B, Q, Q) bool or None (all see all), valid (B, Q), position. A position is only
+        handed over with points; from a box, each model makes its own.
+        """
+        content, boxes, position = learned
+        valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+        return content, boxes, None, valid, None if boxes.shape[-1] == 4 else position
+
+    def student_content(self, content):
+        """The contents (or positions, which are added to them) of the same queries for the student: (B, Q, teacher_dim)
+        -> (B, Q, student_dim), unchanged if widths agree."""
+        return self.student_reads(content)
+
+    def forward(self, student, teacher, targets, extras=None):
+        """-> {name: weighted scalar}, named as `terms`; 0 with its graph intact when there is nothing to learn.
+
+        student, teacher: View.  targets: per image "labels" (K_b,) and "boxes" (K_b, 4), any may be without objects.
+        extras: dict of "queries", see `needs`, and "generator", of random numbers (MGD; None: torch's global one).
+        Raises ValueError when something needed is missing, or the memories do not have the same tokens.
+        """
+        extras = dict(extras or {})
+        given = {"detections": teacher.logits, "states": teacher.states, "gradient": teacher.gradient,
+                 "matches": student.matches and teacher.matches, "queries": extras.get("queries"),
+                 "attention": student.attention and teacher.attention}
+        missing = [name for name in self.needs if given[name] is None]
+        _want(not missing, f"{type(self).__name__} needs {', '.join(missing)}: prepare it as Baseline.needs says")
+        _want(student.memory.shape[:2] == teacher.memory.shape[:2] and len(targets) == len(student.memory),
+              f"memories {tuple(student.memory.shape)}, {tuple(teacher.memory.shape)} and {len(targets)} targets: "
+              "student and teacher must read the same images at the same strides")
+        with torch.autocast(student.memory.device.type, enabled=False):
+            student, teacher = _prepared(student), _prepared(teacher, detach=True)
+            if "queries" in self.needs:
+                extras["queries"] = _prepared(extras["queries"])
+            return self.losses(student, teacher, targets, extras)
+
+    def losses(self, student, teacher, targets, extras):
+        """forward, of what is complete, in full precision, with zeros in padding, and without the teacher's graph."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------------- of the memory
+
+class FitNets(Baseline):
+    """FitNets (Romero et al. 2015) on the memory [O]: the mean of (F_T - f(F_S))^2 over real tokens and channels."""
+    terms, copies_memory = ("memory",), True
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        self.weight = weight
+
+    def losses(self, student, teacher, targets, extras):
+        parts = _levels(student, self.adapter(student.memory), teacher.memory)
+        total = sum(((t - s).square().mean(2) * valid).sum() for s, t, valid, _ in parts)
+        return {"memory": self.weight * total / (~student.padding).sum()}
+
+
+class ContextBlock(nn.Module):
+    """R(F) = F + W2 ReLU(LN(W1 sum_j softmax(W_k F)_j F_j)), the GCNet block of FGD; W2 starts at 0, so R(F) = F."""
+    def __init__(self, dim):
+        super().__init__()
+        self.look = nn.Linear(dim, 1)
+        self.add = nn.Sequential(nn.Linear(dim, dim // 2), nn.LayerNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
+        nn.init.kaiming_normal_(self.look.weight)
+        for start in (self.look.bias, self.add[3].weight, self.add[3].bias):
+            nn.init.zeros_(start)
+
+    def forward(self, tokens, valid):
+        """tokens (B, N, D), valid (B, N) -> (B, N, D)."""
+        share = _softmax(self.look(tokens)[..., 0], valid)                                              # (B, N)
+        return tokens + self.add((share[..., None] * tokens).sum(1, keepdim=True))                      # (B, 1, D)
+
+
+class FGD(Baseline):
+    """Focal and Global Distillation (Yang et al. 2022), from its code [C], on each level of the memory [O].
+
+        A^sp = N softmax_p(mean_c |F| / t),   A^ch = D softmax_c(mean_p |F| / t),   N real tokens of the level
+        objects      alpha * sum M A_T^sp A_T^ch (F_T - f(F_S))^2;    background: beta * the same with M^bg
+        attention    gamma * (sum |A_S^sp - A_T^sp| + sum |A_S^ch - A_T^ch|)
+        relation     lambda_global * sum (R_T(F_T) - R_S(f(F_S)))^2
+    summed over levels, over B. M = 1 / cells in every cell from the box's first to one behind its last, as in the code;
+    the larger of overlapping boxes. M^bg = 1 / cells of the background. Each level has context blocks R of its own.
+    Boxes are placed on the padded map; the code's drift when a batch is padded [O].
+    """
+    terms, copies_memory = ("objects", "background", "attention", "relation"), True
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, levels=1, temperature=0.5, alpha=1e-3, beta=5e-4,
+                 gamma=1e-3, lambda_global=5e-6, seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        self.temperature, self.weights = temperature, (alpha, beta, gamma, lambda_global)
+        with _own_random_numbers(seed + 1):
+            self.relate_student = nn.ModuleList(ContextBlock(teacher_dim) for _ in range(levels))
+            self.relate_teacher = nn.ModuleList(ContextBlock(teacher_dim) for _ in range(levels))
+
+    def losses(self, student, teacher, targets, extras):
+        boxes, real = _padded(targets)
+        parts = _levels(student, self.adapter(student.memory), teacher.memory, len(self.relate_student))
+        total = 0
+        for (s, t, valid, shape), relate_s, relate_t in zip(parts, self.relate_student, self.relate_teacher):
+            objects, background = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))
+            (near_s, along_s), (near_t, along_t) = self.attention(s, valid), self.attention(t, valid)
+            error = near_t * ((t - s).square() * along_t[:, None]).sum(2)                               # (B, N)
+            attention = (near_s - near_t).abs().sum() + (along_s - along_t).abs().sum()
+            relation = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2) * valid                # (B, N)
+            total = total + torch.stack([(objects * error).sum(), (background * error).sum(), attention,
+                                         relation.sum()])
+        return {name: weight * x / len(real) for name, weight, x in zip(self.terms, self.weights, total)}
+
+    @staticmethod
+    def masks(boxes, real, extent, valid):
+        """M and M^bg, (B, N) each. boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
+        x0, y0, x1, y1 = _cells(boxes, extent, valid.shape[1:])                                         # (B, K) each
+        row, column = (torch.arange(n, device=x0.device) for n in valid.shape[1:])
+        in_y = (row >= y0[..., None]) & (row <= y1[..., None])                                          # (B, K, H)
+        in_x = (column >= x0[..., None]) & (column <= x1[..., None])                                    # (B, K, W)
+        share = real / ((y1 - y0 + 1) * (x1 - x0 + 1))                                                  # (B, K)
+        objects = _largest(in_y[..., None] * in_x[:, :, None] * share[..., None, None], valid)          # (B, N)
+        background = ((objects == 0) & valid.flatten(1)).to(objects)
+        return objects, background / background.sum(1, keepdim=True).clamp(min=1)
+
+    def attention(self, tokens, valid):
+        """A^sp (B, N) and A^ch (B, D) of tokens (B, N, D)."""
+        size, count = tokens.abs() * valid[..., None], valid.sum(1, keepdim=True)           # (B, N, D), (B, 1)
+        near = count * _softmax(size.mean(2) / self.temperature, valid)
+        return near, size.shape[2] * (size.sum(1) / count / self.temperature).softmax(1)
+
+
+class MGD(Baseline):
+    """Masked Generative Distillation (Yang et al. 2022), from its code [C], on each level of the memory as a map [O].
+
+        alpha * sum (F_T - G(mask * f(F_S)))^2 / B,    G = conv3x3 - ReLU - conv3x3, one a level
+    mask: 0 in a random share `ratio` of the cells, in all channels alike, 1 elsewhere. Padded cells are 0 before each
+    convolution, as if beyond the border [O].
+    """
+    terms, copies_memory = ("memory",), True
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, levels=1, alpha=2e-5, ratio=0.65, seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        _want(0 <= ratio <= 1, f"ratio={ratio}: want 0 to 1")
+        self.alpha, self.ratio = alpha, ratio
+        with _own_random_numbers(seed + 1):
+            self.first, self.second = (nn.ModuleList(nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1)
+                                                        for _ in range(levels)) for _ in range(2))
+
+    def losses(self, student, teacher, targets, extras):
+        generator, total = extras.get("generator"), 0
+        parts = _levels(student, self.adapter(student.memory), teacher.memory, len(self.first))
+        for (s, t, valid, shape), first, second in zip(parts, self.first, self.second):
+            draw = torch.rand(valid.shape, generator=generator, device=generator.device if generator else valid.device)
+            keep = valid & (draw.to(valid.device) >= self.ratio)                                        # (B, N)
+            hidden = first((s * keep[..., None]).transpose(1, 2).unflatten(2, shape)).relu()            # (B, D, H, W)
+            made = second(hidden * valid.unflatten(1, shape)[:, None]).flatten(2).transpose(1, 2)       # (B, N, D)
+            total = total + ((t - made).square().sum(2) * valid).sum()
+        return {"memory": self.alpha * total / len(targets)}
+
+
+class GKD(Baseline):
+    """Gradient-guided Knowledge Distillation (Lan & Tian 2024) on each level of the memory: our reading [O] of [A].
+
+        I = |F_T * dL/dF_T|, L the teacher's detection loss: how much each token and channel moves it, to first order
+        i = sum_c I, scaled to 0..1 in each image;  W^sp = N softmax_p(i / t);  W^ch = D softmax_c(sum_p I, scaled, / t)
+        memory    alpha * sum G W^sp W^ch (F_T - f(F_S))^2 / B
+        maps      beta * the mean over tokens of |i_S - i_T|,   i_S made of f(F_S) and the teacher's gradient
+    summed over levels. G: 1 / (4 w h) inside a box of w x h cells, times exp(-r^2 / 2) around it, up to twice its size,
+    r the distance from its centre over (w, h); the larger of overlapping ones. boxes=False: G = 1 / N.
+
+    [A]: gradients give weight to the features that move the detection loss; boxes refine this. The released code does
+    otherwise: its feature loss uses FGD's attention, its masks are displaced unless a box is in the image's middle, and
+    the maps of both models pass through NumPy, so that their loss, the only one in its recipes, has no gradient. From
+    it come [C] G's shape, the scaling to 0..1, t, the L1 of maps, the weights, and L: there against the model's own
+    detections, here against the ground truth.
+    """
+    needs, terms, copies_memory = ("gradient",), ("memory", "maps"), True
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, temperature=0.5, alpha=1e-3, beta=0.5, boxes=True, seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        self.temperature, self.alpha, self.beta, self.boxes = temperature, alpha, beta, boxes
+
+    def losses(self, student, teacher, targets, extras):
+        boxes, real = _padded(targets)
+        parts = _levels(student, self.adapter(student.memory), teacher.memory)
+        memory = maps = 0
+        for (s, t, valid, shape), g in zip(parts, teacher.gradient.split([h * w for h, w in student.shapes], 1)):
+            moves = (t * g).abs()                                     # I (B, N, D), 0 in padding
+            map_t, map_s = _scaled(moves.sum(2), valid), _scaled((s * g).abs().sum(2), valid)           # (B, N)
+            along = _scaled(moves.sum(1), torch.ones_like(moves[:, 0], dtype=torch.bool))               # (B, D)
+            along = along.shape[1] * (along / self.temperature).softmax(1)
+            count = valid.sum(1, keepdim=True)                                                          # (B, 1)
+            near = count * _softmax(map_t / self.temperature, valid)                                    # (B, N)
+            mask = valid / count
+            if self.boxes:
+                mask = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))               # (B, N)
+            memory = memory + (mask * near * ((t - s).square() * along[:, None]).sum(2)).sum() / len(targets)
+            maps = maps + (map_s - map_t).abs().sum() / valid.sum()
+        return {"memory": self.alpha * memory, "maps": self.beta * maps}
+
+    @staticmethod
+    def masks(boxes, real, extent, valid):
+        """G (B, N). boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
+        x0, y0, x1, y1 = (x[..., None] for x in _cells(boxes, extent, valid.shape[1:]))                 # (B, K, 1) each
+        w, h = (x1 - x0).clamp(min=1), (y1 - y0).clamp(min=1)
+        row, column = (torch.arange(n, device=x0.device) + 0.5 for n in valid.shape[1:])
+        y, x = ((row - y0) / h - 0.5)[..., None], ((column - x0) / w - 0.5)[:, :, None]     # (B, K, H, 1), (B, K, 1, W)
+        bump = torch.where((x.abs() < 0.5) & (y.abs() < 0.5), 1., (-(x ** 2 + y ** 2) / 2).exp())       # (B, K, H, W)
+        near = (x.abs() < 1) & (y.abs() < 1) & real[..., None, None]
+        return _largest(bump * near / (4 * w * h)[..., None], valid)
+
+
+# ------------------------------------------------------------------------------------------------------ of the decoder
+
+class Hinton(Baseline):
+    """Hinton et al. (2015) for sets [O]: the queries that teacher and student match to the same object are a pair.
+
+        weight * the sum over layers of the mean over pairs of  t^2 KL(teacher || student), summed over classes
+    classes: "bernoulli", a yes or no for each class, for sigmoid detectors, or "softmax", as in the paper.
+    """
+    needs, terms = ("detections", "matches"), ("cls",)
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, temperature=4.0, classes="bernoulli", seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', 'softmax'")
+        self.weight, self.temperature, self.classes = weight, temperature, classes
+
+    def losses(self, student, teacher, targets, extras):
+        layers = _twins(student.logits, teacher.logits)
+        (query_s, found_s), (query_t, found_t) = student.matches, (x[layers] for x in teacher.matches)
+        both = found_s & found_t                                                                        # (L, B, K)
+        kl = _divergence(_take(student.logits, query_s), _take(teacher.logits[layers], query_t), self.temperature,
+                         self.classes).sum(3)                                                           # (L, B, K)
+        return {"cls": self.weight * ((kl * both).sum((1, 2)) / both.sum((1, 2)).clamp(min=1)).sum()}
+
+
+class KDDETR(Baseline):
+    """KD-DETR (Wang et al. 2024), from its code [C]: both decoders answer the same queries, its distillation points.
+
+        cls     sum_q w_q t^2 KL_q(teacher || student) / B,   of softmaxes, mean over classes
+        l1      sum_q w_q |difference| / sum_q w_q,           mean over the 4 coordinates;   giou: 1 - GIoU likewise
+        w_q = max_c sigmoid(the teacher's last logits)
+    summed over the student's layers and over two groups of queries, which do not see one another: "specific", the
+    teacher's own, and `general` random boxes, sigmoid of normal numbers, new ones at every step. A general query has
+    the content (and, with points, the position) of a random one of the teacher's own [O]; in DAB-DETR, the only model
+    in the code, that is 0. The code sums cls over the batch; over B, its weight fits every batch size [O].
+    teacher_layers: "last", all layers of the student learn from the teacher's last, as in the code; "twin", each from
+    its own counterpart, which the code holds too, switched off.
+    """
+    needs, terms = ("detections", "queries"), ("cls", "l1", "giou")
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
+                 temperature=10.0, general=300, specific=True, teacher_layers="last", seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: want some queries")
+        _want(teacher_layers in ("last", "twin"), f"teacher_layers={teacher_layers!r}: choose from 'last', 'twin'")
+        self.weights, self.temperature = (cls_weight, l1_weight, giou_weight), temperature
+        self.general, self.specific, self.teacher_layers = general, specific, teacher_layers
+
+    @torch.no_grad()
+    def queries(self, learned, generator=None):
+        content, boxes, _, valid, position = super().queries(learned, generator)
+        device, B, Q = boxes.device if generator is None else generator.device, *valid.shape
+        random = torch.randn(self.general, 4, generator=generator, device=device).sigmoid().to(boxes)
+        row = torch.randint(Q, (self.general,), generator=generator, device=device).to(boxes.device)
+
+        def groups(own, general):                                     # specific queries first
+            return torch.cat([own[:, :Q if self.specific else 0], general], 1)
+
+        boxes = groups(boxes, random[:, :boxes.shape[2]].expand(B, -1, -1))
+        content, valid = groups(content, content[:, row]), groups(valid, valid[:, row])
+        position = None if position is None else groups(position, position[:, row])
+        own = torch.arange(boxes.shape[1], device=boxes.device) < boxes.shape[1] - self.general
+        return content, boxes, (own[:, None] == own).expand(B, -1, -1), valid, position
+
+    def losses(self, student, teacher, targets, extras):
+        asked = extras["queries"]
+        twins = self.teacher_layers == "twin"
+        layers = _twins(asked.logits, teacher.logits) if twins else [-1] * len(asked.logits)
+        kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax").mean(3)     # (L, B, Q)
+        l1 = (asked.boxes - teacher.boxes[layers]).abs().mean(3)
+        giou = giou_distance(asked.boxes, teacher.boxes[layers])
+        confidence = teacher.logits[-1].sigmoid().amax(2)                                               # (B, Q)
+        first, total = confidence.shape[1] - self.general, 0
+        for group in (slice(first), slice(first, None)):              # of a group without queries, all sums are 0
+            w = confidence[:, group]
+            sums = torch.stack([(w * x[:, :, group]).sum() for x in (kl, l1, giou)])
+            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / w.sum().clamp(min=1e-6)])
+        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, total)}
+
+
+class DETRDistill(Baseline):
+    """DETRDistill (Chang et al. 2023), three parts, from its code for Deformable DETR [C].
+
+    (a) cls, l1, giou: in each layer all of the teacher's predictions, positive and negative, are matched to the
+        student's by (cross entropy) + 5 L1 - 2 GIoU; then, mean over pairs, the cross entropy with the teacher's scores
+        summed over classes, L1, 1 - GIoU. We subtract the teacher's entropy (no gradient in it), and do not clamp its
+        boxes to the image [O]. top: only its so many most confident predictions [O]; 0 = all.
+    (b) memory: for every layer of the teacher and every level, the mean of (m (F_T - f(F_S)))^2,
+            m_p = max(sum_q score_q IoU_q cos(state_q, F_T,p), 0.01), over its maximum in the image
+        with the IoU to the nearest object (1 in images without). The paper weighs score^g IoU^(1-g), the code as here.
+        It takes the 100 best (query, class) pairs and the encoder's input; we all queries, and its output [O].
+    (c) prior_cls, _l1, _giou: the student also answers the teacher's queries, with the detection losses (focal, L1,
+        GIoU, over the number of objects) and the teacher's assignment to the ground truth, layer by layer [A]. The code
+        prepares this assignment but never uses it, it matches anew.
+    A contrastive loss between queries, also in the code, is left out.
+    """
+    needs = ("detections", "matches", "states", "queries")
+    terms, copies_memory = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou"), True
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, logits=1.0, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
+                 top=0, memory=1.0, prior=1.0, prior_cls=2.0, prior_l1=5.0, prior_giou=2.0, seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        _want(top >= 0, f"top={top}: want 0, all of the teacher's predictions, or more")
+        self.top, self.cost = top, (cls_weight, l1_weight, giou_weight)
+        self.weights = *(logits * w for w in self.cost), memory, prior * prior_cls, prior * prior_l1, prior * prior_giou
+
+    def losses(self, student, teacher, targets, extras):
+        layers = _twins(student.logits, teacher.logits)
+        logits, boxes = teacher.logits[layers], teacher.boxes[layers]
+        if self.top:
+            best = logits.amax(3).topk(min(self.top, logits.shape[2]), 2).indices                       # (L, B, top)
+            logits, boxes = _take(logits, best), _take(boxes, best)
+        pairs = match_predictions(student.logits, student.boxes, logits, boxes, self.cost)
+        values = [*answer_losses(student.logits, student.boxes, logits, boxes, *pairs),
+                  self.features(student, teacher, targets),
+                  *self.prior(extras["queries"], *(x[layers] for x in teacher.matches), targets)]
+        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
+
+    def features(self, student, teacher, targets):
+        truth, real = _padded(targets)                                # (B, K, 4); a box of size 0 overlaps with nothing
+        overlap, union, _ = _areas(teacher.boxes[..., None, :], truth[:, None])                         # (L, B, Q, K)
+        iou = F.pad(overlap / union.where(union > 1e-30, 1), (1, 0)).amax(3)                            # (L, B, Q)
+        quality = teacher.logits.sigmoid().amax(3) * iou.where(real.any(1)[:, None], 1)
+        wanted = (quality[..., None] * F.normalize(teacher.states, dim=3)).sum(2)                       # (L, B, D)
+        total = 0
+        for s, t, valid, _ in _levels(student, self.adapter(student.memory), teacher.memory):
+            mask = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2)).clamp(min=0.01) * valid  # (L, B, N)
+            mask = mask / mask.amax(2, keepdim=True)
+            total = total + (mask.square() * (t - s).square().mean(2)).sum() / valid.sum()
+        return total
+
+    @staticmethod
+    def prior(asked, query, found, targets):
+        """Focal, L1 and GIoU loss, summed over layers; query, found (L, B, K): each object's query, if it has one."""
+        boxes, real = _padded(targets)                                                                  # (B, K, 4)
+        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)                         # (B, K)
+        slot = query * asked.logits.shape[3] + labels                 # one-hot, on the flat (query, class) axis
+        wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(2, slot, found.to(asked.logits))
+        mine, count = _take(asked.boxes, query), real.sum().clamp(min=1)                                # (L, B, K, 4)
+        return (sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum() / count,
+                ((mine - boxes).abs().sum(3) * found).sum() / count,
+                (giou_distance(mine, boxes) * found).sum() / count)
+
+
+class D3ETR(Baseline):
+    """D3ETR (Chen et al. 2024): two matchings of teacher and student queries [A], and on each, in every layer, copied
+    predictions, self- and cross-attention [A]. There is no public code: all formulas and weights are our reading [O].
+
+        adaptive * (bipartite matching of the two models' predictions, with the cost of DETRDistill (a))
+        + fixed * (the student also answers the teacher's queries; pairs have the same index)     of
+        cls, l1, giou    as in DETRDistill (a)
+        self, cross      sum_keys (A_S - A_T)^2, mean over pairs; heads averaged first
+    Self-attention has rows and columns in the order of the pairs. Deformable cross-attention becomes a map over tokens:
+    each sampling point gives its weight to the four tokens around it, in the shares of bilinear interpolation.
+    """
+    needs, terms = ("detections", "attention", "queries"), ("cls", "l1", "giou", "self", "cross")
+
+    def __init__(self, student_dim=256, teacher_dim=256, *, adaptive=1.0, fixed=1.0, cls_weight=1.0, l1_weight=5.0,
+                 giou_weight=2.0, self_weight=1.0, cross_weight=1.0, seed=0):
+        super().__init__(student_dim, teacher_dim, seed)
+        self.adaptive, self.fixed, self.cost = adaptive, fixed, (cls_weight, l1_weight, giou_weight)
+        self.weights = *self.cost, self_weight, cross_weight
+
+    def losses(self, student, teacher, targets, extras):
+        layers = _twins(student.logits, teacher.logits)
+        teacher = teacher._replace(logits=teacher.logits[layers], boxes=teacher.boxes[layers],
+                                   attention=[teacher.attention[i] for i in layers])
+        pairs = match_predictions(student.logits, student.boxes, teacher.logits, teacher.boxes, self.cost)
+        same = torch.arange(teacher.logits.shape[2], device=teacher.logits.device).expand(teacher.logits.shape[:3])
+        values = (self.adaptive * self.compare(student, teacher, *pairs)
+                  + self.fixed * self.compare(extras["queries"], teacher, same, same))
+        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
+
+    @staticmethod
+    def compare(student, teacher, mine, theirs):
+        """The five losses (5,), unweighted; mine, theirs (L, B, P): the two queries of each pair."""
+        among = across = 0
+        for (self_s, cross_s), (self_t, cross_t), i, j in zip(student.attention, teacher.attention, mine, theirs):
+            # (B, Q, Q) -> rows of the pairs, turned, (B, Q, P) -> their columns (B, P, P), keys before queries
+            a, b = (_take(_take(x.mean(1), index).transpose(1, 2), index) for x, index in ((self_s, i), (self_t, j)))
+            among = among + (a - b).square().sum(1).mean()
+            a, b = (_take(attention_map(x, student.shapes), index) for x, index in ((cross_s, i), (cross_t, j)))
+            across = across + ((a - b).square() * ~student.padding[:, None]).sum(2).mean()              # (B, P, S)
+        answers = answer_losses(student.logits, student.boxes, teacher.logits, teacher.boxes, mine, theirs)
+        return torch.stack([*answers, among, across])
+
+
+BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd": GKD, "kd_detr": KDDETR,
+             "detrdistill": DETRDistill, "d3etr": D3ETR}
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+def _twins(student, teacher):
+    """The teacher's layer for each of the student's: round(i * L_t / L_s), at least 1, counted from 1; as indices."""
+    return [max(round(i * len(teacher) / len(student)), 1) - 1 for i in range(1, len(student) + 1)]
+
+
+def _take(x, index):
+    """Rows `index` (..., P) of x (..., Q, D) -> (..., P, D)."""
+    return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+def _divergence(student, teacher, temperature, classes):
+    """t^2 KL(teacher || student) of logits (..., C), each class's part: (..., C)."""
+    s, t = student / temperature, teacher / temperature
+    if classes == "softmax":
+        return temperature ** 2 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True)
+    p = t.sigmoid()                                                   # KL = cross entropy - the teacher's own entropy
+    return temperature ** 2 * (F.binary_cross_entropy_with_logits(s, p, reduction="none")
+                               - F.binary_cross_entropy_with_logits(t, p, reduction="none"))
+
+
+def answer_losses(s_logits, s_boxes, t_logits, t_boxes, mine, theirs):
+    """Bernoulli KL summed over classes, L1 over coordinates, and 1 - GIoU: each the mean over a layer's pairs, summed
+    over layers. Logits (L, B, Q, C), boxes (L, B, Q, 4); mine, theirs (L, B, P): the two queries of each pair."""
+    a, b = _take(s_boxes, mine), _take(t_boxes, theirs)
+    kl = _divergence(_take(s_logits, mine), _take(t_logits, theirs), 1., "bernoulli")
+    return [x.mean((1, 2)).sum() for x in (kl.sum(3), (a - b).abs().sum(3), giou_distance(a, b))]
+
+
+@torch.no_grad()
+def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
+    """The cheapest one-to-one pairs of student and teacher queries -> their indices (2, L, B, P), P = min(Q_s, Q_t).
+
+    Logits (L, B, Q, C), boxes (L, B, Q, 4). Cost: weights (class, L1, GIoU) times the cross entropy with the teacher's
+    scores summed over classes, the L1 distance, 1 - GIoU. Raises ValueError when a cost is not finite.
+    """
+    pairs = []
+    for s, s_box, t, t_box in zip(s_logits, s_boxes, t_logits, t_boxes):                                # (B, Q, .) each
+        entropy = F.softplus(s).sum(2)[..., None] - s @ t.sigmoid().transpose(1, 2)                     # (B, Q_s, Q_t)
+        cost = (weights[0] * entropy + weights[1] * torch.cdist(s_box, t_box, p=1)
+                + weights[2] * giou_distance(s_box[:, :, None], t_box[:, None])).cpu()
+        _want(cost.isfinite().all(), "the predictions of student or teacher are not finite and cannot be matched")
+        pairs += [torch.stack([*map(torch.from_numpy, linear_sum_assignment(c))]) for c in cost]        # (2, P) each
+    return torch.stack(pairs, 1).view(2, *s_logits.shape[:2], -1).to(s_logits.device)
+
+
+def _areas(a, b):
+    """Overlap, union and hull of boxes (..., 4) cxcywh, which broadcast; (...) each."""
+    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+
+    def area(low, high):                                              # corners (..., 2)
+        return (high - low).clamp(min=0).prod(-1)
+
+    overlap = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
+    return overlap, area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - overlap, hull
+
+
+def giou_distance(a, b):
+    """1 - GIoU, 0..2, without an eps, which tiny boxes would feel; a box without area is 0 from itself."""
+    overlap, union, hull = _areas(a, b)
+    return (2 - overlap / union.where(union > 1e-30, 1) - union / hull.where(hull > 1e-30, 1)).where(hull > 1e-30, 0)
+
+
+def attention_map(attention, shapes):
+    """Attention to the memory, as in View -> (B, Q, S), mean over heads; deformable: of what falls on the map."""
+    if isinstance(attention, Tensor):
+        return attention.mean(1)
+    maps = []
+    for (height, width), point, weight in zip(shapes, *(x.unbind(3) for x in attention)):
+        x, y = point[..., 0] * width - 0.5, point[..., 1] * height - 0.5                    # (B, Q, heads, P)
+        level = weight.new_zeros(*weight.shape[:2], height * width)
+        for column, row in ((x.floor() + i, y.floor() + j) for i in (0, 1) for j in (0, 1)):
+            share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+            on_map = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+            level = level.scatter_add(2, index.flatten(2), (weight * share * on_map).flatten(2))
+        maps.append(level / weight.shape[2])
+    return torch.cat(maps, 2)
+
+
+def _levels(view, student, teacher, expected=None):
+    """[(student (B, N, D), teacher (B, N, D), real tokens (B, N), (H, W)), ...], an entry a level, N = H W."""
+    sizes = [height * width for height, width in view.shapes]
+    _want(expected in (None, len(sizes)), f"levels={expected}, but the memory has {len(sizes)}")
+    _want(sum(sizes) == student.shape[1], f"levels {view.shapes} for a memory of {student.shape[1]} tokens")
+    _want(student.shape == teacher.shape, f"memories of {student.shape[2]} and {teacher.shape[2]} channels: pass the "
+                                          "method both models' widths")
+    return list(zip(*(x.split(sizes, 1) for x in (student, teacher, ~view.padding)), map(tuple, view.shapes)))
+
+
+def _padded(targets):
+    """Boxes (B, K, 4), 0 where an image has fewer, and which are real (B, K) bool."""
+    boxes = [t["boxes"].float().reshape(-1, 4) for t in targets]
+    real = [torch.ones(len(b), dtype=torch.bool, device=b.device) for b in boxes]
+    return pad_sequence(boxes, batch_first=True), pad_sequence(real, batch_first=True)
+
+
+def _cells(boxes, extent, shape):
+    """x0, y0, x1, y1 (B, K): the cells of an (H, W) map that a box touches, from x0 up to before x1."""
+    corners = box_convert(boxes, "cxcywh", "xyxy") * extent.to(boxes)[:, None, [0, 1, 0, 1]]  # of the padded image
+    x0, y0, x1, y1 = (corners * boxes.new_tensor([*shape[::-1], *shape[::-1]])).unbind(-1)
+    # 1e-4 of a cell: rounding must not push a box that is aligned with the cells into one more.
+    return (x0 + 1e-4).floor(), (y0 + 1e-4).floor(), (x1 - 1e-4).ceil(), (y1 - 1e-4).ceil()
+
+
+def _largest(maps, valid):
+    """(B, K, H, W) -> (B, N): the largest of an image's maps in each valid cell; 0 elsewhere, and when K = 0."""
+    return F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(1).flatten(1) * valid.flatten(1)
+
+
+def _softmax(x, valid):
+    """Softmax of (B, N) over the valid entries, 0 at the others."""
+    return x.masked_fill(~valid, -torch.inf).softmax(1)
+
+
+def _scaled(x, valid):
+    """x (B, N), moved and stretched so that each row's valid entries lie between 0 and 1; 0 at the others."""
+    low = x.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    high = x.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    return (x - low) / (high - low).clamp(min=1e-30) * valid
+
+
+def _prepared(view, detach=False):
+    """The view in full precision, padded tokens 0 (0 * NaN would be NaN); detached, if it is the teacher's."""
+    def each(x):
+        if isinstance(x, (list, tuple)):
+            return tuple(map(each, x))
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return (x.detach() if detach else x).to(torch.promote_types(x.dtype, torch.float32))
+
+    view, hole = View(*map(each, view)), view.padding[..., None]
+    gradient = None if view.gradient is None else view.gradient.masked_fill(hole, 0)
+    return view._replace(memory=view.memory.masked_fill(hole, 0), gradient=gradient)
+
+
+@contextmanager
+def _own_random_numbers(seed):
+    """A student's first weights and its data order are the same with and without the method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _want(condition, text):
+    if not condition:
+        raise ValueError(text)
