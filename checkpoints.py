@@ -8,7 +8,6 @@ and whatever else the caller adds.
 they compute differently with equally named weights (PUBLISHED).
 """
 import argparse
-import collections
 import json
 import os
 import re
@@ -27,21 +26,19 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 # --------------------------------------------------------------------------------------------------------------- files
 
 class Ignored:
-    """Stands for what a file holds and nobody needs: takes anything, does nothing."""
+    """Stands for what a file holds and nobody needs: made of anything, does nothing."""
     def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
         pass
 
 
 # What published .pth files hold beside tensors, and what cannot execute anything when it is unpickled: the arguments of
 # official programs, numpy's numbers and arrays (numpy 1 says core, numpy 2 _core), MMEngine's log of the training.
-INERT = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray,
+INERT = [argparse.Namespace, np.dtype, np.ndarray,
          *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
          *[(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")
            for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])],     # scalar, _reconstruct
-         *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],    # of defaultdicts
+         (lambda *factory: {}, "collections.defaultdict"),        # into which torch's unpickler refuses to put anything
+         *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],    # its factories
          (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"), (Ignored, "builtins.getattr")]
 
 
@@ -127,9 +124,9 @@ def load_from_hub(name: str) -> dict:
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
-# Rows (theirs, ours), replaced one after the other. Regular expressions in which a dot is a dot, # a number, the same on
-# both sides, E and D are encoder.layers.# and decoder.layers.#. A program's own rows lead to the names of the official
-# repositories or at once to ours, the rows OFFICIAL from there to ours, those of the detector finish what depends on it.
+# Rows (theirs, ours), replaced one after the other: regular expressions in which a dot is a dot, # a number, the same
+# on both sides, E encoder.layers.# and D decoder.layers.#. A program's rows lead to the names of the official
+# repositories or at once to ours, the rows OFFICIAL from there to ours, those of the detector do what depends on it.
 
 OFFICIAL = [   # IDEA-Research/DAB-DETR and DINO, fundamentalvision/Deformable-DETR
     ("^backbone.0.body.", "backbone."), ("^transformer.", ""), ("^input_proj.", "encoder.project."),
@@ -168,8 +165,9 @@ OF_DETECTOR = {
     None: [],
 }
 MMCV_LAYERS = [   # mmcv's transformer, of which MMDetection is made and, after it, detrex
-    (".attentions.0.", ".self_attn."), (".attentions.1.", ".cross_attn."), ("_attn.attn.", "_attn."), (".ffns.0.", ".ffn."),
-    (".ffn.layers.0.0.", ".linear1."), (".ffn.layers.1.", ".linear2."), (".ffn.(?:layers.0.1|activation).", ".activation."),
+    (".attentions.0.", ".self_attn."), (".attentions.1.", ".cross_attn."), ("_attn.attn.", "_attn."),
+    (".ffns.0.", ".ffn."), (".ffn.layers.0.0.", ".linear1."), (".ffn.layers.1.", ".linear2."),
+    (".ffn.(?:layers.0.1|activation).", ".activation."),
     ("E.norms.0.", "E.norm1."), ("E.norms.1.", "E.norm2."),
     ("D.norms.0.", "D.self_norm."), ("D.norms.1.", "D.cross_norm."), ("D.norms.2.", "D.norm3."),
     (".post_norm(?:_layer)?.", ".norm."),
@@ -215,26 +213,27 @@ FORMATS = {   # program: (by which name its files are known, rows), tried in thi
     "hugging_face": ("^model.(?:en|de)coder.layers.", HUGGING_FACE + OFFICIAL),
     "torchvision": ("^layer1.0.conv1.weight$", [("^", "backbone.")]),
 }
-DETECTORS = {"dab_detr": "ref_anchor_head|anchor_size", "dino": "label_enc|label_embed", "deformable_detr": "sampling_"}
+DETECTORS = {"dab_detr": "ref_anchor_head|anchor_size", "dino": "label_enc|label_embed",
+             "deformable_detr": "sampling_offsets"}                  # in this order
 FUSED = ("q_proj", "k_proj", "v_proj")                           # three matrices that are one in ours, in_proj
 IGNORED = re.compile(r"num_batches_tracked$|^backbone\.fc\.")    # nothing depends on it; ImageNet's classes
 PER_CLASS = re.compile(r"class_heads?\.|label_embed\.")          # a row for each class
 PER_QUERY = re.compile(r"(content|anchors|queries)\.")           # a row for each query
 
-# (position_temperature, position_offset, logit_eps) of models.build with which a program's model was made: neither names
-# nor shapes give them away, and with others the same weights compute other numbers. Read in the sources named.
+# (position_temperature, position_offset, logit_eps) of models.build with which a program's model was made: neither
+# names nor shapes give them away, and with others the same weights compute other numbers. Read in the sources named.
 PUBLISHED = {
-    # util/misc.py, models/**/position_encoding.py, main.py or config (DAB-DETR's: by running it, see test_golden.py)
+    # util/misc.py, models/**/position_encoding.py, config/; DAB-DETR by what it computes, see test_golden.py
     ("official", "dab_detr"): (20., 0., 1e-3),
     ("official", "deformable_detr"): (10000., -0.5, 1e-5),
     ("official", "dino"): (20., 0., 1e-3),
-    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py. DINO: of 12 epochs; the configs of 24 and 36 say (20, 0).
+    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py. DINO: 12 epochs; the configs of 24 and 36 say (20, 0).
     ("detrex", "dab_detr"): (20., 0., 1e-3),
     ("detrex", "deformable_detr"): (10000., -0.5, 1e-3),         # also with weights that were official ones
     ("detrex", "dino"): (10000., -0.5, 1e-3),
-    # 2.28, 3.3: configs, {dab_detr,deformable_detr,dino}_layers.py, *_head.py. Two eps in one model: DINO moves references
-    # with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one, so where a reference lies within 1e-3
-    # of 0 or 1 boxes differ; elsewhere they are equal.
+    # 2.28 and 3.3: configs/, mmdet/models/**/{*_layers,transformer,*_head}.py. Two eps in one model: DINO moves
+    # references with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one for both, so a box whose
+    # reference is within 1e-3 of 0 or 1 comes out differently; all else is equal.
     ("mmdetection", "dab_detr"): (20., 0., 1e-3),
     ("mmdetection", "deformable_detr"): (10000., -0.5, 1e-5),
     ("mmdetection", "dino"): (20., 0., 1e-3),
@@ -278,27 +277,28 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
 
     source_weights: a file, "hf:organisation/model", a payload, or a state_dict. source: one of FORMATS, or "auto" to
     recognise it by its names.
-    classes: names of the model's classes. Rows of class heads and label embeddings go to their namesakes, rows without one
-    keep the model's own initialisation. The source's names come with it (ours, MMDetection, the hub); without names 80 and
-    91 classes are COCO's, on either side, and equal numbers are copied as they are.
+    classes: names of the model's classes. Rows of class heads and label embeddings go to their namesakes, rows without
+    one keep the model's own initialisation. The source's names come with it (ours, MMDetection's, the hub's); without
+    names 80 and 91 classes are COCO's, on either side, and equal numbers are copied as they are.
     made_with: options of models.build that the source was made with, where you know better than PUBLISHED.
-    Of another number of queries the first ones are used. A part of the model (backbone, encoder, ...) is loaded whole or
-    not at all.
-    Raises ValueError, and leaves the model as it was, when the source was made with other options than the model (naming
-    them), when nothing fits, when a part fits only partly, or when any other shape differs.
+    Of another number of queries the first ones are used. A part of the model (backbone, encoder, ...) is loaded whole
+    or not at all.
+    Raises ValueError, and leaves the model as it was, when the source was made with other options than the model
+    (naming them), when nothing fits, when a part fits only partly, or when any other shape differs.
     """
-    if str(source_weights).startswith("hf:"):
-        payload = load_from_hub(source_weights.removeprefix("hf:"))
+    origin = "state_dict" if isinstance(source_weights, dict) else str(source_weights)
+    if origin.startswith("hf:"):
+        payload = load_from_hub(origin.removeprefix("hf:"))
     else:
         payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
-    origin = "state_dict" if isinstance(source_weights, dict) else str(source_weights)
     state = next((payload[key] for key in ("model", "state_dict") if isinstance(payload.get(key), dict)), payload)
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if source == "auto":
         source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
     if source not in FORMATS:
         raise ValueError(f"{origin}: names of no known format ({', '.join(FORMATS)}): is it a detector's checkpoint?")
-    detector = payload.get("detector") or next((name for name, mark in DETECTORS.items() if contains(state, mark)), None)
+    known = next((name for name, mark in DETECTORS.items() if contains(state, mark)), None)
+    detector = payload.get("detector", known)
     if detector not in (None, wanted := getattr(model, "detector", detector)):
         raise ValueError(f"{origin} holds a {detector}, the model is a {wanted}: build that detector instead")
 
@@ -318,7 +318,8 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         else:
             raise ValueError(f"{origin}: {key} is {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}: "
                              "another architecture; build the model with the checkpoint's sizes")
-    report.missing = [name for name in own if name not in report.loaded | report.resized and not IGNORED.search(name)]
+    done = report.loaded | report.resized
+    report.missing = [name for name in own if name not in done and not IGNORED.search(name)]
     if not report.loaded:
         raise ValueError(f"{origin}: none of its {len(state)} tensors fits this model: is it another architecture's?")
     parts = {name.split(".")[0] for name in report.loaded}
@@ -336,21 +337,22 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     return report
 
 
+def full(row: str) -> str:
+    return row.replace("E.", "encoder.layers.#.").replace("D.", "decoder.layers.#.")
+
+
 def regex(row: str) -> re.Pattern:
-    row = row.replace("E.", "encoder.layers.#.").replace("D.", "decoder.layers.#.")
-    return re.compile(row.replace(".", r"\.").replace("#", r"(\d+)"))
+    return re.compile(full(row).replace(".", r"\.").replace("#", r"(\d+)"))
 
 
 def contains(state: dict, mark: str) -> bool:
     return any(map(regex(mark).search, state))
 
 
-def translate(state: dict[str, Tensor], source: str, detector: str | None, origin: str) -> dict[str, tuple[str, Tensor]]:
+def translate(state: dict, source: str, detector: str | None, origin: str) -> dict[str, tuple[str, Tensor]]:
     """-> {our name: (source name, value)}, heads numbered by layer; names that no row knows stay as they are."""
-    def replacement(ours):
-        return ours.replace("E.", "encoder.layers.#.").replace("D.", "decoder.layers.#.").replace("#", r"\1")
-
-    rows = [(regex(theirs), replacement(ours)) for theirs, ours in FORMATS[source][1] + OF_DETECTOR[detector]]
+    rows = [(regex(theirs), full(ours).replace("#", r"\1"))
+            for theirs, ours in FORMATS[source][1] + OF_DETECTOR[detector]]
     found = {}
     for key, value in state.items():
         name = key
@@ -360,8 +362,10 @@ def translate(state: dict[str, Tensor], source: str, detector: str | None, origi
             raise ValueError(f"{origin}: {key} differs from {found[name][0]}, but one should be the other")
         found.setdefault(name, (key, value))
     for name in [name for name in found if f".{FUSED[0]}." in name]:
-        keys, values = zip(*(found.pop(name.replace(FUSED[0], matrix)) for matrix in FUSED))
-        found[name.replace(FUSED[0] + ".", "in_proj_")] = ", ".join(keys), torch.cat(values)
+        three = [name.replace(FUSED[0], matrix) for matrix in FUSED]
+        if all(matrix in found for matrix in three):
+            keys, values = zip(*map(found.pop, three))
+            found[name.replace(f"{FUSED[0]}.", "in_proj_")] = ", ".join(keys), torch.cat(values)
     levels = len({name.split(".")[2] for name in found if re.match(r"encoder\.project\.\d", name)})
     layers = len({name.split(".")[2] for name in found if name.startswith("decoder.layers.")})
 
@@ -400,9 +404,14 @@ def options_of(found: dict, state: dict, source: str, detector: str | None) -> d
     return options
 
 
+def dict_of(payload: dict, key: str) -> dict:
+    return payload[key] if isinstance(payload.get(key), dict) else {}
+
+
 def said_by(payload: dict, origin: str) -> dict:
     """Options of models.build by what the file says of itself."""
-    said = (payload.get("config") or {}) | vars(payload.get("args") or argparse.Namespace())
+    args = payload.get("args")
+    said = dict_of(payload, "config") | (vars(args) if isinstance(args, argparse.Namespace) else {})
     if said.get("dilation"):
         raise ValueError(f"{origin} was made with dilation (DC5), which these models do not have: choose another file")
     return {SAID[name]: value for name, value in said.items() if name in SAID and value is not None}
@@ -417,7 +426,7 @@ def check_options(model: nn.Module, options: dict, origin: str) -> None:
         theirs = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         ours = ", ".join(f"{name}={config[name]!r}" for name in wrong)
         raise ValueError(f"{origin} was made with {theirs}, the model with {ours}: build it with models.build("
-                         f"{model.detector!r}, ..., {theirs}), or give made_with={{...}} if the file was made otherwise")
+                         f"{model.detector!r}, ..., {theirs}), or give made_with={{...}} if you know better")
 
 
 def share_heads(found: dict, own: dict, origin: str) -> dict:
@@ -427,7 +436,7 @@ def share_heads(found: dict, own: dict, origin: str) -> dict:
 
     fitting = {}
     for name, (key, value) in found.items():
-        only = name not in own and numbered(name, 0) in own
+        only = name not in own and numbered(name, 0) in own and numbered(name, 0) in found
         if only and not torch.equal(value, found[numbered(name, 0)][1]):
             raise ValueError(f"{origin}: {key} differs from {found[numbered(name, 0)][0]}, this model has one for both")
         fitting |= {} if only else {name: (key, value)}
@@ -436,7 +445,7 @@ def share_heads(found: dict, own: dict, origin: str) -> dict:
 
 
 def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> tuple[list, list]:
-    """The source's classes and the model's: names, [] where unknown; numbers, when rows are to be copied as they are."""
+    """The source's classes and the model's: names, [] where unknown; numbers, when rows are copied as they are."""
     head = "decoder.class_heads.0.bias"
     if head not in found or head not in own:
         return [], []
@@ -445,10 +454,10 @@ def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> 
         return list(range(theirs)), list(range(ours))
     if classes is not None and len(classes) != ours:
         raise ValueError(f"classes names {len(classes)}, but the model has {ours}: give a name for each")
-    meta = payload.get("meta") or {}                             # MMDetection 2: CLASSES, 3: dataset_meta
-    said = [payload.get("classes"), meta.get("CLASSES"), (meta.get("dataset_meta") or {}).get("CLASSES"),
-            (meta.get("dataset_meta") or {}).get("classes"),
-            list(((payload.get("config") or {}).get("id2label") or {}).values()), COCO.get(theirs)]
+    meta = dict_of(payload, "meta")                              # of MMDetection 2, dataset_meta of 3
+    dataset, labels = dict_of(meta, "dataset_meta"), dict_of(dict_of(payload, "config"), "id2label")
+    said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"), dataset.get("classes"),
+            list(labels.values()), COCO.get(theirs)]
     named = next((names for names in said if names and len(names) == theirs), [])
     return [name.lower() for name in named], [name.lower() for name in classes or COCO.get(ours, [])]
 

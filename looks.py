@@ -1,8 +1,9 @@
 """What detectors look at in an image: the pictures and figures of `python train.py look`.
 
     watch(model, ...)  one image through a detector, recorded   -> dict, see there
-    pictures(...)      the attention of one detector            -> {name: figure}
-    beside(...)        several detectors on the same objects    -> figure, how far each agrees with the first
+    pictures(...)      the attention of one detector            -> {name of the picture: figure}
+    compare, beside    several detectors on the same objects    -> how far they agree, figure
+    listed, summary    the same in figures                      -> for JSON, lines of text
 
 The drawing itself is in plots.py, the recording in models.record; a notebook may use both alone.
 """
@@ -13,6 +14,18 @@ from torchvision.ops import box_convert, box_iou, nms
 
 import models
 import plots
+
+FILES = """writes for each image and checkpoint, named after the file or the folder of its run:
+  000_NAME_MODEL_layers.png   where the queries of the best detections look, decoder layer by layer
+  000_NAME_MODEL_heads.png    the same of the best detection alone, head by head
+  000_NAME_MODEL_tokens.png   where the encoder's tokens in the middle of these detections look
+  000_NAME_MODEL_self.png     which queries listen to which
+  000_NAME_beside.png         several checkpoints, each with the query that finds the same object
+  look.json                   the detections shown, and how far the attention of each further checkpoint agrees with
+                              that of the first: 1 is the same, 0 is nowhere in common; `even` is what a look spread
+                              evenly over the box would reach, `elsewhere` the agreement on different objects
+example:
+  python train.py look --checkpoint runs/teacher --checkpoint runs/student street.png"""
 
 
 @torch.no_grad()
@@ -30,7 +43,7 @@ def watch(model, image, picture, best=4, layer=None, wanted=None):
       tokens   list, a plots.look of each encoder layer: of the finest level's tokens nearest to the boxes' middles
       listen   list, self-attention (heads, Q, Q) of each decoder layer
       order    (Q,) all queries, best first; ranks, their (label, score)
-      grid     (H, W) of the finest level
+      grid     (H, W) of the finest level; side, (W, H) of the picture
     """
     side = torch.tensor(picture.shape[:0:-1])                              # W, H
 
@@ -66,7 +79,8 @@ def watch(model, image, picture, best=4, layer=None, wanted=None):
             "layers": layers, "look": layers[-1 if layer is None else layer],
             "tokens": [plots.look(recorded, memory.shapes) | spots for recorded in by_tokens.values()],
             "listen": [seen[f"decoder.{i}.self"].weights[0] for i in range(model.decoder_layers)],
-            "order": order, "ranks": list(zip(labels[order], scores[order])), "grid": memory.shapes[0]}
+            "order": order, "ranks": list(zip(labels[order], scores[order])), "grid": memory.shapes[0],
+            "side": tuple(side.tolist())}
 
 
 def row_names(one, classes):
@@ -77,7 +91,8 @@ def row_names(one, classes):
 def pictures(name, picture, one, classes):
     """{picture: figure} of one detector, called `name`; one: what `watch` returned."""
     rows, best = row_names(one, classes), f"{classes[one['labels'][0]]} {one['scores'][0]:.2f}"
-    ranks = one["ranks"][:20]
+    ranks, depth = one["ranks"][:20], len(one["tokens"])
+    shown = sorted({0, depth // 2, depth - 1}) if depth else []            # whole images: no more fit beside each other
     return {
         "layers": plots.query_attention(
             picture, {f"layer {i}": look for i, look in enumerate(one["layers"])}, rows,
@@ -86,7 +101,7 @@ def pictures(name, picture, one, classes):
             picture, plots.heads_apart(one["look"], 0),
             title=f"{name}: where the query of its best detection looks ({best}), head by head"),
         "tokens": plots.query_attention(
-            picture, {f"encoder layer {i}": look for i, look in enumerate(one["tokens"])}, rows, context=None,
+            picture, {f"encoder layer {i}": one["tokens"][i] for i in shown}, rows, context=None,
             title=f"{name}: where the encoder's token in the middle (+) of each detection looks"),
         "self": plots.self_attention(
             {f"layer {i}": weights for i, weights in enumerate(one["listen"])}, one["order"][:20],
@@ -94,20 +109,56 @@ def pictures(name, picture, one, classes):
             title=f"{name}: which queries listen to which, the {len(ranks)} best of {len(one['order'])}")}
 
 
-def beside(picture, seen, classes):
-    """seen: dict name -> what `watch` returned, of the same objects -> figure, {name: agreement (q, q)}, even (q,).
+def compare(seen):
+    """seen: dict name -> what `watch` returned, of the same objects -> the same, with how far they agree.
 
-    agreement[i, j]: of the first detector's attention on object i with the other's on object j (see plots.agreement),
-    on the grid of the coarsest memory; its diagonal is written in the picture. even: of the first detector's attention
-    with a look spread evenly over its box.
+    The first gets even (q,), the agreement of its attention with a look spread evenly over its box; the others get
+    agreement (q,) with the first on the same object, and elsewhere (q,), the mean over the other objects, NaN when
+    there are none. All on the grid of the coarsest memory, which becomes everyone's "grid". See plots.agreement.
     """
     grid = min((one["grid"] for one in seen.values()), key=math.prod)
-    mass = {name: plots.attention_mass(one["look"]["places"], one["look"]["weights"], *grid).cpu()
-            for name, one in seen.items()}
-    first, *others = seen
-    figure = plots.query_attention(picture, {name: one["look"] for name, one in seen.items()},
-                                   row_names(seen[first], classes), grid,
-                                   title="Where the queries look that find the same object, and how far they agree")
-    even = plots.even_mass(seen[first]["boxes"], picture.shape[:0:-1], *grid)
-    return (figure, {name: plots.agreement(mass[first][:, None], mass[name]) for name in others},
-            plots.agreement(mass[first], even))
+    mass = [plots.attention_mass(one["look"]["places"], one["look"]["weights"], *grid).cpu() for one in seen.values()]
+    (first, one), *others = seen.items()
+    even = plots.even_mass(one["boxes"], one["side"], *grid)
+    compared = {first: one | {"grid": grid, "even": plots.agreement(mass[0], even)}}
+    for (name, one), other in zip(others, mass[1:]):
+        pairs = plots.agreement(mass[0][:, None], other)                   # (q, q)
+        same = pairs.diagonal()
+        compared[name] = one | {"grid": grid, "agreement": same, "elsewhere": (pairs.sum(1) - same) / (len(pairs) - 1)}
+    return compared
+
+
+def beside(picture, seen, classes):
+    """The figure of what `compare` returned."""
+    first = next(iter(seen.values()))
+    return plots.query_attention(picture, {name: one["look"] for name, one in seen.items()}, row_names(first, classes),
+                                 first["grid"],
+                                 title="Where the queries look that find the same object, and how far they agree")
+
+
+def listed(seen, classes):
+    """Plain values for JSON: of each object its class, and by detector what was found and how far they agree."""
+    numbers = {"score": "scores", "box": "boxes", "iou": "iou", "even": "even", "agreement": "agreement",
+               "elsewhere": "elsewhere"}
+
+    def values(one, i):
+        return {"query": int(one["queries"][i])} | {key: one[many][i].double().round(decimals=3).tolist()
+                                                    for key, many in numbers.items() if many in one}
+    return [{"class": classes[label]} | {name: values(one, i) for name, one in seen.items()}
+            for i, label in enumerate(next(iter(seen.values()))["labels"])]
+
+
+def summary(objects, first, others):
+    """Lines about all objects of all images, as `listed` gives them: how far the others agree with the first."""
+    def mean(values):
+        values = [value for value in values if value == value]             # without NaN
+        return f"{sum(values) / len(values):.2f}" if values else "-"
+
+    lines = []
+    for name in others:
+        same = [found[name]["agreement"] for found in objects if found[name]["iou"] >= 0.5]
+        lines += [f"{name} finds {len(same)} of the {len(objects)} objects shown of {first}; where they look agrees by",
+                  f"  {mean(same)} on the same object, 0: apart, 1: alike",
+                  f"  {mean([found[name]['elsewhere'] for found in objects])} on different objects",
+                  f"  {mean([found[first]['even'] for found in objects])} with a look spread evenly over the box"]
+    return lines

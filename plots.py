@@ -5,6 +5,7 @@ One vocabulary for all functions:
   boxes    (K, 4), x0 y0 x1 y1 in pixels of the image handed in; K = 0 is fine everywhere
   truth    dict(labels (K,), boxes (K, 4), optionally ignore (N, 4): there a detection is neither right nor wrong)
   result   dict(scores (N,), labels (N,), boxes (N, 4)), as models.postprocess returns it for one image
+  look     dict(places, weights, boxes, references), what queries look at, as the function `look` makes it
   classes  list of names, indexed by label
 Models are known by name, and keep one colour, line and marker in every picture (`model_style`). Classes are told apart
 by marker or by their written name, never by colour alone. Inputs are only read. Nothing here touches pyplot, so nothing
@@ -241,7 +242,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     shape = height / width if context is None else min(max(height / width, 0.6), 0.8)           # of every window
     page = PAGE_INCHES if columns > 2 or context is None else 6                                 # 1 or 2 windows: large
     inches = (page - 0.4 * bool(len(rows))) / columns                                           # enough on less
-    figure = _figure((inches * shape + 0.2) * lines + 0.75 + 0.45 * bool(heat), page)
+    tall = max(inches * shape, 0.9 * bool(len(rows)))                                           # room for a row's name
+    figure = _figure((tall + 0.2) * lines + 0.75 + 0.45 * bool(heat), page)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(looks) * count:]:
         axes.set_axis_off()

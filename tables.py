@@ -34,7 +34,7 @@ import models
 import plots
 
 HERE = Path(__file__).resolve().parent
-TABLES = ("main", "rivals", "ablation", "sensitivity", "schedule")
+TABLES = ("search", "main", "rivals", "ablation", "sensitivity", "schedule")
 RIVALS = ("fitnets", "hinton", "fgd", "mgd", "gkd", "kd_detr", "detrdistill", "d3etr")
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -78,7 +78,7 @@ class Scale:
     """How far a plan goes, and where its figures stand."""
     main_seeds: tuple
     seeds: tuple                       # of the other tables
-    others: tuple                      # detectors of the other tables
+    others: dict                       # the other tables' detectors
     tune_seeds: tuple                  # () = nothing is tuned: published weights
     arguments: tuple                   # of every run, which change no figure
     images: int                        # of the training split
@@ -87,13 +87,15 @@ class Scale:
 
 
 SCALES = {
-    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), ("dino", "deformable_detr"), (100,),
+    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), {"search": models.DETECTORS, "rivals": ("dino",),
+                 "ablation": ("dino", "deformable_detr"), "sensitivity": ("dino",), "schedule": ("dino",)}, (100,),
                  ("--eval-every", "300", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
                  "nothing: the images are drawn on first use"),
-    "kitti": Scale((0, 1, 2), (0,), ("dino",), (), ("--eval-every", "5000"), 5985, (402, 1333),
+    "kitti": Scale((0, 1, 2), (0,), dict.fromkeys(TABLES[2:], ("dino",)), (), ("--eval-every", "5000"), 5985,
+                   (402, 1333),
                    "KITTI's left colour images (12 GB) and training labels (5 MB) from cvlibs.net/datasets/kitti, into "
                    "ROOT/training/image_2 and label_2; torchvision's ResNet weights come by themselves"),
-    "coco": Scale((0,), (0,), ("dino",), (), ("--eval-every", "20000"), 118_287, (800, 1333),
+    "coco": Scale((0,), (0,), dict.fromkeys(TABLES[2:], ("dino",)), (), ("--eval-every", "20000"), 118_287, (800, 1333),
                   "COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from cocodataset.org, into "
                   "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
 }
@@ -126,6 +128,27 @@ TRIALS |= {
 }
 # Only DINO has label embeddings; the others are asked with a frozen random one, the same for both models.
 LABEL = {"dino": "label", "deformable_detr": "random_label", "dab_detr": "random_label"}
+# In which setting does the logit part earn its place? One change at a time, without the memory part unless it says so.
+LOGITS = {"lambda_mem": 0.0, "lambda_log": 0.5}
+SEARCH = [
+    ("both parts, as in the recipe", {}),
+    ("memory part alone", {"lambda_log": 0.0}),
+    ("logit part alone, lambda_log = 0.5", LOGITS),
+    ("lambda_log = 0.1", LOGITS | {"lambda_log": 0.1}),
+    ("lambda_log = 2", LOGITS | {"lambda_log": 2.0}),
+    ("content: label", LOGITS | {"content": LABEL}),
+    ("content: label, noise 0.25", LOGITS | {"content": LABEL, "label_noise": 0.25}),
+    ("content: frozen random", LOGITS | {"content": "random"}),
+    ("content: zero", LOGITS | {"content": "zero"}),
+    ("no box noise", LOGITS | {"box_noise": 0.0}),
+    ("3 groups", LOGITS | {"groups": 3}),
+    ("last layer only", LOGITS | {"layers": "last"}),
+    ("divided by the number of queries", LOGITS | {"normalise": "queries"}),
+    ("temperature 1", LOGITS | {"temperature": 1.0}),
+    ("softmax over classes", LOGITS | {"classes": "softmax"}),
+    ("and 24 random queries", LOGITS | {"random_queries": 24}),
+    ("and the teacher's own queries", LOGITS | {"learned": True}),
+]
 # Around the chosen setting: {what: [(in the table, change)]}; a function gets the chosen options.
 SENSITIVITY = {
     "lambda_mem": [("lambda_mem / 4", lambda o: {"lambda_mem": o["lambda_mem"] / 4}),
@@ -162,49 +185,57 @@ def number(text):
 def plan(scale, chosen, only=TABLES):
     """-> [Row] of every table of `only`. chosen(detector, what): the options that tuning found (`tuning`)."""
     scope, rows = SCALES[scale], []
+    seeds = scope.seeds
 
-    def row(table, detector, label, seeds, **job):
+    def row(table, detector, label, seeds=seeds, **job):
         rows.append(Row(table, detector, label, tuple(Job(scale, detector, seed=seed, **job) for seed in seeds)))
 
-    def taught(table, detector, label, seeds, options, method="clockdistill", **job):
+    def taught(table, detector, label, options, seeds=seeds, method="clockdistill", **job):
         row(table, detector, label, seeds, role="student", method=method, options=pairs(options), **job)
 
+    for detector in scope.others.get("search", ()):
+        base, tune = chosen(detector, "recipe"), dict(seeds=scope.tune_seeds, split="tune")
+        row("search", detector, "student", role="student", **tune)
+        for label, change in SEARCH:
+            change = {key: LABEL[detector] if value is LABEL else value for key, value in change.items()}
+            taught("search", detector, label, base | change, **tune)
     for detector in models.DETECTORS:
         row("main", detector, "teacher", (0,), role="teacher")
         row("main", detector, "student", scope.main_seeds, role="student")
-        taught("main", detector, "clockdistill", scope.main_seeds, chosen(detector, "clockdistill"))
-    for detector in scope.others:
-        best, seeds = chosen(detector, "clockdistill"), scope.seeds
-        logits = best | {"lambda_mem": 0.0}
-        row("rivals", detector, "student", seeds, role="student")
+        taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), scope.main_seeds)
+    for detector in scope.others["rivals"]:
+        row("rivals", detector, "student", role="student")
         for method in RIVALS:
-            taught("rivals", detector, method, seeds, chosen(detector, method), method)
-        taught("rivals", detector, "clockdistill", seeds, best)
-
-        row("ablation", detector, "none", seeds, role="student")
+            taught("rivals", detector, method, chosen(detector, method), method=method)
+        taught("rivals", detector, "clockdistill", chosen(detector, "clockdistill"))
+    for detector in scope.others["ablation"]:
+        best = chosen(detector, "clockdistill")
+        logits = best | {"lambda_mem": 0.0}
+        row("ablation", detector, "none", role="student")
         for label, variant in (("memory, every token alike", "memory_plain"), ("+ location mask", "memory_location"),
                                ("+ scale mask: the memory part", "memory")):
-            taught("ablation", detector, label, seeds, chosen(detector, variant))
-        for label, change in (("logits on the teacher's learned queries", {"queries": "learned"}),
-                              ("logits on random fixed queries", {"queries": "random"}),
+            taught("ablation", detector, label, chosen(detector, variant))
+        for label, change in (("logits on the teacher's learned queries", {"target": False, "learned": True}),
+                              ("logits on random fixed queries", {"target": False, "random_queries": 24}),
                               ("logits on target-aware queries: the logit part", {}),
                               ("... content: label", {"content": LABEL[detector]}),
                               ("... content: frozen random", {"content": "random"}),
                               ("... content: the teacher's learned", {"content": "own"}),
                               ("... 3 groups", {"groups": 3}), ("... no box noise", {"box_noise": 0.0}),
                               ("... no confidence weight", {"confidence": False, "normalise": "queries"})):
-            if all(logits.get(key) == value for key, value in change.items()) and change:
-                label += " (as in the logit part)"
-            taught("ablation", detector, label, seeds, logits | change)
-        taught("ablation", detector, "both parts: clockdistill", seeds, best)
-
+            taught("ablation", detector, label, logits | change)
+        taught("ablation", detector, "both parts: clockdistill", best)
+    for detector in scope.others["sensitivity"]:
+        best = chosen(detector, "clockdistill")
         for changes in SENSITIVITY.values():
             for label, change in changes:
-                taught("sensitivity", detector, label, seeds, best | change(best))
-        taught("sensitivity", detector, "as chosen", seeds, best)
+                taught("sensitivity", detector, label, best | change(best))
+        taught("sensitivity", detector, "as chosen", best)
+    for detector in scope.others["schedule"]:
         for steps in (1, 3):
-            row("schedule", detector, f"student, {steps} x the steps", seeds, role="student", steps=steps)
-            taught("schedule", detector, f"distilled, {steps} x the steps", seeds, best, steps=steps)
+            row("schedule", detector, f"student, {steps} x the steps", role="student", steps=steps)
+            taught("schedule", detector, f"distilled, {steps} x the steps", chosen(detector, "clockdistill"),
+                   steps=steps)
     return [row for row in rows if row.table in only]
 
 
@@ -556,7 +587,8 @@ def dry_run(site, jobs, tflops):
 
 def tuning(site):
     """-> ([Job], chosen): every trial, and chosen(detector, what) -> the options of the best one so far, or of the
-    first when none has run. Where nothing is tuned, those of the recipe and the methods' own defaults."""
+    first when none has run; of "recipe", CLoCKDistill's as the recipe has them. Where nothing is tuned, what recipe and
+    methods say."""
     scope, done = site.scope, {}
 
     def trials(detector, what):
@@ -570,12 +602,15 @@ def tuning(site):
                 for options in trials(detector, what) for seed in scope.tune_seeds]
 
     def chosen(detector, what):
+        if what == "recipe":
+            return site.defaults(detector)
         scores = [done[job]["AP"] if done.get(job) else -math.inf for job in jobs(detector, what)]
         return trials(detector, what)[int(np.argmax(scores)) if scores else 0]
 
     whole = {detector: ["clockdistill"] for detector in models.DETECTORS}
-    for detector in scope.others:
-        whole[detector] += [*MEMORY, *RIVALS]
+    for table, kinds in (("rivals", RIVALS), ("ablation", MEMORY)):
+        for detector in scope.others[table]:
+            whole[detector] += kinds
     every = [job for detector, kinds in whole.items() for what in kinds for job in jobs(detector, what)]
     return list(dict.fromkeys(every)), chosen, done
 

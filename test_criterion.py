@@ -85,7 +85,11 @@ def test_losses_equal_official(detector, case):
     model = toy({"dab_detr": "dab", "deformable_detr": "two_stage", "dino": "dino"}[detector], decoder_layers=3)
     found, padded, noised = detections("out."), criterion.pad_targets(targets), None
     assigned = dict(zip(("aux0", "aux1", "last"), criterion.match(*found, padded, eps=model.eps)[0]))
-    proposals = models.Detections(*detections("out.enc_outputs.")) if detector == "deformable_detr" else None
+    proposals = None
+    if detector == "deformable_detr":
+        proposals = models.Detections(*detections("out.enc_outputs."))
+        objects = padded._replace(labels=0 * padded.labels)
+        assigned["enc"] = criterion.match(proposals.logits, proposals.boxes, objects, eps=model.eps)[0][0]
     if detector == "dino":
         # These fixed proposals are more than the queries, which no model makes: their losses are taken apart.
         proposals = models.Detections(*(x[-1:].detach() for x in found))
@@ -122,7 +126,7 @@ def test_losses_equal_official(detector, case):
 def test_giou_equals_official(detector, key, eps):
     """Also of a box without extent; the eps are those of the models."""
     tensors = under(vectors(f"prims_{detector}"), "giou.")
-    close(criterion.giou(tensors["b1_cxcywh"][:, None], tensors["b2_cxcywh"], eps), tensors[key], 2e-7)
+    close(criterion.giou(tensors["b1_cxcywh"][:, None], tensors["b2_cxcywh"], eps), tensors[key], 5e-7)
     assert models.CLASSES[detector].eps == eps and models.Dino.eps == 1e-6
 
 
@@ -159,8 +163,8 @@ def test_training_step_equals_official(official, case):
     assert set(grads) == set(trained)                                    # not the frozen stem and first stage
     for name, theirs in grads.items():
         size = theirs.norm()
-        # Biases of keys have none but for rounding: softmax does not see them.
-        assert (trained[name] - theirs).norm() < (1e-4 * size if size > 1e-4 else 2e-4), name
+        # Key biases, and DAB-DETR's first self-attention, whose values are all equal, have none but for rounding.
+        assert (trained[name] - theirs).norm() < (1e-4 * size if size > 1e-4 else 2e-5), name
 
     wanted = criterion.pad_targets(targets)
     layers = {"aux0": (out.detections, 0), "last": (out.detections, -1), "interm": (out.proposals, 0)}
@@ -393,6 +397,16 @@ def test_on_fake_cuda_tensors(variant):
             everything += [out.denoising.logits, *model.denoising_losses(out.denoising, padded, count)]
         everything.append(models.postprocess(out.detections, torch.ones(2, 2, device="cuda"), 5)[0]["boxes"])
         assert {x.device.type for x in everything} == {"cuda"} and costs.shape[-1] == 3
+
+
+def test_dropout_acts_in_training_only():
+    model = toy("plain", dropout=0.5).eval()
+    images, padding, _ = random_batch()
+    with torch.no_grad():
+        first, second = (model(images, padding).detections.logits for _ in range(2))
+        model.train()
+        third, fourth = (model(images, padding).detections.logits for _ in range(2))
+    assert torch.equal(first, second) and not torch.allclose(third, fourth)
 
 
 @every

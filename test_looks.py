@@ -62,15 +62,47 @@ def test_watch_records_the_queries_shown_and_the_tokens_in_their_middle(detector
     torch.testing.assert_close(one["tokens"][1]["references"], marked)
 
 
+def test_of_queries_with_one_box_the_best_is_shown_and_the_one_of_the_wanted_class_compared():
+    """DAB-DETR before training, with one anchor for all: 12 queries that differ in content, and in nothing else."""
+    torch.manual_seed(0)
+    model = models.build("dab_detr", 3, **TINY | dict(num_queries=3), num_patterns=4, feature_stride=8).eval()
+    with torch.no_grad():
+        model.anchors.weight.zero_()
+        logits = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool)).detections.logits[-1, 0]    # (12, 3)
+    best = looks.watch(model, picture()[None], picture())
+    assert best["queries"].tolist() == [logits.amax(1).argmax()]
+    wanted = {"boxes": best["boxes"].expand(3, 4), "labels": torch.arange(3)}
+    assert torch.equal(looks.watch(model, picture()[None], picture(), wanted=wanted)["queries"], logits.argmax(0))
+
+
 def test_a_detector_beside_itself_agrees_and_finds_the_same():
     model = tiny("dino")
     first = looks.watch(model, picture()[None], picture())
     again = looks.watch(model, picture()[None], picture(), wanted=first)
     assert torch.equal(first["queries"], again["queries"]) and torch.equal(first["boxes"], again["boxes"])
-    figure, agreed, even = looks.beside(picture(), {"teacher": first, "student": again}, CLASSES)
-    torch.testing.assert_close(agreed["student"].diagonal(), torch.ones(len(first["queries"])))
-    assert torch.equal(agreed["student"] > 0.999, torch.eye(len(even)) > 0) and (even < 1).all()
-    assert "agrees 1.00" in figure.axes[1].get_title()
+    seen = looks.compare({"teacher": first, "student": again})
+    torch.testing.assert_close(seen["student"]["agreement"], torch.ones(len(first["queries"])))
+    assert (seen["student"]["elsewhere"] < 0.999).all() and (seen["teacher"]["even"] < 0.999).all()
+    assert "agrees 1.00" in looks.beside(picture(), seen, CLASSES).axes[1].get_title()
+
+
+def test_what_is_compared_by_hand():
+    """Two objects side by side on 1 x 2 cells; the second detector looks at the first cell only, both times."""
+    def seen(*weights):
+        look = {"places": (1, 2), "weights": torch.tensor(weights)[:, None]}                # one head
+        return {"queries": torch.tensor([0, 1]), "labels": torch.tensor([0, 1]), "scores": torch.tensor([.5, .25]),
+                "boxes": torch.tensor([[0., 0, 80, 48], [80, 0, 160, 48]]), "iou": torch.tensor([1, .25]),
+                "look": look, "grid": (1, 2), "side": (160, 48)}
+    found = looks.compare({"teacher": seen([.75, .25], [0., 1.]), "student": seen([1., 0.], [1., 0.])})
+    assert found["teacher"]["even"].tolist() == [.75, 1] and found["student"]["agreement"].tolist() == [.75, 0]
+    assert found["student"]["elsewhere"].tolist() == [.75, 0]
+    objects = looks.listed(found, CLASSES)
+    assert objects[1] == {"class": "Pedestrian", "teacher": {
+        "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "even": 1}, "student": {
+        "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "agreement": 0, "elsewhere": 0}}
+    text = " ".join(looks.summary(objects, "teacher", ["student"]))
+    assert "1 of the 2 objects" in text and "0.75 on the same" in text         # not the one whose boxes differ
+    assert "0.38 on different" in text and "0.88 with a look spread evenly" in text
 
 
 def save(path, detector, seed=0, classes=CLASSES):
@@ -94,7 +126,7 @@ def test_look_from_the_command_line(tmp_path, capsys):
     assert listed["image"] == str(image) and 1 <= len(listed["detections"]) <= 2
     for found in listed["detections"]:
         assert 0 <= found["student"]["agreement"] <= 1 and found["teacher"]["iou"] == 1
-    assert "student agrees with teacher by" in capsys.readouterr().out
+    assert "objects shown of teacher" in capsys.readouterr().out
 
 
 def test_look_says_in_one_line_what_is_wrong(tmp_path, capsys):

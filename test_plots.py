@@ -149,7 +149,7 @@ def test_attention_mass_is_what_deformable_attention_takes_from_each_token():
 
 
 def test_dense_attention_mass_is_spread_over_the_cells():
-    weights = torch.tensor([[[.25, .75]]])                                 # one query, one head, 1 x 2 cells
+    weights = torch.tensor([[[.5, .5], [0., 1.]]])                         # one query, two heads, 1 x 2 cells: .25, .75
     for grid, expected in (((1, 4), [[.125, .125, .375, .375]]), ((1, 1), [[1.]]), ((1, 3), [[1 / 6, 1 / 3, 1 / 2]]),
                            ((2, 2), [[.125, .375], [.125, .375]])):
         torch.testing.assert_close(plots.attention_mass((1, 2), weights, *grid)[0], torch.tensor(expected))
@@ -174,7 +174,7 @@ def test_no_queries_give_no_maps():
 def test_agreement_of_the_same_of_apart_and_by_hand():
     a, b = torch.tensor([[.5, .5, 0, 0]]), torch.tensor([[0, 0, .5, .5]])
     c = torch.tensor([[.25, .25, .25, .25]])
-    assert plots.agreement(a, 3 * a) == 1 and plots.agreement(a, b) == 0   # the scale of a map does not matter
+    assert plots.agreement(a, a / 4) == 1 and plots.agreement(a, b) == 0   # the scale of a map does not matter
     assert plots.agreement(a, c) == .5
     assert plots.agreement(a, torch.zeros(1, 4)) == 0                      # all of it fell outside
     pairs = plots.agreement(torch.stack([a, b, c])[:, None], torch.stack([a, b, c]))

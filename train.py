@@ -25,7 +25,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import torch
 import torch.distributed as dist
@@ -44,7 +43,7 @@ from baselines import BASELINES, View
 from clockdistill import CLoCKDistill, location_mask
 
 HERE = Path(__file__).resolve().parent
-METHODS = {"clockdistill": CLoCKDistill} | BASELINES       # name on the command line -> class; its arguments are the options
+METHODS = {"clockdistill": CLoCKDistill} | BASELINES       # name on the command line -> class, its arguments: options
 SHIPPED_TEACHERS = {name: HERE / "weights" / f"toy_teacher_{name}.safetensors" for name in models.DETECTORS}
 
 
@@ -193,8 +192,8 @@ RECIPES = {
                      for name in models.DETECTORS},
 }
 MODEL_FIELDS = ("backbone", "backbone_width", "pretrained_backbone", "hidden_dim", "heads", "ffn_dim", "encoder_layers",
-                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "num_patterns", "feature_stride",
-                "box_refine", "two_stage", "denoising", "box_noise", "label_noise", "shared_heads",
+                "decoder_layers", "num_queries", "feature_levels", "points", "dropout", "num_patterns",
+                "feature_stride", "box_refine", "two_stage", "denoising", "box_noise", "label_noise", "shared_heads",
                 "position_temperature", "position_offset", "logit_eps")
 
 
@@ -376,7 +375,7 @@ class Lesson:
 
 
 def content_of(teacher, method):
-    """What the method's target-aware queries ask with, as far as it is the teacher's; None when the method has its own."""
+    """What the target-aware queries ask with, as far as it is the teacher's; None when the method has its own."""
     return {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
 
 
@@ -1030,7 +1029,6 @@ def look(checkpoint, images, out, best, layer, size, device):
         if payload["classes"] != (classes := next(iter(detectors.values()))[1]["classes"]):
             raise ValueError(f"{path} knows other classes than {checkpoint[0]}: compare detectors of the same classes")
     first, *others = detectors
-    same, different, even = {name: [] for name in others}, {name: [] for name in others}, []
     out.mkdir(parents=True, exist_ok=True)
     for index, file in enumerate(tqdm(images, "look", mininterval=quiet_interval())):
         picture, seen, figures = data.read_image(file), {}, {}
@@ -1041,25 +1039,14 @@ def look(checkpoint, images, out, best, layer, size, device):
             drawn = looks.pictures(name, picture, seen[name], classes)
             figures |= {f"{name}_{what}": figure for what, figure in drawn.items()}
         if others:
-            figures["beside"], agreed, of_even = looks.beside(picture, seen, classes)
-            even += of_even.tolist()
-            for name, matrix in agreed.items():                                            # (q, q)
-                seen[name]["agreement"] = matrix.diagonal()
-                same[name] += matrix.diagonal()[seen[name]["iou"] >= 0.5].tolist()
-                different[name] += matrix[~torch.eye(len(matrix), dtype=torch.bool)].tolist()
+            seen = looks.compare(seen)
+            figures["beside"] = looks.beside(picture, seen, classes)
         for what, figure in figures.items():
             figure.savefig(out / f"{index:03d}_{Path(file).stem}_{what}.png", dpi=150)
-        numbers = {"score": "scores", "box": "boxes", "iou": "iou", "agreement": "agreement"}
-        listed.append({"image": str(file), "detections": [
-            {"class": classes[label]} | {name: {"query": int(one["queries"][i])} | {
-                key: one[of][i].double().round(decimals=3).tolist() for key, of in numbers.items() if of in one}
-                for name, one in seen.items()} for i, label in enumerate(seen[first]["labels"])]})
+        listed.append({"image": str(file), "detections": looks.listed(seen, classes)})
     write_json(out / "look.json", listed)
-    for name in others:
-        print(f"{name} agrees with {first} by {mean(same[name] or [math.nan]):.2f} on {len(same[name])} objects that "
-              f"both find, by {mean(different[name] or [math.nan]):.2f} on different objects; "
-              f"a look spread evenly over the box would by {mean(even):.2f} (0: apart, 1: alike)")
-    print(f"{len(images)} images: pictures, and look.json with the detections shown, in {out}/")
+    print("\n".join(looks.summary([found for one in listed for found in one["detections"]], first, others)
+                    + [f"{len(images)} images: pictures, and look.json with the detections shown, in {out}/"]))
 
 
 def export(checkpoint, out):
@@ -1376,17 +1363,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("changes", nargs="*", metavar="-- OPTION", help="for every run")
 
     p = commands.add_parser("look", parents=[debug], formatter_class=text,
-                            help="draw what the queries and tokens of detectors look at", epilog="""
-writes for each image and checkpoint, named after the file or the folder of its run:
-  000_NAME_MODEL_layers.png   where the queries of the best detections look, decoder layer by layer
-  000_NAME_MODEL_heads.png    the same of the best detection alone, head by head
-  000_NAME_MODEL_tokens.png   where the encoder's tokens in the middle of these detections look
-  000_NAME_MODEL_self.png     which queries listen to which
-  000_NAME_beside.png         several checkpoints, each with the query that finds the same object: where do they look?
-  look.json                   the detections shown, and how far the attention of each further checkpoint agrees with
-                              that of the first: 1 is the same, 0 is nowhere in common
-example:
-  python train.py look --checkpoint runs/teacher --checkpoint runs/student street.png""")
+                            help="draw what the queries and tokens of detectors look at", epilog=looks.FILES)
     p.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
                    help="last.pt, best.pt, exported safetensors, or a run's folder; given several times, the first one "
                         "(the teacher) says which objects are shown")
