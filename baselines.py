@@ -371,8 +371,9 @@ class DETRDistill(Baseline):
         boxes to the image [O]. top: only its so many most confident predictions [O]; 0 = all.
     (b) memory: for every layer of the teacher and every level, the mean of (m (F_T - f(F_S)))^2,
             m_p = max(sum_q score_q IoU_q cos(state_q, F_T,p), 0.01), over its maximum in the image
-        with the IoU to the nearest object (1 in images without). The paper weighs score^g IoU^(1-g), the code as here.
-        It takes the 100 best (query, class) pairs and the encoder's input; we all queries, and its output [O].
+        with the IoU to the nearest object (1 in images without), as in the code; the paper's score^g IoU^(1-g) is
+        hearsay to us. The code takes the 100 best (query, class) pairs, and the encoder's input; we all queries, each
+        with its best class, and the encoder's output [O].
     (c) prior_cls, _l1, _giou: the student also answers the teacher's queries, with the detection losses (focal, L1,
         GIoU, over the number of objects) and the teacher's assignment to the ground truth, layer by layer [A]. The code
         prepares this assignment but never uses it, it matches anew.
@@ -428,7 +429,7 @@ class DETRDistill(Baseline):
 
 class D3ETR(Baseline):
     """D3ETR (Chen et al. 2024): two matchings of teacher and student queries [A], and on each, in every layer, copied
-    predictions, self- and cross-attention [A]. There is no public code: all formulas and weights are our reading [O].
+    predictions, self- and cross-attention [A]. We found no public code: formulas and weights are our reading [O].
 
         adaptive * (bipartite matching of the two models' predictions, with the cost of DETRDistill (a))
         + fixed * (the student also answers the teacher's queries; pairs have the same index)     of

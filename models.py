@@ -685,7 +685,7 @@ class DeformableDetr(Detector):
             nn.init.constant_(self.decoder.box_heads[0].layers[-1].bias[2:], -2.)
             # Not learned, and the same in every model of this width: teacher and student place a caller's query alike.
             fixed = torch.randn(2 * hidden_dim, hidden_dim, generator=torch.Generator().manual_seed(0), device="cpu")
-            self.register_buffer("box_map", fixed / hidden_dim ** 0.5, persistent=False)
+            self.register_buffer("box_map", (fixed / hidden_dim ** 0.5).to(self.queries.weight), persistent=False)
 
     @property
     def learned_content(self) -> Tensor | None:
@@ -981,9 +981,13 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
     def sampling(value_shape, grid_shape, *args, out_shape=None, **kwargs):
         return 2 * 5 * value_shape[0] * value_shape[1] * grid_shape[1] * grid_shape[2]    # 2 for each multiply-add
 
+    def dense(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):      # torch counts only CUDA's
+        return 2 * math.prod(query_shape[:3]) * key_shape[2] * (query_shape[3] + value_shape[3])
+
     twin = copy.deepcopy(model).eval().requires_grad_(False)
-    device = next(model.parameters()).device
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: sampling})
+    device, aten = next(model.parameters()).device, torch.ops.aten
+    counter = FlopCounterMode(display=False, custom_mapping={
+        aten.grid_sampler_2d: sampling, aten._scaled_dot_product_flash_attention_for_cpu: dense})
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
         image = torch.zeros(1, 3, height, width, device=device)
         twin(image, torch.zeros_like(image[:, 0], dtype=torch.bool))
