@@ -379,7 +379,7 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, 
     plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2), student=small, teacher=small)
     monkeypatch.setitem(train.DEMO, "quick", plan | {"eval_every": 2})
     for recipe in ("toy-student", "toy-teacher"):
-        monkeypatch.setitem(train.RECIPES, recipe, {**train.RECIPES[recipe], "batch_size": 2})
+        monkeypatch.setitem(train.RECIPES[recipe], "dino", {**train.RECIPES[recipe]["dino"], "batch_size": 2})
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert list(summary)[:3] == ["teacher", "student", "distilled"] and {"machine", "commit"} <= summary.keys()
@@ -401,7 +401,7 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, 
     assert len(list((tmp_path / "demo").glob("distilled-until-*"))) == 1
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "distill", "eval", "predict", "export"])
+@pytest.mark.parametrize("command", ["demo", "fit", "distill", "eval", "predict", "look", "export", "table"])
 def test_help_tells_every_option_with_its_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([command, "--help"])
