@@ -227,17 +227,17 @@ PUBLISHED = {
     ("official", "dab_detr"): (20., 0., 1e-3),
     ("official", "deformable_detr"): (10000., -0.5, 1e-5),
     ("official", "dino"): (20., 0., 1e-3),
-    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py. DINO: 12 epochs; the configs of 24 and 36 say (20, 0).
+    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py; not run. DINO: 12 epochs, configs of 24 and 36: (20, 0).
     ("detrex", "dab_detr"): (20., 0., 1e-3),
     ("detrex", "deformable_detr"): (10000., -0.5, 1e-3),         # also with weights that were official ones
     ("detrex", "dino"): (10000., -0.5, 1e-3),
-    # 2.28 and 3.3: configs/, mmdet/models/**/{*_layers,transformer,*_head}.py. Two eps in one model: DINO moves
+    # 3.3 by running it, 2.28 in mmdet/models/utils/transformer.py. Two eps in one model: DINO moves
     # references with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one for both, so a box whose
     # reference is within 1e-3 of 0 or 1 comes out differently; all else is equal.
     ("mmdetection", "dab_detr"): (20., 0., 1e-3),
     ("mmdetection", "deformable_detr"): (10000., -0.5, 1e-5),
     ("mmdetection", "dino"): (20., 0., 1e-3),
-    # transformers 5.24, modeling_*.py. The hub's DAB-DETR has the official weights, trained with 1e-3.
+    # transformers 5.24 by running it. With which eps the hub's DAB-DETR was trained is not verified (official: 1e-3).
     ("hugging_face", "dab_detr"): (20., 0., 1e-5),
     ("hugging_face", "deformable_detr"): (10000., -0.5, 1e-5),
 }

@@ -7,9 +7,11 @@
 
 The drawing itself is in plots.py, the recording in models.record; a notebook may use both alone.
 """
+import dataclasses
 import math
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, box_iou, nms
 
 import models
@@ -162,3 +164,27 @@ def summary(objects, first, others):
                   f"  {mean([found[name]['elsewhere'] for found in objects])} on different objects",
                   f"  {mean([found[first]['even'] for found in objects])} with a look spread evenly over the box"]
     return lines
+
+
+@torch.no_grad()
+def reading(teacher, method, embedding, batches, seed=0):
+    """Does the logit part read the image? How often a teacher names the class that a target-aware query asks for when
+    the memory is the image's own, another image's of the batch, or noise of the same mean and spread in each channel.
+
+    method: CLoCKDistill with groups=1 and nothing but target-aware queries; embedding: what its queries ask with.
+    batches: data.Batch of several images. -> {"own", "another's", "noise": accuracy}; an answer that is as good from
+    noise was in the question.
+    """
+    generator, right, asked = torch.Generator().manual_seed(seed), dict.fromkeys(("own", "another's", "noise"), 0), 0
+    for batch in batches:
+        labels, boxes = [t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets]
+        queries = method.queries(labels, boxes, embedding, generator=generator)
+        own = teacher.encode(batch.images, batch.padding)
+        noise = torch.randn(own.tokens.shape, generator=generator).to(own.tokens)
+        noise = own.tokens.mean((0, 1)) + own.tokens.std((0, 1)) * noise
+        wanted, valid = pad_sequence(labels, batch_first=True), queries[3]                   # (B, K)
+        asked += int(valid.sum())
+        for name, tokens in {"own": own.tokens, "another's": own.tokens.roll(1, 0), "noise": noise}.items():
+            found = teacher.decode(dataclasses.replace(own, tokens=tokens), *queries[:3])
+            right[name] += int((found.logits[-1].argmax(-1) == wanted)[valid].sum())
+    return {name: count / max(asked, 1) for name, count in right.items()}

@@ -377,6 +377,37 @@ def curves(histories, ylabel="AP", title=None):
     return figure
 
 
+def gains(rows, title=None):
+    """Paired gains in AP over the student alone, with their 95 % intervals: a line a row, a block a detector.
+
+    rows: list of (detector, label, {"mean", "low", "high"}); low and high None (one seed): no interval is drawn.
+    """
+    blocks = {}
+    for detector, label, gain in rows:
+        blocks.setdefault(detector, []).append((label, gain))
+    figure = _figure(0.6 + 0.24 * (len(rows) + len(blocks)), width=7)
+    axes = figure.subplots()
+    place, ticks, names = 0, [], []
+    for detector, lines in blocks.items():
+        axes.text(0, place, f" {detector}", transform=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=INK,
+                  weight="bold")
+        for label, gain in lines:
+            place -= 1
+            style = model_style("distilled" if label.startswith(("clockdistill", "both")) else label)
+            low, high = (gain[side] if gain[side] is not None else gain["mean"] for side in ("low", "high"))
+            axes.errorbar(gain["mean"], place, xerr=[[gain["mean"] - low], [high - gain["mean"]]], fmt="o", capsize=2.5,
+                          color=style["color"] if style["color"] == DISTILLED else INK, markersize=4, linewidth=1.3)
+            ticks.append(place)
+            names.append(label)
+        place -= 1
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set_ylim(place + 0.5, 0.7)
+    _plain(axes, "gain in AP over the student alone (dot: mean over seeds, bar: 95 % interval)", "")
+    axes.set_title(title or "What distillation adds", fontsize=10, loc="left", color=INK)
+    return figure
+
+
 def losses(history, top=4, always=("memory", "cls", "l1", "giou")):
     """Left: the loss terms by name against steps, smoothed, logarithmic. Right: each term's share of the total.
 

@@ -100,21 +100,25 @@ SCALES = {
                   "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
 }
 
-# What is tuned, by the same budget of four trials for every method: its weight, in steps of four.
+def scaled(options, factors=(1, 4, 16, 64)):
+    """Trials: all weights of a method together, in steps of four."""
+    return [{name: value * factor for name, value in options.items()} for factor in factors]
+
+
+# What is tuned, by the same budget of four trials for every method: how heavy it is, around the weight at which it asks
+# about as much of a toy student (gradient norm) as detection does.
 TRIALS = {
     "clockdistill": [{"lambda_mem": x, "lambda_log": y} for x, y in
                      ((2000, 0.1), (8000, 0.1), (8000, 0.5), (32000, 0.1))],
-    "fitnets": [{"weight": x} for x in (0.25, 1, 4, 16)],
-    "hinton": [{"weight": x} for x in (0.25, 1, 4, 16)],
-    "fgd": [{"weight": x} for x in (0.25, 1, 4, 16)],
-    "mgd": [{"weight": x} for x in (0.25, 1, 4, 16)],
-    "gkd": [{"weight": x} for x in (0.25, 1, 4, 16)],
-    "kd_detr": [{"weight": x} for x in (0.05, 0.2, 0.8, 3.2)],
-    "detrdistill": [{"weight": x} for x in (0.05, 0.2, 0.8, 3.2)],
-    "d3etr": [{"weight": x} for x in (0.05, 0.2, 0.8, 3.2)],
+    "fitnets": scaled({"weight": 0.5}),
+    "hinton": scaled({"weight": 0.1}),
+    "fgd": scaled({"alpha": 1e-2, "beta": 5e-3, "gamma": 1e-2, "lambda_global": 5e-5}),
+    "mgd": scaled({"alpha": 2e-4}),
+    "gkd": scaled({"alpha": 1e-2}),
+    "kd_detr": [{"general": 24} | trial for trial in scaled({"cls_weight": 0.05, "l1_weight": 0.25, "giou_weight": 0.1})],
+    "detrdistill": scaled({"logits": 0.05, "memory": 0.05, "prior": 0.05}),
+    "d3etr": scaled({"adaptive": 0.05, "fixed": 0.05, "self_weight": 0.05, "cross_weight": 0.05}),
 }
-
-
 # The memory part in pieces. Each piece's weight is tuned too: the masks change the size of the sum.
 MEMORY = {
     "memory_plain": {"lambda_log": 0.0, "location": False, "scale": False},
@@ -244,13 +248,14 @@ def plan(scale, chosen, only=TABLES):
 class Site:
     """Where a table is made: its folders, and how its commands are read."""
 
-    def __init__(self, scale, root, work, results, parse, build, measure=None, changes=(),
+    def __init__(self, scale, root, work, results, parse, build, measure=None, changes=(), floor=None,
                  teachers=None):
         """parse: the arguments of train.py -> its settings, as plain values. build: settings -> the model, untrained.
-        changes: further arguments of every run. teachers: {detector: file} of teachers that need no training, of which
+        changes: further arguments of every run. floor: --teacher-floor of those with a teacher. teachers: {detector: file} of teachers that need no training, of which
         measure(file) tells the result."""
         self.scale, self.root, self.parse, self.build, self.changes = scale, root, parse, build, list(changes)
         self.work, self.results, self.teachers, self.measure = Path(work), Path(results), teachers or {}, measure
+        self.of_students = [] if floor is None else ["--teacher-floor", str(floor)]
         self.scope = SCALES[scale]
 
     def model(self, job):
@@ -273,7 +278,7 @@ class Site:
                    "--detector", job.detector, "--root", str(self.root), "--seed", str(job.seed),
                    "--val-split", job.split, *self.scope.arguments]
         if job.method:
-            command += ["--teacher", self.teacher(job), "--method", job.method]
+            command += ["--teacher", self.teacher(job), "--method", job.method, *self.of_students]
         command += self.changes
         if job.steps != 1:
             command += ["--steps", str(round(self.parse(command)["steps"] * job.steps))]

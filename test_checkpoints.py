@@ -578,6 +578,7 @@ def test_ours_is_a_format_too(detector, options):
 def six_layers(program, detector, classes=3, seed=0, **options):
     """A small model of six layers, their state_dict of it with random numbers, and their names."""
     known = checkpoints.PUBLISHED[re.sub(r"\d", "", program), detector]
+    program = "mmdetection3" if program == "mmdetection" else program
     options = dict(zip(("position_temperature", "position_offset", "logit_eps"), known)) | options
     model = toy(seed, detector, classes, backbone=OwnBackbone(), encoder_layers=6, decoder_layers=6, **options)
     found = names(program, detector, model)
@@ -598,7 +599,7 @@ def test_heads_that_differ_need_a_model_with_one_for_each_layer(program, detecto
     """Equal ones are taken by a model that has one for all."""
     model, state, found = six_layers(program, detector)
     checkpoints.load_weights(model, state)
-    kind, key = "class", found["decoder.class_heads.0.bias"][-1]
+    key = found["decoder.class_heads.0.bias"][-1]
     assert torch.equal(model.decoder.class_heads[0].bias, state[key])
     last = [name for name in state if re.search(r"(class_embed|cls_branches)\.5\.bias$", name)]
     state |= dict.fromkeys(last, state[key] + 1)
@@ -608,6 +609,17 @@ def test_heads_that_differ_need_a_model_with_one_for_each_layer(program, detecto
     del model.config
     with pytest.raises(ValueError, match=f"{re.escape(last[0])} differs from .*, this model has one for both"):
         checkpoints.load_weights(model, state)
+
+
+@pytest.mark.parametrize("program", ["official", "detrex", "hugging_face"])
+def test_refinement_is_known_by_the_boxes_that_the_decoder_refers_to_even_when_all_heads_are_equal(program):
+    refine, state, found = six_layers(program, "deformable_detr", **REFINE)
+    for kind in (r"class_embed", r"bbox_embed"):
+        state |= {name: state[re.sub(kind + r"\.\d", kind + ".0", name)] for name in state if kind in name}
+    assert not checkpoints.load_weights(refine, state).skipped
+    plain, _, _ = six_layers(program, "deformable_detr")
+    with pytest.raises(ValueError, match="made with box_refine=True"):
+        checkpoints.load_weights(plain, state)
 
 
 def test_a_module_that_is_stored_twice_must_be_one():
@@ -639,6 +651,28 @@ def test_more_levels_than_maps_count_on(program):
 
 
 # ------------------------------------------------------------------------------------------------------------- meanings
+
+OFFICIAL = {"dab_detr": {"position_temperature": 20., "position_offset": 0., "logit_eps": 1e-3},
+            "deformable_detr": {"position_temperature": 10000., "position_offset": -0.5, "logit_eps": 1e-5},
+            "dino": {"position_temperature": 20., "position_offset": 0., "logit_eps": 1e-3}}
+OTHERWISE = {("detrex", "deformable_detr"): {"logit_eps": 1e-3}, ("hugging_face", "dab_detr"): {"logit_eps": 1e-5},
+             ("detrex", "dino"): {"position_temperature": 10000., "position_offset": -0.5}}
+
+
+@pytest.mark.parametrize("program, detector", checkpoints.PUBLISHED)
+def test_what_a_default_model_lacks_for_each_program(program, detector):
+    """Ours are the official values; three programs' models differ, as read in their sources."""
+    different = OTHERWISE.get((program, detector), {})
+    model, state, _ = six_layers(program, detector, **OFFICIAL[detector])
+    assert {name: model.config[name] for name in OFFICIAL[detector]} == OFFICIAL[detector] == {
+        name: models.options_of(detector)[name] for name in OFFICIAL[detector]}
+    if different:
+        named = ", ".join(f"{name}={value!r}" for name, value in different.items())
+        with pytest.raises(ValueError, match=f"made with {named}, the model"):
+            checkpoints.load_weights(model, state)
+    else:
+        checkpoints.load_weights(model, state)
+
 
 @pytest.mark.parametrize("program, detector, wrong", [
     ("detrex", "dino", {"position_temperature": 20., "position_offset": 0.}),

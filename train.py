@@ -1212,7 +1212,7 @@ def draw_demo(out, teacher_path, results, plan, device):
 # Tables: many runs of the commands above
 # ---------------------------------------------------------------------------------------------------------------------
 
-def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, changes):
+def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, teacher_floor, changes):
     """See tables.py."""
     def parse(arguments):
         given = vars(command_line().parse_args(arguments))
@@ -1239,7 +1239,7 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
         jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
     if scale == "toy" and not (rebuild or dry_run):
         data.make_toy(root)                                  # before several runs would draw it at once
-    site = tables.Site(scale, root or "ROOT", work, results, parse, build, changes=changes, teachers=shipped,
+    site = tables.Site(scale, root or "ROOT", work, results, parse, build, changes=changes, floor=teacher_floor, teachers=shipped,
                        measure=lambda path: shipped_teacher(path, root, device))
     return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
 
@@ -1360,7 +1360,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--work", help="folder of the runs' folders (default: runs/table-SCALE)")
     p.add_argument("--results", help="folder of the results (default: results/SCALE)")
     p.add_argument("--tflops", type=float, default=20., help="dry run: useful work a second (default: %(default)s)")
-    p.add_argument("changes", nargs="*", metavar="-- OPTION", help="for every run")
+    p.add_argument("--teacher-floor", type=float, help="as of distill; 0 for runs too short to make a teacher")
 
     p = commands.add_parser("look", parents=[debug], formatter_class=text,
                             help="draw what the queries and tokens of detectors look at", epilog=looks.FILES)
@@ -1395,6 +1395,10 @@ def configure(given, command):
 
 
 def main(arguments=None):
+    arguments, changes = list(sys.argv[1:] if arguments is None else arguments), []
+    if arguments[:1] == ["table"] and "--" in arguments:
+        index = arguments.index("--")
+        arguments, changes = arguments[:index], arguments[index + 1:]
     given = vars(command_line().parse_args(arguments))
     command, debug = given.pop("command"), given.pop("debug")
     try:
@@ -1411,7 +1415,7 @@ def main(arguments=None):
         elif command == "export":
             export(**given)
         elif command == "table":
-            return table(**given)
+            return table(**given, changes=changes)
     except Interrupted as stop:
         print(f"{stop}; the same command (fit and distill: with --resume) goes on", file=sys.stderr)
         return 130

@@ -1,0 +1,197 @@
+"""tables.py: the plan, what is tuned, the statistics, and a whole table of runs of two steps."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import models
+import tables
+import train
+from tables import Job
+
+
+def no_tuning(detector, what):
+    return {"lambda_mem": 5.0, "lambda_log": 0.1}
+
+
+class Shelf:
+    """A Site whose runs are made up: AP is the seed's base plus what the options add."""
+    def __init__(self, folder, fails=()):
+        self.results, self.fails, self.ran, self.scope, self.scale = Path(folder), fails, [], tables.SCALES["toy"], "toy"
+        self.made = {}
+
+    def defaults(self, detector):
+        return {"lambda_mem": 5000, "lambda_log": 0.1}
+
+    def result(self, job):
+        return self.made.get(job)
+
+    def run(self, job, threads):
+        self.ran.append(job)
+        if job in self.fails:
+            raise RuntimeError(f"{job.name}: it broke")
+        ap = 0.3 + 0.01 * (job.seed % 100) + (0.1 + 1e-5 * dict(job.options).get("lambda_mem", 0) if job.method else 0)
+        self.made[job] = {"name": job.name, "detector": job.detector, "role": job.role, "AP": ap, "minutes": 1.0,
+                          "AP50": ap, "AP75": ap, "APs": ap, "APm": None, "APl": ap, "params": 1, "gflops": 1.0,
+                          "options": dict(job.options), "history": [{"step": 1, "AP": ap}]}
+
+
+def test_gain_by_hand():
+    """Differences .1, .2, .3: mean .2, deviation .1, t(0.975, 2) = 4.3027, so half = 4.3027 * .1 / sqrt(3)."""
+    found = tables.gain({0: 0.4, 1: 0.6, 2: 0.8}, {0: 0.3, 1: 0.4, 2: 0.5, 3: 0.1})
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["high"] - found["mean"] == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
+
+
+def test_gain_of_one_seed_has_no_interval_and_of_none_is_none():
+    assert tables.gain({0: 0.4}, {0: 0.3}) == {"mean": pytest.approx(0.1), "low": None, "high": None}
+    assert tables.gain({0: 0.4}, {1: 0.3}) is None
+
+
+def test_the_plan_compares_every_method_on_the_seeds_of_its_students():
+    rows = tables.plan("toy", no_tuning)
+    assert {row.table for row in rows} == set(tables.TABLES)
+    main = [row for row in rows if row.table == "main"]
+    assert [(row.detector, row.label) for row in main] == [
+        (detector, label) for detector in models.DETECTORS for label in ("teacher", "student", "clockdistill")]
+    assert all([job.seed for job in row.jobs] == [0, 1, 2, 3, 4] for row in main if row.label != "teacher")
+    rivals = [row.label for row in rows if row.table == "rivals" and row.detector == "dino"]
+    assert rivals == ["student", *tables.RIVALS, "clockdistill"]
+    assert all(job.split == "tune" and job.seed >= 100 for row in rows if row.table == "search" for job in row.jobs)
+    assert all(job.split == "val" and job.seed < 100 for row in rows if row.table != "search" for job in row.jobs)
+
+
+def test_names_tell_runs_apart():
+    jobs = {job for scale in tables.SCALES for row in tables.plan(scale, no_tuning) for job in row.jobs}
+    assert len({(job.scale, job.name) for job in jobs}) == len(jobs)
+
+
+def test_every_detector_and_method_of_the_plan_is_a_command_that_train_reads(tmp_path):
+    site = tables.Site("toy", tmp_path, tmp_path, tmp_path, parse_of_train(), build=None)
+    _, chosen, _ = tables.tuning(site)
+    for job in {job for row in tables.plan("toy", chosen) for job in row.jobs}:
+        settings = site.parse(site.arguments(job))
+        assert settings["seed"] == job.seed and settings["val_split"] == job.split
+        if job.method:
+            pairs = [pair.split("=") for pair in settings["method_options"]]
+            model = models.build(job.detector, 3, backbone="resnet18", backbone_width=8, pretrained_backbone=False,
+                                 hidden_dim=16, heads=4, ffn_dim=16, encoder_layers=1, decoder_layers=1, num_queries=4)
+            train.open_method(train.Config(method=job.method, method_options=tuple("=".join(p) for p in pairs)),
+                              model, model)
+
+
+def parse_of_train():
+    """The function that `train.table` hands to a Site."""
+    def parse(arguments):
+        given = vars(train.command_line().parse_args(arguments))
+        command, _ = given.pop("command"), given.pop("debug")
+        return train.plain(train.configure(given, command)[0])
+    return parse
+
+
+def test_tuning_chooses_by_the_tuning_split_alone(tmp_path):
+    site = Shelf(tmp_path)
+    trials, chosen, done = tables.tuning(site)
+    assert all(job.split == "tune" and job.seed in site.scope.tune_seeds for job in trials)
+    first = chosen("dino", "fgd")
+    assert first == tables.TRIALS["fgd"][0]                           # nothing has run yet
+    jobs = [job for job in trials if (job.detector, job.method) == ("dino", "fgd")]
+    assert len(jobs) == 4
+    done.update({job: {"AP": score} for job, score in zip(jobs, (0.1, 0.2, 0.4, 0.3))})
+    assert chosen("dino", "fgd") == dict(jobs[2].options)
+    budgets = {job.method for job in trials}
+    assert all(sum(job.method == method and job.detector == "dino" for job in trials) == 4
+               for method in budgets - {"clockdistill"})              # the same budget for all
+
+
+def test_shards_share_all_runs_and_none_twice(tmp_path):
+    jobs = [Job("toy", "dino", "student", seed=seed) for seed in range(7)]
+    ran = []
+    for index in range(3):
+        site = Shelf(tmp_path)
+        tables.run_all(site, jobs, 1, (index, 3), rebuild=False)
+        ran += site.ran
+    assert sorted(job.seed for job in ran) == list(range(7))
+
+
+def test_a_run_that_fails_stops_no_other_and_finished_ones_are_not_repeated(tmp_path, capsys):
+    jobs = [Job("toy", "dino", "student", seed=seed) for seed in range(3)]
+    site = Shelf(tmp_path, fails=jobs[:1])
+    done = tables.run_all(site, jobs, 2, (0, 1), rebuild=False)
+    assert [done[job] is not None for job in jobs] == [False, True, True]
+    assert "it broke" in capsys.readouterr().out
+    tables.run_all(site, jobs, 2, (0, 1), rebuild=False)
+    assert site.ran.count(jobs[0]) == 2 and site.ran.count(jobs[1]) == 1
+
+
+def test_rows_hold_the_scores_in_the_order_of_the_seeds_and_gains_against_their_own_student(tmp_path):
+    site = Shelf(tmp_path)
+    rows = [row for row in tables.plan("toy", no_tuning, ("main",)) if row.detector == "dab_detr"]
+    jobs = [job for row in rows for job in row.jobs]
+    done = tables.run_all(site, jobs, 1, (0, 1), rebuild=False)
+    teacher, student, distilled = tables.summarise(rows, done)["main"]
+    assert teacher["gain"] is None and student["gain"] is None
+    assert distilled["seeds"] == [0, 1, 2, 3, 4] and distilled["AP"] == pytest.approx([0.4, 0.41, 0.42, 0.43, 0.44], abs=1e-3)
+    assert distilled["gain"]["mean"] == pytest.approx(0.1 + 5e-5)
+    page = tables.markdown({"main": [teacher, student, distilled]}, {"dab_detr": {"student": 50.0}}, "toy")
+    assert "| dab_detr | clockdistill | 0.420 ± 0.016 |" in page and "+0.100 (+0.100 to +0.100)" in page
+
+
+def test_without_any_result_there_is_nothing_to_tell(tmp_path):
+    rows = tables.plan("toy", no_tuning)
+    assert tables.summarise(rows, {}) == {}
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0"])
+def test_shards_that_do_not_exist_are_refused(text):
+    with pytest.raises(Exception, match="I/N"):
+        tables.shard(text)
+
+
+def test_saved_bytes_by_hand():
+    """A linear layer keeps its input for the weight's gradient, a sigmoid its output: 3 x 4 and 3 x 5 floats; the
+    weight itself is a parameter and not counted."""
+    layer = nn.Linear(4, 5)
+    saved = tables.SavedBytes(layer.parameters())
+    with saved:
+        layer(torch.zeros(3, 4)).sigmoid()
+    assert saved.bytes == 4 * (3 * 4 + 3 * 5)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    data.make_toy(root, counts=dict(train=8, val=4, tune=4))
+    return root
+
+
+def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(toy, tmp_path, monkeypatch, capsys):
+    """One detector, one seed, runs of two steps: the command of `table toy`, from teacher to tables.json."""
+    small = tables.SCALES["toy"]
+    monkeypatch.setitem(tables.SCALES, "toy", dataclasses.replace(
+        small, main_seeds=(0,), seeds=(0,), others=dict.fromkeys(small.others, ())))
+    monkeypatch.setattr(models, "DETECTORS", ("dino",))
+    monkeypatch.setattr(train.data, "make_toy", lambda root: None)
+    monkeypatch.setitem(tables.TRIALS, "clockdistill", [{"lambda_mem": 100}])
+    command = ["table", "toy", "--root", str(toy), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"),
+               "--jobs", "1", "--only", "main", "--teacher-floor", "0"]
+    changes = ["--", "--steps", "2", "--warmup", "1", "--batch-size", "2", "--workers", "0"]
+    assert train.main([*command, *changes]) == 0, capsys.readouterr().err
+    page = json.loads((tmp_path / "results" / "tables.json").read_text())
+    assert [(row["method"], row["seeds"]) for row in page["main"]] == [("teacher", [0]), ("student", [0]), ("clockdistill", [0])]
+    assert (tmp_path / "results" / "tables.md").exists() and (tmp_path / "results" / "curves_dino.png").exists()
+    runs = sorted(path.name for path in (tmp_path / "results" / "runs").iterdir())
+    assert len(runs) == 4                                                          # teacher, trial, student, distilled
+    run = json.loads((tmp_path / "results" / "runs" / runs[0]).read_text())
+    assert {"commit", "machine", "seed", "settings", "command"} <= run.keys()
+    monkeypatch.setattr(tables.Site, "run", lambda *_: pytest.fail("a finished run was started again"))
+    assert train.main([*command, *changes]) == 0
+    (tmp_path / "results" / "tables.json").unlink()
+    assert train.main([*command, "--rebuild", *changes]) == 0
+    assert json.loads((tmp_path / "results" / "tables.json").read_text()) == page
