@@ -981,13 +981,17 @@ def gflops(model: nn.Module, height: int, width: int) -> float:
     def sampling(value_shape, grid_shape, *args, out_shape=None, **kwargs):
         return 2 * 5 * value_shape[0] * value_shape[1] * grid_shape[1] * grid_shape[2]    # 2 for each multiply-add
 
+    def bags(table_shape, rows_shape, *args, out_shape=None, **kwargs):                   # one of four corners
+        return 2 * 5 * rows_shape[0] * table_shape[1] // 4
+
     def dense(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):      # torch counts only CUDA's
         return 2 * math.prod(query_shape[:3]) * key_shape[2] * (query_shape[3] + value_shape[3])
 
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     device, aten = next(model.parameters()).device, torch.ops.aten
     counter = FlopCounterMode(display=False, custom_mapping={
-        aten.grid_sampler_2d: sampling, aten._scaled_dot_product_flash_attention_for_cpu: dense})
+        aten.grid_sampler_2d: sampling, aten._embedding_bag_forward_only: bags,
+        aten._scaled_dot_product_flash_attention_for_cpu: dense})
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
         image = torch.zeros(1, 3, height, width, device=device)
         twin(image, torch.zeros_like(image[:, 0], dtype=torch.bool))

@@ -408,6 +408,40 @@ def gains(rows, title=None):
     return figure
 
 
+def reading(answers, title=None):
+    """Does a teacher's answer to a target-aware query come from the image? Its accuracy from three memories, as dots.
+
+    answers: dict detector -> dict content of the query -> dict memory -> accuracy 0..1, the memories being those of
+    looks.reading: the image's own, another image's, noise.
+    """
+    rows = [(detector, content, found) for detector, contents in answers.items() for content, found in contents.items()]
+    figure = _figure(0.9 + 0.24 * (len(rows) + len(answers)), width=7)
+    axes = figure.subplots()
+    looks = {"own": (TEACHER, "o", "the image's own memory"), "another's": (OTHERS[0], "D", "another image's memory"),
+             "noise": (OTHERS[4], "x", "noise")}
+    place, ticks, names, before = 0, [], [], None
+    for detector, content, found in rows:
+        if detector != before:
+            axes.text(0.01, place, detector, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=INK,
+                      weight="bold")
+            place, before = place - 1, detector
+        axes.plot([min(found.values()), max(found.values())], [place, place], color="#CCCCCC", linewidth=1.2, zorder=1)
+        for memory, (color, marker, _) in looks.items():
+            axes.plot(found[memory], place, marker=marker, color=color, markersize=6, linestyle="none")
+        ticks.append(place)
+        names.append(content)
+        place -= 1
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set(xlim=(0, 1.02), ylim=(place + 0.5, 0.7))
+    _plain(axes, "part of the queries whose class the teacher names right", "")
+    keys = [Line2D([], [], linestyle="none", marker=marker, color=color, label=text)
+            for color, marker, text in looks.values()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    axes.set_title(title or "What a query with its answer inside teaches: right even on noise", fontsize=10, loc="left",
+                   color=INK)
+    return figure
+
+
 def losses(history, top=4, always=("memory", "cls", "l1", "giou")):
     """Left: the loss terms by name against steps, smoothed, logarithmic. Right: each term's share of the total.
 

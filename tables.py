@@ -115,7 +115,8 @@ TRIALS = {
     "fgd": scaled({"alpha": 1e-2, "beta": 5e-3, "gamma": 1e-2, "lambda_global": 5e-5}),
     "mgd": scaled({"alpha": 2e-4}),
     "gkd": scaled({"alpha": 1e-2}),
-    "kd_detr": [{"general": 24} | trial for trial in scaled({"cls_weight": 0.05, "l1_weight": 0.25, "giou_weight": 0.1})],
+    "kd_detr": [{"general": 24} | trial
+                for trial in scaled({"cls_weight": 0.05, "l1_weight": 0.25, "giou_weight": 0.1})],
     "detrdistill": scaled({"logits": 0.05, "memory": 0.05, "prior": 0.05}),
     "d3etr": scaled({"adaptive": 0.05, "fixed": 0.05, "self_weight": 0.05, "cross_weight": 0.05}),
 }
@@ -248,13 +249,15 @@ def plan(scale, chosen, only=TABLES):
 class Site:
     """Where a table is made: its folders, and how its commands are read."""
 
-    def __init__(self, scale, root, work, results, parse, build, measure=None, changes=(), floor=None,
+    def __init__(self, scale, root, work, results, parse, build, measure=None, reads=None, changes=(), floor=None,
                  teachers=None):
         """parse: the arguments of train.py -> its settings, as plain values. build: settings -> the model, untrained.
-        changes: further arguments of every run. floor: --teacher-floor of those with a teacher. teachers: {detector: file} of teachers that need no training, of which
-        measure(file) tells the result."""
+        changes: further arguments of every run. floor: --teacher-floor of those with a teacher. teachers: {detector:
+        file} of teachers that need no training, of which measure(file) tells the result, and reads(file) what
+        `looks.reading` finds for each content of the queries."""
         self.scale, self.root, self.parse, self.build, self.changes = scale, root, parse, build, list(changes)
-        self.work, self.results, self.teachers, self.measure = Path(work), Path(results), teachers or {}, measure
+        self.work, self.results, self.teachers = Path(work), Path(results), teachers or {}
+        self.measure, self.reads = measure, reads
         self.of_students = [] if floor is None else ["--teacher-floor", str(floor)]
         self.scope = SCALES[scale]
 
@@ -485,7 +488,7 @@ def learning_curves(lines, done_by_name):
     return curves
 
 
-def draw(tables, done, folder):
+def draw(tables, done, read, folder):
     """The figures, each computed from the same rows as its table."""
     by_name = {result["name"]: result for result in done.values() if result}
     figures = {}
@@ -505,6 +508,8 @@ def draw(tables, done, folder):
         gains = [(line["detector"], line["method"], line["gain"]) for line in tables.get(name, []) if line["gain"]]
         if gains:
             figures[f"gains_{name}"] = plots.gains(gains, TITLES[name])
+    if read:
+        figures["reading"] = plots.reading(read)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -647,14 +652,17 @@ def write(site, rows, trials, done, rebuild):
     tables = summarise(rows, done)
     tried = [{"detector": job.detector, "method": job.method, "options": dict(job.options), "seed": job.seed,
               "AP": done[job]["AP"]} for job in trials if done.get(job)]
-    file = site.results / "speed.json"
-    if file.exists() and rebuild:
-        speed = json.loads(file.read_text())
-    else:
-        speed = images_per_second(rows, site)
-        write_json(file, speed)
+    def kept(name, compute):
+        """What takes a minute to measure: from the last time, when nothing is to be run."""
+        file = site.results / f"{name}.json"
+        if not (file.exists() and rebuild):
+            write_json(file, compute())
+        return json.loads(file.read_text())
+
+    speed = kept("speed", lambda: images_per_second(rows, site))
+    read = kept("reading", lambda: {name: site.reads(path) for name, path in site.teachers.items()})
     write_json(site.results / "tables.json", tables)
     write_json(site.results / "tuning.json", tried)
     (site.results / "tables.md").write_text(markdown(tables, speed, site.scale))
-    draw(tables, done, site.results)
+    draw(tables, done, read, site.results)
     print(f"{sum(map(len, tables.values()))} rows: {site.results}/tables.md, tables.json, tuning.json and figures")

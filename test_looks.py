@@ -6,9 +6,11 @@ import torch
 from torchvision.utils import save_image
 
 import checkpoints
+import data
 import looks
 import models
 import train
+from clockdistill import CLoCKDistill
 
 TINY = dict(backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=16, heads=2, ffn_dim=16,
             encoder_layers=2, decoder_layers=2, num_queries=12)
@@ -142,3 +144,21 @@ def test_look_says_in_one_line_what_is_wrong(tmp_path, capsys):
         assert train.main(["look", "--checkpoint", one, "--out", str(tmp_path / "x"), *more, str(image)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_a_query_that_holds_its_answer_is_answered_without_the_image():
+    """The shipped teacher, asked with its label embeddings, names most classes from a memory of noise; asked with its
+    learned contents it cannot (0.7 against 0.36 on 100 images), so only these make the logit part look at the image."""
+    teacher, _ = train.load_model(train.SHIPPED_TEACHERS["dino"])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 48, 160, generator=generator)
+    sizes = 0.1 + 0.2 * torch.rand(8, 5, 2, generator=generator)
+    centres = 0.3 + 0.4 * torch.rand(8, 5, 2, generator=generator)
+    targets = [{"labels": torch.arange(5) % 3, "boxes": boxes} for boxes in torch.cat([centres, sizes], 2)]
+    batch = data.Batch(images, torch.zeros(8, 48, 160, dtype=torch.bool), targets)
+    found = {content: looks.reading(teacher, CLoCKDistill(64, 64, content=content),
+                                    train.content_of(teacher, CLoCKDistill(64, 64, content=content)), [batch])
+             for content in ("label", "own")}
+    assert found["label"].keys() == {"own", "another's", "noise"}
+    assert found["label"]["noise"] > found["own"]["noise"] + 0.15
+    assert all(0 <= part <= 1 for one in found.values() for part in one.values())

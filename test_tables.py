@@ -22,8 +22,8 @@ def no_tuning(detector, what):
 class Shelf:
     """A Site whose runs are made up: AP is the seed's base plus what the options add."""
     def __init__(self, folder, fails=()):
-        self.results, self.fails, self.ran, self.scope, self.scale = Path(folder), fails, [], tables.SCALES["toy"], "toy"
-        self.made = {}
+        self.results, self.fails, self.ran, self.made = Path(folder), fails, [], {}
+        self.scope, self.scale = tables.SCALES["toy"], "toy"
 
     def defaults(self, detector):
         return {"lambda_mem": 5000, "lambda_log": 0.1}
@@ -137,7 +137,8 @@ def test_rows_hold_the_scores_in_the_order_of_the_seeds_and_gains_against_their_
     done = tables.run_all(site, jobs, 1, (0, 1), rebuild=False)
     teacher, student, distilled = tables.summarise(rows, done)["main"]
     assert teacher["gain"] is None and student["gain"] is None
-    assert distilled["seeds"] == [0, 1, 2, 3, 4] and distilled["AP"] == pytest.approx([0.4, 0.41, 0.42, 0.43, 0.44], abs=1e-3)
+    assert distilled["seeds"] == [0, 1, 2, 3, 4]
+    assert distilled["AP"] == pytest.approx([0.4, 0.41, 0.42, 0.43, 0.44], abs=1e-3)
     assert distilled["gain"]["mean"] == pytest.approx(0.1 + 5e-5)
     page = tables.markdown({"main": [teacher, student, distilled]}, {"dab_detr": {"student": 50.0}}, "toy")
     assert "| dab_detr | clockdistill | 0.420 ± 0.016 |" in page and "+0.100 (+0.100 to +0.100)" in page
@@ -179,12 +180,13 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(to
     monkeypatch.setattr(models, "DETECTORS", ("dino",))
     monkeypatch.setattr(train.data, "make_toy", lambda root: None)
     monkeypatch.setitem(tables.TRIALS, "clockdistill", [{"lambda_mem": 100}])
-    command = ["table", "toy", "--root", str(toy), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"),
-               "--jobs", "1", "--only", "main", "--teacher-floor", "0"]
+    command = ["table", "toy", "--root", str(toy), "--work", str(tmp_path / "work"),
+               "--results", str(tmp_path / "results"), "--jobs", "1", "--only", "main", "--teacher-floor", "0"]
     changes = ["--", "--steps", "2", "--warmup", "1", "--batch-size", "2", "--workers", "0"]
     assert train.main([*command, *changes]) == 0, capsys.readouterr().err
     page = json.loads((tmp_path / "results" / "tables.json").read_text())
-    assert [(row["method"], row["seeds"]) for row in page["main"]] == [("teacher", [0]), ("student", [0]), ("clockdistill", [0])]
+    assert [(row["method"], row["seeds"]) for row in page["main"]] == [
+        (method, [0]) for method in ("teacher", "student", "clockdistill")]
     assert (tmp_path / "results" / "tables.md").exists() and (tmp_path / "results" / "curves_dino.png").exists()
     runs = sorted(path.name for path in (tmp_path / "results" / "runs").iterdir())
     assert len(runs) == 4                                                          # teacher, trial, student, distilled

@@ -124,7 +124,10 @@ class Config:
     method_options: tuple = option((), "options of the method, listed below; they replace all of the recipe's",
                                    nargs="+")
     teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = never refuse")
-    init_from: str | None = option(None, "start from these weights (fine-tuning; --resume continues a run instead)")
+    init_from: str | None = option(None, "start from these weights, of any known program, or hf:ORGANISATION/MODEL "
+                                   "(fine-tuning; --resume continues a run instead)")
+    made_with: tuple = option((), "model options that --init-from was made with, where checkpoints.py assumes others",
+                              nargs="+")
 
     def __post_init__(self):
         for name, value in SCHEDULES[self.detector].items():
@@ -682,7 +685,7 @@ def open_method(cfg, teacher, student):
         if name not in known:
             raise ValueError(f"--method-options {pair}: {cfg.method} has no option {name!r}, only "
                              + ", ".join(f"{k}={v}" for k, v in known.items()))
-        options[name] = parse_like(known[name], value, pair)
+        options[name] = parse_like(known[name], value, f"--method-options {pair}")
     given = {"student_dim": student.config["hidden_dim"], "teacher_dim": teacher.config["hidden_dim"],
              "num_classes": student.num_classes, "levels": student.config.get("feature_levels", 1)}
     method = cls(**{k: v for k, v in given.items() if k in inspect.signature(cls).parameters}, **options)
@@ -696,7 +699,7 @@ def parse_like(default, text, what):
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         return type(default)(text)
     except (KeyError, ValueError):
-        raise ValueError(f"--method-options {what}: want a {type(default).__name__}, like {default}") from None
+        raise ValueError(f"{what}: want a {type(default).__name__}, like {default}") from None
 
 
 def check_pair(teacher, student, dataset):
@@ -752,7 +755,10 @@ def _fit(cfg, run, device, rank, world):
     torch.manual_seed(cfg.seed)                   # the same first weights with and without a teacher
     student = build_model(cfg, len(train_set.classes))
     if cfg.init_from:
-        checkpoints.load_weights(student, cfg.init_from)
+        known = dict(pair.partition("=")[::2] for pair in cfg.made_with)
+        checkpoints.load_weights(student, cfg.init_from, classes=train_set.classes, made_with={
+            name: parse_like(student.config.get(name, ""), value, f"--made-with {name}={value}")
+            for name, value in known.items()} or None)
     student = student.to(device)
     teacher = method = taught_by = None
     if cfg.teacher:
@@ -1239,9 +1245,26 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
         jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
     if scale == "toy" and not (rebuild or dry_run):
         data.make_toy(root)                                  # before several runs would draw it at once
-    site = tables.Site(scale, root or "ROOT", work, results, parse, build, changes=changes, floor=teacher_floor, teachers=shipped,
-                       measure=lambda path: shipped_teacher(path, root, device))
+    site = tables.Site(scale, root or "ROOT", work, results, parse, build, changes=changes, floor=teacher_floor,
+                       teachers=shipped, measure=lambda path: shipped_teacher(path, root, device),
+                       reads=lambda path: what_is_read(path, root))
     return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
+
+
+def what_is_read(path, root):
+    """{content of the target-aware queries: looks.reading} of a toy teacher, on 200 images of the split "tune"."""
+    teacher, _ = load_model(path)
+    batches = list(data.eval_loader(data.build("toy", root, "tune", limit=200), 20))
+    found = {}
+    for content, noise in (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.), ("random", 0.),
+                           ("zero", 0.)):
+        method = CLoCKDistill(*[teacher.config["hidden_dim"]] * 2, content=content, label_noise=noise, box_noise=0.4,
+                              num_classes=teacher.num_classes)
+        embedding = content_of(teacher, method)
+        if embedding is not None or content.startswith(("random", "zero")):
+            name = content + (f", noise {noise}" if noise else "")
+            found[name] = looks.reading(teacher, method, embedding, batches)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
