@@ -8,6 +8,8 @@ Every attention has a `recorder`, None unless models.record sets it: a function 
 """
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -342,11 +344,12 @@ class MLP(nn.Module):
 
 class FeedForward(nn.Module):
     """The two linear layers of a transformer layer, with residual and norm. PReLU in DAB-DETR, one slope a layer."""
-    def __init__(self, dim: int, hidden: int, dropout: float, activation: type[nn.Module] = nn.ReLU):
+    def __init__(self, dim: int, hidden: int, dropout: float, activation: Callable = partial(nn.ReLU, inplace=True)):
         super().__init__()
         self.linear1, self.linear2 = xavier_(nn.Linear(dim, hidden)), xavier_(nn.Linear(hidden, dim))
         self.norm, self.activation, self.dropout = nn.LayerNorm(dim), activation(), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(self.activation(self.linear1(x)))
-        return self.norm(x + self.dropout(self.linear2(hidden)))
+        hidden = self.linear1(x.flatten(0, -2))          # flat, as changing a view in place would cost autograd a copy
+        hidden = self.dropout(self.activation(hidden))
+        return self.norm(x + self.dropout(self.linear2(hidden)).view_as(x))
