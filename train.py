@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import bench
 import checkpoints
 import data
 import looks
@@ -1251,6 +1252,20 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
     return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
 
 
+def measure_speed(given):
+    """The command `bench`, see bench.py."""
+    device, threads, out = pick_device(given.pop("device")), given.pop("threads"), given.pop("out")
+    if threads:
+        torch.set_num_threads(threads)
+    if given["quick"]:
+        given |= {name: value for name, value in dict(height=64, width=96, repeats=2).items() if name not in given}
+    options = bench.Options(**given)
+    print(machine(device))
+    told = bench.run(options, device, Learner, teach)
+    if out:
+        write_json(out, {"machine": machine(device), "commit": commit(), "options": dataclasses.asdict(options), **told})
+
+
 def what_is_read(path, root):
     """{content of the target-aware queries: looks.reading} of a toy teacher, on 200 images of the split "tune"."""
     teacher, _ = load_model(path)
@@ -1397,6 +1412,18 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as each checkpoint was trained")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
 
+    p = commands.add_parser("bench", parents=[debug], help="speed, memory, parameters and GFLOPs of the detectors")
+    for name, default, text in (("height", 640, "of the images"), ("width", 640, "of the images"),
+                                ("batch", 2, "images at once"), ("repeats", 5, "of everything, interleaved")):
+        p.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
+    p.add_argument("--detectors", nargs="+", choices=models.DETECTORS, default=models.DETECTORS, help="(default: all)")
+    p.add_argument("--only", nargs="+", choices=bench.PARTS, default=bench.PARTS, help="(default: all)")
+    p.add_argument("--compile", action="store_true", help="through torch.compile")
+    p.add_argument("--quick", action="store_true", help="tiny models and images: that everything runs, not how fast")
+    p.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+    p.add_argument("--out", help="also write all figures to this JSON file")
+
     p = commands.add_parser("export", parents=[debug], help="weights alone as fp16 safetensors: small, safe to publish")
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--out", required=True, help="file ending in .safetensors")
@@ -1437,6 +1464,8 @@ def main(arguments=None):
             look(**given)
         elif command == "export":
             export(**given)
+        elif command == "bench":
+            measure_speed(given)
         elif command == "table":
             return table(**given, changes=changes)
     except Interrupted as stop:

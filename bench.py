@@ -1,0 +1,277 @@
+"""How fast and how large the detectors are: `python train.py bench`.
+
+Every figure is a median of interleaved repeats: in each round all variants run once, one after the other, so that a
+machine that gets slower gets slower for all of them. Compared is with Hugging Face transformers' implementation, where
+it has one, holding the same weights, with the same parameters trainable, no dropout and its own loss; and a
+distillation step with its parts. Weights are random: they change nothing about speed.
+"""
+import contextlib
+import copy
+import importlib.util
+import io
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoints
+import data
+import models
+from clockdistill import CLoCKDistill
+
+# Million parameters and GFLOPs as published (READMEs of the official repositories), R50, 91 classes.
+PUBLISHED = {"dab_detr": (44, 94), "deformable_detr": (40, 173), "dino": (47, 279)}
+PARTS = ("size", "inference", "training", "distill")
+
+
+@dataclass(frozen=True)
+class Options:
+    height: int = 640
+    width: int = 640
+    batch: int = 2
+    repeats: int = 5
+    detectors: tuple = models.DETECTORS
+    only: tuple = PARTS
+    compile: bool = False
+    quick: bool = False                # tiny models: that everything runs, not how fast
+
+    @property
+    def architecture(self):
+        """Beside the official defaults; no dropout, which the two implementations place differently."""
+        if not self.quick:
+            return dict(backbone="resnet50", dropout=0.)
+        return dict(backbone="resnet50", backbone_width=8, hidden_dim=32, heads=4, ffn_dim=48, encoder_layers=1,
+                    decoder_layers=2, num_queries=12, dropout=0.)
+
+
+def build(detector, options, classes=91, **overrides):
+    """Ours, as it is with pretrained weights: norms, stem and first stage frozen."""
+    torch.manual_seed(0)
+    return models.build(detector, classes, pretrained_backbone=False, frozen_backbone=True,
+                        **options.architecture | overrides)
+
+
+def build_transformers(model):
+    """transformers' model of the same size; None where it has none (DINO) or is not installed."""
+    if model.detector == "dino" or importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+    c = model.config
+    width, depths = c["backbone_width"], models.RESNETS[c["backbone"]][1]
+    stages = [f"stage{i}" for i in ((4,) if model.detector == "dab_detr" else (2, 3, 4))]
+    backbone = transformers.ResNetConfig(embedding_size=width, hidden_sizes=[width * 4 * 2 ** i for i in range(4)],
+                                         depths=list(depths), layer_type="bottleneck", out_features=stages)
+    common = dict(backbone_config=backbone, num_labels=model.num_classes, num_queries=c["num_queries"], dropout=0.,
+                  encoder_layers=c["encoder_layers"], decoder_layers=c["decoder_layers"], auxiliary_loss=True,
+                  encoder_ffn_dim=c["ffn_dim"], decoder_ffn_dim=c["ffn_dim"], attention_dropout=0.,
+                  activation_dropout=0., encoder_attention_heads=c["heads"], decoder_attention_heads=c["heads"])
+    if model.detector == "dab_detr":
+        config, kind = transformers.DabDetrConfig, transformers.DabDetrForObjectDetection
+        common["hidden_size"] = c["hidden_dim"]
+    else:
+        config, kind = transformers.DeformableDetrConfig, transformers.DeformableDetrForObjectDetection
+        common["d_model"] = c["hidden_dim"]
+    other = kind(config(**common))
+    for name, parameter in other.named_parameters():         # neither transformers default freezes what is official
+        if "backbone" in name and ("embedder" in name or "stages.0." in name):
+            parameter.requires_grad_(False)
+    return other
+
+
+def pair(detector, options, device):
+    """-> {"ours": model, "transformers": model, if there is one}, with the same weights."""
+    model = build(detector, options)
+    other = build_transformers(model)
+    if other is None:
+        return {"ours": model.to(device)}
+    # transformers' DAB-DETR clamps its inverse sigmoid at 1e-5, which changes values near 0 and 1, and no speed.
+    model = build(detector, options, **({"logit_eps": 1e-5} if detector == "dab_detr" else {}))
+    with contextlib.redirect_stdout(io.StringIO()):
+        checkpoints.load_weights(model, {name: value.clone() for name, value in other.state_dict().items()},
+                                 made_with={"heads": model.config["heads"]})
+    return {"ours": model.to(device), "transformers": other.to(device)}
+
+
+def batch_of(options, device, objects=10, classes=91):
+    """Random images, the last one padded at the right, with `objects` objects each."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(options.batch, 3, options.height, options.width, generator=g)
+    padding = torch.zeros(options.batch, options.height, options.width, dtype=torch.bool)
+    padding[-1, :, int(0.85 * options.width):] = options.batch > 1
+    targets = []
+    for image in range(options.batch):
+        size = 0.05 + 0.3 * torch.rand(objects, 2, generator=g)
+        boxes = torch.cat([size / 2 + (1 - size) * torch.rand(objects, 2, generator=g), size], 1)
+        targets.append({"labels": torch.randint(classes, (objects,), generator=g), "boxes": boxes,
+                        "image_id": torch.tensor(image)})
+    return data.Batch(images.masked_fill_(padding[:, None], 0.), padding, targets).to(device)
+
+
+def forward_of(model, batch):
+    """() -> last layer's logits."""
+    if hasattr(model, "detector"):
+        return lambda: model(batch.images, batch.padding).detections.logits[-1]
+    mask = (~batch.padding).long()
+    return lambda: model(pixel_values=batch.images, pixel_mask=mask).logits
+
+
+def loss_of(model, batch):
+    """() -> the weighted loss."""
+    if hasattr(model, "detector"):
+        def ours():
+            losses = model.loss(model(batch.images, batch.padding, batch.targets), batch.targets)
+            return sum(model.loss_weights[name] * value for name, value in losses.items())
+        return ours
+    mask = (~batch.padding).long()
+    labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in batch.targets]
+    return lambda: model(pixel_values=batch.images, pixel_mask=mask, labels=labels).loss
+
+
+def training_step(module, loss):
+    """() -> None: forward, backward, clip, AdamW."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=1e-4)
+
+    def step():
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def no_grad(run):
+    def quietly():
+        with torch.no_grad():
+            return run()
+    return quietly
+
+
+def interleaved(runs, repeats, device, title):
+    """{name: () -> anything} -> {name: {"seconds": median, "all": [..], "peak_gb": .. or None}}."""
+    times = {name: [] for name in runs}
+    for run in runs.values():
+        run()                                                # allocates, compiles, fills caches
+    for _ in tqdm(range(repeats), title, leave=False):
+        for name, run in runs.items():
+            wait(device)
+            start = time.perf_counter()
+            run()
+            wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: {"seconds": statistics.median(each), "all": each, "peak_gb": peak_of(runs[name], device)}
+            for name, each in times.items()}
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_of(run, device):
+    """GB that a run takes at its highest, above what stood before it. None where nobody tells (not CUDA, not Linux)."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    if device.type != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+
+    def status(key):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) / 1e6                    # kB
+
+    Path("/proc/self/clear_refs").write_text("5")            # the highest so far is forgotten
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def show(title, rows, batch, against=None):
+    print(title)
+    for name, row in rows.items():
+        peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.2f} GB"
+        ratio = f"  x{row['seconds'] / rows[against]['seconds']:.2f}" if against in rows and name != against else ""
+        print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms  {batch / row['seconds']:7.2f} images/s{peak}{ratio}")
+
+
+def sizes(options):
+    """Parameters and GFLOPs at 800 x 1333 beside the published ones, from shapes alone."""
+    found = {}
+    print("size: R50, 91 classes, 800 x 1333; GFLOPs count multiply-adds, dense attention and sampling included")
+    for detector in options.detectors:
+        model = models.build(detector, 91, pretrained_backbone=False, frozen_backbone=True)
+        parameters, flops = sum(p.numel() for p in model.parameters()) / 1e6, models.gflops(model, 800, 1333)
+        found[detector] = {"parameters_m": parameters, "gflops": flops, "published": PUBLISHED[detector]}
+        print(f"  {detector:<16} {parameters:6.2f} M parameters (published {PUBLISHED[detector][0]})  "
+              f"{flops:6.1f} GFLOPs (published {PUBLISHED[detector][1]})")
+    return found
+
+
+def distillation(detector, options, device, learner, teach):
+    """A distillation step beside what it is made of: an R50 teaches an R18 of the same detector.
+
+    learner, teach: train.Learner and train.teach, which know how a step is made.
+    """
+    teacher = build(detector, options).to(device).eval().requires_grad_(False)
+    student = build(detector, options, backbone="resnet18").to(device).train()
+    twin = copy.deepcopy(student)
+    batch = batch_of(options, device)
+    width = teacher.config["hidden_dim"]
+    method = CLoCKDistill(width, width, content="label" if detector == "dino" else "random").to(device)
+    alone, taught = learner(student), learner(twin, method)
+
+    def lesson_and_loss():
+        lesson = teach(teacher, method, batch)
+        return sum(taught(batch.images, batch.padding, batch.targets, lesson).values())
+
+    def student_loss():
+        return sum(alone(batch.images, batch.padding, batch.targets).values())
+
+    memory = no_grad(lambda: teacher.encode(batch.images, batch.padding))()
+    asked = method.queries([t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets],
+                           teacher.label_embedding)
+    runs = {"distillation step": training_step(taught, lesson_and_loss),
+            "student step": training_step(alone, student_loss),
+            "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
+            "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3]))}
+    rows = interleaved(runs, options.repeats, device, f"{detector}, distillation")
+    ratio = rows["distillation step"]["seconds"] / sum(rows[name]["seconds"] for name in list(runs)[1:])
+    show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its parts", rows, options.batch)
+    return rows | {"whole_over_parts": ratio}
+
+
+def run(options, device, learner, teach):
+    """All that options.only asks for, printed as it comes -> the same as a dict."""
+    told = {"size": sizes(options)} if "size" in options.only else {}
+    batch = batch_of(options, device)
+    for detector in options.detectors:
+        for part in ("inference", "training"):
+            if part not in options.only:
+                continue
+            both = pair(detector, options, device)
+            with torch.no_grad():
+                answers = [forward_of(model.eval(), batch)() for model in both.values()]
+            agree = max((answers[0] - answer).abs().max().item() for answer in answers)
+            runs = {}
+            for name, model in both.items():
+                model.train(part == "training")
+                model = torch.compile(model) if options.compile else model
+                runs[name] = (no_grad(forward_of(model, batch)) if part == "inference"
+                              else training_step(model, loss_of(model, batch)))
+            rows = interleaved(runs, options.repeats, device, f"{detector}, {part}")
+            same = f"; the same weights, logits differ by {agree:.1e}" if len(both) > 1 else ""
+            show(f"{part}: {detector}, {options.batch} x {options.height} x {options.width}{same}", rows, options.batch,
+                 "ours")
+            told.setdefault(part, {})[detector] = rows | {"logits_differ_by": agree}
+        if "distill" in options.only:
+            told.setdefault("distill", {})[detector] = distillation(detector, options, device, learner, teach)
+    return told
