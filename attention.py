@@ -194,10 +194,10 @@ class DeformableAttention(nn.Module):
     def __init__(self, dim: int, heads: int, levels: int, points: int):
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = Linear(dim, heads * levels * points * 2)
-        self.attention_weights = Linear(dim, heads * levels * points)
-        self.value_proj = Linear(dim, dim)
-        self.output_proj = Linear(dim, dim)
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -243,7 +243,7 @@ class DenseAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.out_proj = Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -275,8 +275,8 @@ class SelfAttention(DenseAttention):
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
         """x, position (B, Q, D); attend (Q, Q), (B, 1, Q, Q) or (B, 1, 1, Q)."""
         dim = x.shape[-1]
-        both = linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim])
-        value = linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
+        both = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim])
+        value = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
         query, key = both.chunk(2, -1)
         return self.mix(self.split(query), self.split(key), self.split(value), attend)
 
@@ -286,7 +286,7 @@ class ConditionalSelfAttention(DenseAttention):
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__(dim, heads, dropout)
         for name in ("query_content", "query_position", "key_content", "key_position", "value"):
-            self.add_module(name, xavier_(Linear(dim, dim)))
+            self.add_module(name, xavier_(nn.Linear(dim, dim)))
 
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
         """x, position (B, Q, D)."""
@@ -304,9 +304,9 @@ class ConditionalCrossAttention(DenseAttention):
     def __init__(self, dim: int, heads: int, dropout: float, first: bool):
         super().__init__(dim, heads, dropout)
         for name in ("query_content", "query_sine", "key_content", "key_position", "value"):
-            self.add_module(name, xavier_(Linear(dim, dim)))
+            self.add_module(name, xavier_(nn.Linear(dim, dim)))
         # In the first layer the content says nothing yet, so there the position also joins the content.
-        self.query_position = xavier_(Linear(dim, dim)) if first else None
+        self.query_position = xavier_(nn.Linear(dim, dim)) if first else None
 
     def forward(self, x, position, sine, tokens, token_position, attend) -> Tensor:
         """x, position, sine (B, Q, D), tokens, token_position (B, S, D), attend (B, 1, 1, S) -> (B, Q, D)."""
@@ -328,32 +328,11 @@ def xavier_(module: nn.Module) -> nn.Module:
     return module
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear of x (..., D). On x86 it is a 1x1 convolution, for which torch calls oneDNN instead of MKL: nearly twice
-    as fast on AMD's processors. (With one thread torch does not.)"""
-    if x.device.type != "cpu" or not torch.backends.mkl.is_available() or torch.get_num_threads() == 1:
-        return F.linear(x, weight, bias)
-    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                         # (1, D, N, 1), channels last
-    return F.conv2d(pixels, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class ReLU(nn.Module):
-    """Overwrites its input where no gradient is recorded: for a new tensor that nobody else reads."""
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x, inplace=not torch.is_grad_enabled())
-
-
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
     def __init__(self, *widths: int):
         super().__init__()
-        self.layers = nn.ModuleList(Linear(i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -363,9 +342,9 @@ class MLP(nn.Module):
 
 class FeedForward(nn.Module):
     """The two linear layers of a transformer layer, with residual and norm. PReLU in DAB-DETR, one slope a layer."""
-    def __init__(self, dim: int, hidden: int, dropout: float, activation: type[nn.Module] = ReLU):
+    def __init__(self, dim: int, hidden: int, dropout: float, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
-        self.linear1, self.linear2 = xavier_(Linear(dim, hidden)), xavier_(Linear(hidden, dim))
+        self.linear1, self.linear2 = xavier_(nn.Linear(dim, hidden)), xavier_(nn.Linear(hidden, dim))
         self.norm, self.activation, self.dropout = nn.LayerNorm(dim), activation(), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

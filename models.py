@@ -25,7 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 import criterion
 from attention import (MLP, ConditionalCrossAttention, ConditionalSelfAttention, DeformableAttention, FeedForward,
-                       Linear, SelfAttention, box_positions, full_precision, image_positions, inverse_sigmoid,
+                       SelfAttention, box_positions, full_precision, image_positions, inverse_sigmoid,
                        token_centres, xavier_)
 
 DETECTORS = ("dab_detr", "deformable_detr", "dino")
@@ -270,9 +270,9 @@ def box_head(dim: int) -> MLP:
     return head
 
 
-def class_head(dim: int, classes: int) -> Linear:
+def class_head(dim: int, classes: int) -> nn.Linear:
     """One sigmoid per class, 0.01 at the start, so that the many background queries do not swamp the first steps."""
-    head = Linear(dim, classes)
+    head = nn.Linear(dim, classes)
     nn.init.constant_(head.bias, -math.log(99))
     return head
 
@@ -435,7 +435,7 @@ class Proposals(nn.Module):
     def __init__(self, class_head: nn.Module, box_head: nn.Module, dim: int, binary: bool):
         super().__init__()
         self.binary = binary
-        self.project, self.norm = xavier_(Linear(dim, dim)), nn.LayerNorm(dim)
+        self.project, self.norm = xavier_(nn.Linear(dim, dim)), nn.LayerNorm(dim)
         # The official heads of the proposals start as copies of the decoder's.
         self.class_head, self.box_head = copy.deepcopy(class_head), copy.deepcopy(box_head)
 
@@ -702,7 +702,7 @@ class DeformableDetr(Detector):
             self.position = BoxQueries(hidden_dim)
         else:
             self.queries = nn.Embedding(num_queries, 2 * hidden_dim)                      # position, then content
-            self.reference = xavier_(Linear(hidden_dim, 2))
+            self.reference = xavier_(nn.Linear(hidden_dim, 2))
             nn.init.zeros_(self.reference.bias)
             # The first layer of heads starts with small boxes; refined ones, and proposals, bring sizes of their own.
             nn.init.constant_(self.decoder.box_heads[0].layers[-1].bias[2:], -2.)
@@ -773,7 +773,7 @@ class BoxQueries(nn.Module):
     """Boxes -> positional and content queries of two-stage Deformable DETR, from their sine encoding."""
     def __init__(self, dim: int):
         super().__init__()
-        self.project, self.norm = xavier_(Linear(2 * dim, 2 * dim)), nn.LayerNorm(2 * dim)
+        self.project, self.norm = xavier_(nn.Linear(2 * dim, 2 * dim)), nn.LayerNorm(2 * dim)
 
     def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """(B, Q, 4) -> position, content (B, Q, D)."""
