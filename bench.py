@@ -7,6 +7,8 @@ distillation step with its parts. Weights are random: they change nothing about 
 """
 import contextlib
 import copy
+import ctypes
+import gc
 import importlib.util
 import io
 import os
@@ -77,9 +79,10 @@ def build_transformers(model):
         config, kind = transformers.DeformableDetrConfig, transformers.DeformableDetrForObjectDetection
         common["d_model"] = c["hidden_dim"]
     other = kind(config(**common))
-    for name, parameter in other.named_parameters():         # neither transformers default freezes what is official
-        if "backbone" in name and ("embedder" in name or "stages.0." in name):
-            parameter.requires_grad_(False)
+    # Trainable is what is trainable in ours: transformers freezes no part of DAB-DETR's ResNet, and Deformable DETR's whole.
+    for name, parameter in other.named_parameters():
+        if "backbone" in name:
+            parameter.requires_grad_("embedder" not in name and "stages.0." not in name)
     return other
 
 
@@ -176,19 +179,22 @@ def wait(device):
 
 
 def peak_of(run, device):
-    """GB that a run takes at its highest, above what stood before it. None where nobody tells (not CUDA, not Linux)."""
+    """GB that a run takes at its highest, above what stood before it. None where nobody tells (no CUDA, no Linux with glibc)."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e9
-    if device.type != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK):
+    libc = ctypes.CDLL(None) if device.type == "cpu" and os.access("/proc/self/clear_refs", os.W_OK) else None
+    if not hasattr(libc, "malloc_trim"):
         return None
 
     def status(key):
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
         return int(line.split()[1]) / 1e6                    # kB
 
+    gc.collect()
+    libc.malloc_trim(0)                                      # what earlier runs left in the heap would hide this one's
     Path("/proc/self/clear_refs").write_text("5")            # the highest so far is forgotten
     before = status("VmRSS")
     run()

@@ -273,7 +273,7 @@ class Site:
     def teacher(self, job):
         """The checkpoint that teaches this job's student."""
         shipped = self.teachers.get(job.detector)
-        return str(shipped or self.work / Job(job.scale, job.detector, "teacher").name)
+        return os.path.relpath(shipped or self.work / Job(job.scale, job.detector, "teacher").name, HERE)
 
     def arguments(self, job):
         """Of train.py."""
@@ -297,7 +297,7 @@ class Site:
         found, wanted = json.loads(path.read_text()), self.parse(self.arguments(job))
         if job.role == "teacher" and job.detector in self.teachers:
             return found
-        differ = [key for key, value in found["settings"].items() if key not in PLACES and wanted.get(key) != value]
+        differ = [key for key, value in found["settings"].items() if wanted.get(key) != value]
         if differ:
             tqdm.write(f"{path} was made with other settings ({', '.join(differ)}): it is made again")
             return None
@@ -308,7 +308,9 @@ class Site:
         facts = {"name": job.name, "detector": job.detector, "role": job.role, "method": job.method,
                  "options": dict(job.options), "split": job.split}
         if job.role == "teacher" and job.detector in self.teachers:
-            write_json(self.results / "runs" / f"{job.name}.json", facts | self.measure(self.teachers[job.detector]))
+            result = self.measure(self.teachers[job.detector])
+            result["settings"] = {name: value for name, value in result["settings"].items() if name not in PLACES}
+            write_json(self.results / "runs" / f"{job.name}.json", facts | result)
             return
         folder = self.work / job.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +322,9 @@ class Site:
             lines = (folder / "output.txt").read_text().strip().splitlines() or ["it said nothing"]
             raise RuntimeError(f"{job.name}: {lines[-1]} ({folder}/output.txt; exit code {code})")
         result = json.loads((folder / "result.json").read_text())
-        facts["command"] = shlex.join(["train.py", *command[2:]])
+        result["settings"] = {name: value for name, value in result["settings"].items() if name not in PLACES}
+        facts["command"] = shlex.join("ROOT" if word == str(self.root) else word
+                                      for word in ["train.py", *self.arguments(job)])
         write_json(self.results / "runs" / f"{job.name}.json", facts | result)
 
 
