@@ -106,7 +106,8 @@ class SparseSampling(torch.autograd.Function):
         ctx.save_for_backward(table, points, weights)
         ctx.shapes = shapes
         rows, shares, _ = corners(points, weights, shapes)
-        mixed = sum(F.embedding_bag(row, table, mode="sum", per_sample_weights=share) for row, share in zip(rows, shares))
+        mixed = sum(F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
+                    for row, share in zip(rows, shares))
         return mixed.view(batch, -1, heads * dim)
 
     @staticmethod

@@ -79,7 +79,7 @@ def build_transformers(model):
         config, kind = transformers.DeformableDetrConfig, transformers.DeformableDetrForObjectDetection
         common["d_model"] = c["hidden_dim"]
     other = kind(config(**common))
-    # Trainable is what is trainable in ours: transformers freezes no part of DAB-DETR's ResNet, and Deformable DETR's whole.
+    # Trainable is what is so in ours: transformers freezes no part of DAB-DETR's ResNet, and Deformable DETR's whole.
     for name, parameter in other.named_parameters():
         if "backbone" in name:
             parameter.requires_grad_("embedder" not in name and "stages.0." not in name)
@@ -179,7 +179,7 @@ def wait(device):
 
 
 def peak_of(run, device):
-    """GB that a run takes at its highest, above what stood before it. None where nobody tells (no CUDA, no Linux with glibc)."""
+    """GB that a run takes at its highest, above what stood before it. None where nobody tells: no CUDA, no glibc."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

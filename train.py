@@ -1263,7 +1263,7 @@ def measure_speed(given):
     print(machine(device))
     told = bench.run(options, device, Learner, teach)
     if out:
-        write_json(out, {"machine": machine(device), "commit": commit(), "options": dataclasses.asdict(options), **told})
+        write_json(out, {"machine": machine(device), "commit": commit(), "options": dataclasses.asdict(options)} | told)
 
 
 def what_is_read(path, root):
