@@ -9,6 +9,7 @@ they compute differently with equally named weights (PUBLISHED).
 """
 import argparse
 import json
+import math
 import os
 import re
 import tempfile
@@ -253,6 +254,24 @@ COCO = {91: COCO_91, 80: [name for name in COCO_91 if name not in ("__background
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
+
+def write_json(path: str | Path, content) -> None:
+    """JSON that any reader takes: an AP that is not defined (NaN) becomes null."""
+    def strict(x):
+        if isinstance(x, dict):
+            return {key: strict(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [strict(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    write_text(path, json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Atomic, so that a kill never leaves half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
 
 @dataclass
 class Report:

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
+import scipy.special
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import models
 import plots
+from checkpoints import write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 TABLES = ("search", "main", "rivals", "ablation", "sensitivity", "schedule")
@@ -99,6 +100,7 @@ SCALES = {
                   "COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from cocodataset.org, into "
                   "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
 }
+
 
 def scaled(options, factors=(1, 4, 16, 64)):
     """Trials: all weights of a method together, in steps of four."""
@@ -290,7 +292,7 @@ class Site:
         return command
 
     def result(self, job):
-        """The JSON of a finished run, or None; of one made with other settings: None, and the old file goes aside."""
+        """The JSON of a finished run, or None; also None, and said, when it was made with other settings."""
         path = self.results / "runs" / f"{job.name}.json"
         if not path.exists():
             return None
@@ -308,9 +310,7 @@ class Site:
         facts = {"name": job.name, "detector": job.detector, "role": job.role, "method": job.method,
                  "options": dict(job.options), "split": job.split}
         if job.role == "teacher" and job.detector in self.teachers:
-            result = self.measure(self.teachers[job.detector])
-            result["settings"] = {name: value for name, value in result["settings"].items() if name not in PLACES}
-            write_json(self.results / "runs" / f"{job.name}.json", facts | result)
+            self.file(facts | self.measure(self.teachers[job.detector]))
             return
         folder = self.work / job.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,18 +321,15 @@ class Site:
         if code:
             lines = (folder / "output.txt").read_text().strip().splitlines() or ["it said nothing"]
             raise RuntimeError(f"{job.name}: {lines[-1]} ({folder}/output.txt; exit code {code})")
-        result = json.loads((folder / "result.json").read_text())
-        result["settings"] = {name: value for name, value in result["settings"].items() if name not in PLACES}
         facts["command"] = shlex.join("ROOT" if word == str(self.root) else word
                                       for word in ["train.py", *self.arguments(job)])
-        write_json(self.results / "runs" / f"{job.name}.json", facts | result)
+        self.file(facts | json.loads((folder / "result.json").read_text()))
 
-
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    def file(self, result):
+        """Keep a result where `result` finds it, without the places that only this machine has."""
+        settings = {name: value for name, value in result["settings"].items() if name not in PLACES}
+        (self.results / "runs").mkdir(parents=True, exist_ok=True)
+        write_json(self.results / "runs" / f"{result['name']}.json", result | {"settings": settings})
 
 
 def run_all(site, jobs, workers, shard, rebuild):
@@ -396,7 +393,7 @@ def gain(scores, base):
     mean = float(difference.mean())
     if len(difference) == 1:
         return {"mean": mean, "low": None, "high": None}
-    half = scipy.stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / math.sqrt(len(difference))
+    half = scipy.special.stdtrit(len(difference) - 1, 0.975) * difference.std(ddof=1) / math.sqrt(len(difference))
     return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
@@ -653,6 +650,7 @@ def make(site, only, workers, shard, rebuild, dry, tflops):
 
 def write(site, rows, trials, done, rebuild):
     """tables.json, tables.md and the figures, from the results alone."""
+    site.results.mkdir(parents=True, exist_ok=True)
     tables = summarise(rows, done)
     tried = [{"detector": job.detector, "method": job.method, "options": dict(job.options), "seed": job.seed,
               "AP": done[job]["AP"]} for job in trials if done.get(job)]
@@ -667,6 +665,6 @@ def write(site, rows, trials, done, rebuild):
     read = kept("reading", lambda: {name: site.reads(path) for name, path in site.teachers.items()})
     write_json(site.results / "tables.json", tables)
     write_json(site.results / "tuning.json", tried)
-    (site.results / "tables.md").write_text(markdown(tables, speed, site.scale))
+    write_text(site.results / "tables.md", markdown(tables, speed, site.scale))
     draw(tables, done, read, site.results)
     print(f"{sum(map(len, tables.values()))} rows: {site.results}/tables.md, tables.json, tuning.json and figures")

@@ -73,7 +73,7 @@ def test_names_tell_runs_apart():
 
 
 def test_every_detector_and_method_of_the_plan_is_a_command_that_train_reads(tmp_path):
-    site = tables.Site("toy", tmp_path, tmp_path, tmp_path, parse_of_train(), build=None)
+    site = tables.Site("toy", tmp_path, tmp_path, tmp_path, train.settings_of, build=None)
     _, chosen, _ = tables.tuning(site)
     for job in {job for row in tables.plan("toy", chosen) for job in row.jobs}:
         settings = site.parse(site.arguments(job))
@@ -84,15 +84,6 @@ def test_every_detector_and_method_of_the_plan_is_a_command_that_train_reads(tmp
                                  hidden_dim=16, heads=4, ffn_dim=16, encoder_layers=1, decoder_layers=1, num_queries=4)
             train.open_method(train.Config(method=job.method, method_options=tuple("=".join(p) for p in pairs)),
                               model, model)
-
-
-def parse_of_train():
-    """The function that `train.table` hands to a Site."""
-    def parse(arguments):
-        given = vars(train.command_line().parse_args(arguments))
-        command, _ = given.pop("command"), given.pop("debug")
-        return train.plain(train.configure(given, command)[0])
-    return parse
 
 
 def test_tuning_chooses_by_the_tuning_split_alone(tmp_path):

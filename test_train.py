@@ -148,7 +148,7 @@ def test_fp16_leaves_out_a_step_whose_gradient_overflows(toy):
 
 
 def test_autocast_losses_agree_with_fp32(toy, teacher):
-    """But for the boxes of learned queries: an untrained encoder's proposals are near ties, so rounding chooses others."""
+    """But for the boxes of learned queries: an untrained encoder's proposals are near ties, rounding chooses others."""
     cfg, learner, network, batches = one_learner(toy, teacher)
     logs = []
     for precision in ("fp32", "bf16"):

@@ -41,6 +41,7 @@ import models
 import plots
 import tables
 from baselines import BASELINES, View
+from checkpoints import write_json, write_text
 from clockdistill import CLoCKDistill, location_mask
 
 HERE = Path(__file__).resolve().parent
@@ -160,25 +161,18 @@ class Run:
 TOY = dict(data="toy", backbone="resnet18", pretrained_backbone="none", hidden_dim=64, heads=8, num_queries=24,
            batch_size=16, warmup=150, schedule="cosine", ema=0.99)
 TOY_STUDENT = TOY | dict(backbone_width=12, ffn_dim=128, encoder_layers=1, decoder_layers=2, steps=1200, lr=3e-3,
-                         backbone_lr=3e-3, method="clockdistill")
+                         backbone_lr=3e-3, method="clockdistill",
+                         method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
+                                         "normalise=confidence"))
 TOY_TEACHER = TOY | dict(backbone_width=24, ffn_dim=192, encoder_layers=2, decoder_layers=3, steps=3000, lr=2e-3,
                          backbone_lr=2e-3)
 # Only DINO has an embedding of labels; the others' queries ask with a frozen random one, the same for both models [P].
 PAPER = {"dino": (), "dab_detr": ("content=random_label",), "deformable_detr": ("content=random_label",)}
 RECIPES = {
     "toy-student": {
-        "dino": TOY_STUDENT | dict(
-            feature_levels=3, points=2, denoising=50,
-            method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
-                            "normalise=confidence")),
-        "deformable_detr": TOY_STUDENT | dict(
-            feature_levels=3, points=2, box_refine=True, dropout=0.,
-            method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
-                            "normalise=confidence")),
-        "dab_detr": TOY_STUDENT | dict(
-            feature_stride=8, num_queries=60, steps=3000, lr=1e-3, backbone_lr=1e-3,
-            method_options=("lambda_mem=5000", "lambda_log=0.1", "content=own", "box_noise=0.4",
-                            "normalise=confidence")),
+        "dino": TOY_STUDENT | dict(feature_levels=3, points=2, denoising=50),
+        "deformable_detr": TOY_STUDENT | dict(feature_levels=3, points=2, box_refine=True, dropout=0.),
+        "dab_detr": TOY_STUDENT | dict(feature_stride=8, num_queries=60, steps=3000, lr=1e-3, backbone_lr=1e-3),
     },
     "toy-teacher": {
         "dino": TOY_TEACHER | dict(feature_levels=3, points=4, denoising=50),
@@ -255,24 +249,6 @@ def commit():
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def write_json(path, content):
-    """JSON that any reader takes: an AP that is not defined (NaN) becomes null."""
-    def strict(x):
-        if isinstance(x, dict):
-            return {key: strict(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [strict(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    write_text(path, json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path, text):
-    """Atomic, so that a kill never leaves half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def peak_memory_gb(device):
@@ -966,7 +942,8 @@ def evaluate_checkpoint(checkpoint, given):
     Options that are not given are those that the checkpoint was trained with.
     """
     payload, out = load_payload(checkpoint), given.pop("out")
-    stored = {name: payload["settings"][name] for name in EVALUATION if name not in ("limit", "val_split")}
+    stored = {name: value for name, value in payload["settings"].items()
+              if name in EVALUATION and name not in ("limit", "val_split")}
     cfg, run = configure(stored | given, "fit")
     device = pick_device(run.device)
     with processes(device) as (rank, world):
@@ -1059,6 +1036,7 @@ def look(checkpoint, images, out, best, layer, size, device):
 def export(checkpoint, out):
     """A checkpoint's weights alone, in half the bytes: fp16 safetensors with its classes and figures beside them."""
     model, payload = load_model(checkpoint)
+    payload["settings"] = {k: v for k, v in payload["settings"].items() if k not in tables.PLACES}
     keep = {k: payload[k] for k in ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes",
                                     "step", "seed", "commit", "machine", "settings")}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -1219,13 +1197,15 @@ def draw_demo(out, teacher_path, results, plan, device):
 # Tables: many runs of the commands above
 # ---------------------------------------------------------------------------------------------------------------------
 
+def settings_of(arguments):
+    """The arguments of a `fit` or `distill` -> its settings, as plain values."""
+    given = vars(command_line().parse_args(arguments))
+    command, _ = given.pop("command"), given.pop("debug")
+    return plain(configure(given, command)[0])
+
+
 def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, teacher_floor, changes):
     """See tables.py."""
-    def parse(arguments):
-        given = vars(command_line().parse_args(arguments))
-        command, _ = given.pop("command"), given.pop("debug")
-        return plain(configure(given, command)[0])
-
     def build(settings):
         classes = 80 if scale == "coco" else 3
         overrides = {name: settings[name] for name in MODEL_FIELDS if settings[name] is not None}
@@ -1246,7 +1226,7 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
         jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
     if scale == "toy" and not (rebuild or dry_run):
         data.make_toy(root)                                  # before several runs would draw it at once
-    site = tables.Site(scale, root or "ROOT", work, results, parse, build, changes=changes, floor=teacher_floor,
+    site = tables.Site(scale, root or "ROOT", work, results, settings_of, build, changes=changes, floor=teacher_floor,
                        teachers=shipped, measure=lambda path: shipped_teacher(path, root, device),
                        reads=lambda path: what_is_read(path, root))
     return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
