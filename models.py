@@ -286,6 +286,13 @@ class Heads(nn.ModuleList):
         return self[layer if len(self) > 1 else 0]
 
 
+def refined(head: nn.Module, content: Tensor, boxes: Tensor, eps: float) -> Tensor:
+    """Boxes (.., 4) that the head moves by what it reads from the content, in logit space. Of a point (.., 2) it gives
+    width and height outright: a point has no size to refine."""
+    known = F.pad(inverse_sigmoid(boxes, eps), (0, 4 - boxes.shape[-1]))
+    return (full_precision(head(content)) + known).sigmoid()
+
+
 def for_heads(attend: Tensor | None) -> Tensor | None:
     """An attention mask (Q, Q), (B, Q, Q) or None as attention takes it: (B, 1, Q, Q), the same for all heads."""
     return attend[:, None] if attend is not None and attend.ndim == 3 else attend
@@ -335,12 +342,11 @@ class DabDecoder(nn.Module):
             outputs.append(self.norm(content))
             # Look forward twice: a prediction refines the *undetached* anchor of the layer before, while what the next
             # layer looks at is detached. The learned anchors themselves are trained through the first layer.
-            refined = full_precision(self.box_heads.of(index)(outputs[-1])) + inverse_sigmoid(undetached, self.eps)
-            predicted.append(refined.sigmoid())
+            head = self.box_heads.of(index)
+            predicted.append(refined(head, outputs[-1], undetached, self.eps))
             if layer is not self.layers[-1]:
                 # The next anchor comes from the raw output, the prediction above from the normed one.
-                offset = full_precision(self.box_heads.of(index)(content))
-                undetached = (offset + inverse_sigmoid(anchors, self.eps)).sigmoid()
+                undetached = refined(head, content, anchors, self.eps)
                 anchors = undetached.detach()
         logits = torch.stack([self.class_heads.of(i)(x) for i, x in enumerate(outputs)])
         return Detections(full_precision(logits), torch.stack(predicted))
@@ -381,9 +387,7 @@ class DeformableDecoder(nn.Module):
             unit = side * (0.5 / self.points) if size == 4 else cell_sizes(memory.shapes, side.device)
             content = layer(content, position, centre, unit, memory, attend)
             outputs.append(content)
-            # A point has no size to refine: there the head gives width and height outright.
-            offset, known = full_precision(self.box_heads.of(index)(content)), inverse_sigmoid(references, self.eps)
-            predicted.append((offset + F.pad(known, (0, 4 - size))).sigmoid())
+            predicted.append(refined(self.box_heads.of(index), content, references, self.eps))
             if self.refine:
                 references = predicted[-1].detach()
         logits = torch.stack([self.class_heads.of(i)(x) for i, x in enumerate(outputs)])
@@ -415,12 +419,11 @@ class DinoDecoder(nn.Module):
             outputs.append(self.norm(content))
             # Look forward twice: a prediction refines the *undetached* box of the layer before, so its loss trains two
             # layers' box offsets, while what the next layer looks at is detached.
-            refined = full_precision(self.box_heads.of(index)(outputs[-1])) + inverse_sigmoid(undetached, self.eps)
-            predicted.append(refined.sigmoid())
+            head = self.box_heads.of(index)
+            predicted.append(refined(head, outputs[-1], undetached, self.eps))
             if layer is not self.layers[-1]:
                 # The next reference comes from the raw output, the prediction above from the normed one.
-                offset = full_precision(self.box_heads.of(index)(content))
-                undetached = (offset + inverse_sigmoid(detached, self.eps)).sigmoid()
+                undetached = refined(head, content, detached, self.eps)
                 detached = undetached.detach()
         logits = torch.stack([self.class_heads.of(i)(x) for i, x in enumerate(outputs)])
         return Detections(full_precision(logits), torch.stack(predicted))
