@@ -61,7 +61,7 @@ class Job:
             return f"{self.detector}-teacher"
         digest = hashlib.sha256(repr(self.options).encode()).hexdigest()[:6]
         what = f"{self.method}-{digest}" if self.method else "student"
-        return (f"{self.detector}-{what}" + (f"-x{self.steps:g}" if self.steps != 1 else "")
+        return (f"{self.detector}-{what}" + (f"-x{self.steps:.2g}" if self.steps != 1 else "")
                 + (f"-{self.split}" if self.split != "val" else "") + f"-{self.seed}")
 
 
@@ -76,11 +76,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Scale:
-    """How far a plan goes, and where its figures stand."""
+    """How far a plan goes, and where its figures stand. Steps are multiples of the recipe's; the main table's are 1."""
     main_seeds: tuple
     seeds: tuple                       # of the other tables
+    steps: float                       # of the other tables
     others: dict                       # the other tables' detectors
     tune_seeds: tuple                  # () = nothing is tuned: published weights
+    tune_steps: float
     arguments: tuple                   # of every run, which change no figure
     images: int                        # of the training split
     image_size: tuple                  # (height, width) where cost is told
@@ -88,15 +90,16 @@ class Scale:
 
 
 SCALES = {
-    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), {"search": models.DETECTORS, "rivals": ("dino",),
-                 "ablation": ("dino", "deformable_detr"), "sensitivity": ("dino",), "schedule": ("dino",)}, (100,),
-                 ("--eval-every", "300", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
+    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), 1 / 2, {"search": ("dino", "deformable_detr"), "rivals": ("dino",),
+                 "ablation": ("dino", "deformable_detr"), "sensitivity": ("dino",), "schedule": ("dino",)}, (100,), 1 / 3,
+                 ("--eval-every", "400", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
                  "nothing: the images are drawn on first use"),
-    "kitti": Scale((0, 1, 2), (0,), dict.fromkeys(TABLES[2:], ("dino",)), (), ("--eval-every", "5000"), 5985,
+    "kitti": Scale((0, 1, 2), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), 1, ("--eval-every", "5000"), 5985,
                    (402, 1333),
                    "KITTI's left colour images (12 GB) and training labels (5 MB) from cvlibs.net/datasets/kitti, into "
                    "ROOT/training/image_2 and label_2; torchvision's ResNet weights come by themselves"),
-    "coco": Scale((0,), (0,), dict.fromkeys(TABLES[2:], ("dino",)), (), ("--eval-every", "20000"), 118_287, (800, 1333),
+    "coco": Scale((0,), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), 1, ("--eval-every", "20000"), 118_287,
+                  (800, 1333),
                   "COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from cocodataset.org, into "
                   "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
 }
@@ -107,20 +110,20 @@ def scaled(options, factors=(1, 4, 16, 64)):
     return [{name: value * factor for name, value in options.items()} for factor in factors]
 
 
-# What is tuned, by the same budget of four trials for every method: how heavy it is, around the weight at which it asks
-# about as much of a toy student (gradient norm) as detection does.
+# What is tuned, by the same budget of four trials for every method: how heavy it is. Memory terms around a gradient of
+# half to thirty times detection's at a DINO student's 40th step, answers a thirtieth to twice: heavier ones crowd it out.
 TRIALS = {
     "clockdistill": [{"lambda_mem": x, "lambda_log": y} for x, y in
-                     ((2000, 0.1), (8000, 0.1), (8000, 0.5), (32000, 0.1))],
-    "fitnets": scaled({"weight": 0.5}),
-    "hinton": scaled({"weight": 0.1}),
-    "fgd": scaled({"alpha": 1e-2, "beta": 5e-3, "gamma": 1e-2, "lambda_global": 5e-5}),
-    "mgd": scaled({"alpha": 2e-4}),
-    "gkd": scaled({"alpha": 1e-2}),
+                     ((1250, 0.1), (5000, 0.1), (20000, 0.1), (5000, 0.5))],
+    "fitnets": scaled({"weight": 16}),
+    "hinton": scaled({"weight": 0.05}),
+    "fgd": scaled({"alpha": 8e-3, "beta": 4e-3, "gamma": 8e-3, "lambda_global": 4e-5}),
+    "mgd": scaled({"alpha": 2e-3}),
+    "gkd": scaled({"alpha": 0.02, "beta": 10}),
     "kd_detr": [{"general": 24} | trial
-                for trial in scaled({"cls_weight": 0.05, "l1_weight": 0.25, "giou_weight": 0.1})],
-    "detrdistill": scaled({"logits": 0.05, "memory": 0.05, "prior": 0.05}),
-    "d3etr": scaled({"adaptive": 0.05, "fixed": 0.05, "self_weight": 0.05, "cross_weight": 0.05}),
+                for trial in scaled({"cls_weight": 1 / 64, "l1_weight": 5 / 64, "giou_weight": 2 / 64})],
+    "detrdistill": scaled({"logits": 1 / 16, "memory": 10 / 16, "prior": 1 / 16}),
+    "d3etr": scaled({"adaptive": 1 / 16, "fixed": 1 / 16}),
 }
 # The memory part in pieces. Each piece's weight is tuned too: the masks change the size of the sum.
 MEMORY = {
@@ -129,32 +132,31 @@ MEMORY = {
     "memory": {"lambda_log": 0.0},
 }
 TRIALS |= {
-    "memory_plain": [{"lambda_mem": x} for x in (8, 32, 128, 512)],
-    "memory_location": [{"lambda_mem": x} for x in (32, 128, 512, 2048)],
-    "memory": [{"lambda_mem": x} for x in (500, 2000, 8000, 32000)],
+    "memory_plain": scaled({"lambda_mem": 40}),
+    "memory_location": scaled({"lambda_mem": 120}),
+    "memory": scaled({"lambda_mem": 1250}),
 }
 # Only DINO has label embeddings; the others are asked with a frozen random one, the same for both models.
 LABEL = {"dino": "label", "deformable_detr": "random_label", "dab_detr": "random_label"}
-# In which setting does the logit part earn its place? One change at a time, without the memory part unless it says so.
-LOGITS = {"lambda_mem": 0.0, "lambda_log": 0.5}
+# In which setting does the logit part earn its place? Alone, one change at a time from this one. DAB-DETR takes what
+# won for Deformable DETR, which has no denoising queries either.
+LOGITS = {"lambda_mem": 0.0, "lambda_log": 0.5, "content": "own", "box_noise": 0.4, "normalise": "confidence"}
 SEARCH = [
-    ("both parts, as in the recipe", {}),
-    ("memory part alone", {"lambda_log": 0.0}),
-    ("logit part alone, lambda_log = 0.5", LOGITS),
-    ("lambda_log = 0.1", LOGITS | {"lambda_log": 0.1}),
-    ("lambda_log = 2", LOGITS | {"lambda_log": 2.0}),
-    ("content: label", LOGITS | {"content": LABEL}),
-    ("content: label, noise 0.25", LOGITS | {"content": LABEL, "label_noise": 0.25}),
-    ("content: frozen random", LOGITS | {"content": "random"}),
-    ("content: zero", LOGITS | {"content": "zero"}),
-    ("no box noise", LOGITS | {"box_noise": 0.0}),
-    ("3 groups", LOGITS | {"groups": 3}),
-    ("last layer only", LOGITS | {"layers": "last"}),
-    ("divided by the number of queries", LOGITS | {"normalise": "queries"}),
-    ("temperature 1", LOGITS | {"temperature": 1.0}),
-    ("softmax over classes", LOGITS | {"classes": "softmax"}),
-    ("and 24 random queries", LOGITS | {"random_queries": 24}),
-    ("and the teacher's own queries", LOGITS | {"learned": True}),
+    ("logit part alone", {}),
+    ("lambda_log = 0.1", {"lambda_log": 0.1}),
+    ("lambda_log = 2", {"lambda_log": 2.0}),
+    ("content: label", {"content": LABEL}),
+    ("content: label, noise 0.25", {"content": LABEL, "label_noise": 0.25}),
+    ("content: frozen random", {"content": "random"}),
+    ("content: zero", {"content": "zero"}),
+    ("no box noise", {"box_noise": 0.0}),
+    ("3 groups", {"groups": 3}),
+    ("last layer only", {"layers": "last"}),
+    ("divided by the number of queries", {"normalise": "queries"}),
+    ("temperature 1", {"temperature": 1.0}),
+    ("softmax over classes", {"classes": "softmax"}),
+    ("and 24 random queries", {"random_queries": 24}),
+    ("and the teacher's own queries", {"learned": True}),
 ]
 # Around the chosen setting: {what: [(in the table, change)]}; a function gets the chosen options.
 SENSITIVITY = {
@@ -192,24 +194,25 @@ def number(text):
 def plan(scale, chosen, only=TABLES):
     """-> [Row] of every table of `only`. chosen(detector, what): the options that tuning found (`tuning`)."""
     scope, rows = SCALES[scale], []
-    seeds = scope.seeds
 
-    def row(table, detector, label, seeds=seeds, **job):
-        rows.append(Row(table, detector, label, tuple(Job(scale, detector, seed=seed, **job) for seed in seeds)))
+    def row(table, detector, label, seeds=scope.seeds, steps=scope.steps, **job):
+        rows.append(Row(table, detector, label,
+                        tuple(Job(scale, detector, seed=seed, steps=steps, **job) for seed in seeds)))
 
-    def taught(table, detector, label, options, seeds=seeds, method="clockdistill", **job):
-        row(table, detector, label, seeds, role="student", method=method, options=pairs(options), **job)
+    def taught(table, detector, label, options, method="clockdistill", **job):
+        row(table, detector, label, role="student", method=method, options=pairs(options), **job)
 
     for detector in scope.others.get("search", ()):
-        base, tune = chosen(detector, "recipe"), dict(seeds=scope.tune_seeds, split="tune")
+        tune = dict(seeds=scope.tune_seeds, split="tune", steps=scope.tune_steps)
         row("search", detector, "student", role="student", **tune)
         for label, change in SEARCH:
             change = {key: LABEL[detector] if value is LABEL else value for key, value in change.items()}
-            taught("search", detector, label, base | change, **tune)
+            taught("search", detector, label, LOGITS | change, **tune)
     for detector in models.DETECTORS:
-        row("main", detector, "teacher", (0,), role="teacher")
-        row("main", detector, "student", scope.main_seeds, role="student")
-        taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), scope.main_seeds)
+        main = dict(seeds=scope.main_seeds, steps=1)
+        row("main", detector, "teacher", (0,), 1, role="teacher")
+        row("main", detector, "student", role="student", **main)
+        taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), **main)
     for detector in scope.others["rivals"]:
         row("rivals", detector, "student", role="student")
         for method in RIVALS:
@@ -234,14 +237,15 @@ def plan(scale, chosen, only=TABLES):
         taught("ablation", detector, "both parts: clockdistill", best)
     for detector in scope.others["sensitivity"]:
         best = chosen(detector, "clockdistill")
+        row("sensitivity", detector, "student", role="student")
         for changes in SENSITIVITY.values():
             for label, change in changes:
                 taught("sensitivity", detector, label, best | change(best))
         taught("sensitivity", detector, "as chosen", best)
     for detector in scope.others["schedule"]:
-        for steps in (1, 3):
-            row("schedule", detector, f"student, {steps} x the steps", role="student", steps=steps)
-            taught("schedule", detector, f"distilled, {steps} x the steps", chosen(detector, "clockdistill"),
+        for steps in dict.fromkeys((scope.steps, 1, 2)):
+            row("schedule", detector, f"student, {steps:g} x the steps", role="student", steps=steps)
+            taught("schedule", detector, f"distilled, {steps:g} x the steps", chosen(detector, "clockdistill"),
                    steps=steps)
     return [row for row in rows if row.table in only]
 
@@ -407,7 +411,8 @@ def summarise(rows, done):
         base = {job.seed: done[job]["AP"] for job in plain_students(row) if done.get(job)}
         scores = {seed: result["AP"] for seed, result in results.items()}
         first = next(iter(results.values()))
-        line = {"detector": row.detector, "method": row.label, "seeds": list(results), "AP": list(scores.values()),
+        line = {"detector": row.detector, "method": row.label, "steps": row.jobs[0].steps,
+                "seeds": list(results), "AP": list(scores.values()),
                 **{name: [result[name] for result in results.values()] for name in SHOWN[1:]},
                 "gain": gain(scores, base) if row.jobs[0].method else None,
                 "options": first["options"], "params": first["params"], "gflops": first["gflops"],
@@ -596,39 +601,36 @@ def dry_run(site, jobs, tflops):
 
 # --------------------------------------------------------------------------------------------------------------- tuning
 
-def tuning(site):
-    """-> ([Job], chosen): every trial, and chosen(detector, what) -> the options of the best one so far, or of the
-    first when none has run; of "recipe", CLoCKDistill's as the recipe has them. Where nothing is tuned, what recipe and
+def tuning(site, only=TABLES):
+    """-> ([Job], chosen, done): every trial that the tables of `only` need, and chosen(detector, what) -> the options
+    of the best one in done {job: result}, or of the first when none has run. Where nothing is tuned, what recipe and
     methods say."""
     scope, done = site.scope, {}
 
     def trials(detector, what):
-        method = "clockdistill" if what in MEMORY else what
-        base = site.defaults(detector) if method == "clockdistill" else {}
-        return [base | MEMORY.get(what, {}) | trial for trial in (TRIALS[what] if scope.tune_seeds else [{}])]
+        base = site.defaults(detector) if what == "clockdistill" else MEMORY.get(what, {})
+        return [base | trial for trial in (TRIALS[what] if scope.tune_seeds else [{}])]
 
     def jobs(detector, what):
         method = "clockdistill" if what in MEMORY else what
-        return [Job(site.scale, detector, "student", method, pairs(options), seed, "tune")
+        return [Job(site.scale, detector, "student", method, pairs(options), seed, "tune", scope.tune_steps)
                 for options in trials(detector, what) for seed in scope.tune_seeds]
 
     def chosen(detector, what):
-        if what == "recipe":
-            return site.defaults(detector)
         scores = [done[job]["AP"] if done.get(job) else -math.inf for job in jobs(detector, what)]
         return trials(detector, what)[int(np.argmax(scores)) if scores else 0]
 
-    whole = {detector: ["clockdistill"] for detector in models.DETECTORS}
-    for table, kinds in (("rivals", RIVALS), ("ablation", MEMORY)):
-        for detector in scope.others[table]:
-            whole[detector] += kinds
-    every = [job for detector, kinds in whole.items() for what in kinds for job in jobs(detector, what)]
+    wanted = [(detector, "clockdistill") for table in only if table != "search"
+              for detector in (models.DETECTORS if table == "main" else scope.others[table])]
+    wanted += [(detector, what) for table, kinds in (("rivals", RIVALS), ("ablation", MEMORY)) if table in only
+               for detector in scope.others[table] for what in kinds]
+    every = [job for detector, what in wanted for job in jobs(detector, what)]
     return list(dict.fromkeys(every)), chosen, done
 
 
 def make(site, only, workers, shard, rebuild, dry, tflops):
     """The command `table`: teachers, tuning, tables; what other shards still have to do stops it in between."""
-    trials, chosen, tuned = tuning(site)
+    trials, chosen, tuned = tuning(site, only)
     teachers = [Job(site.scale, detector, "teacher") for detector in models.DETECTORS]
     if dry:
         rows = plan(site.scale, chosen, only)
@@ -642,22 +644,28 @@ def make(site, only, workers, shard, rebuild, dry, tflops):
             raise ValueError(f"{len(missing)} {what} have no result yet ({missing[0]}, ...): failed, or another "
                              f"shard's; bring their JSON files to {site.results}/runs and repeat the command")
     rows = plan(site.scale, chosen, only)
-    jobs = list(dict.fromkeys(job for row in rows for job in (*row.jobs, *plain_students(row))))
-    done = tuned | run_all(site, jobs, workers, shard, rebuild)
-    write(site, rows, trials, done, rebuild)
+    jobs = dict.fromkeys(job for row in rows for job in (*row.jobs, *plain_students(row)))
+    jobs = sorted(jobs, key=lambda job: job.seed)                # cut off early, every row has some of its seeds
+    done = run_all(site, jobs, workers, shard, rebuild)
+    write(site)
     return int(any(done[job] is None for job in jobs) and not rebuild)
 
 
-def write(site, rows, trials, done, rebuild):
-    """tables.json, tables.md and the figures, from the results alone."""
+def write(site):
+    """tables.json, tables.md and the figures of all tables, from the results that there are."""
     site.results.mkdir(parents=True, exist_ok=True)
+    trials, chosen, done = tuning(site)
+    done.update({job: site.result(job) for job in trials})
+    rows = plan(site.scale, chosen)
+    done.update({job: site.result(job) for row in rows for job in (*row.jobs, *plain_students(row)) if job not in done})
     tables = summarise(rows, done)
     tried = [{"detector": job.detector, "method": job.method, "options": dict(job.options), "seed": job.seed,
-              "AP": done[job]["AP"]} for job in trials if done.get(job)]
+              "AP": done[job]["AP"]} for job in trials if done[job]]
+
     def kept(name, compute):
-        """What takes a minute to measure: from the last time, when nothing is to be run."""
+        """What takes a minute to measure is measured once: to measure it again, delete the file."""
         file = site.results / f"{name}.json"
-        if not (file.exists() and rebuild):
+        if not file.exists():
             write_json(file, compute())
         return json.loads(file.read_text())
 

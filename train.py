@@ -637,7 +637,8 @@ def open_teacher(cfg, run, dataset, device):
     teacher, payload = load_model(cfg.teacher)
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
-    same_data = all(payload["settings"][name] == plain(cfg)[name] for name in EVALUATION if name != "root")
+    same_data = all(payload["settings"][name] == plain(cfg)[name] for name in EVALUATION
+                    if name not in ("root", "val_split"))
     ap, source = payload["metrics"].get("AP") if same_data else None, "stored in its checkpoint"
     if ap is None:
         ap, source = data.evaluate(detect(teacher, dataset, run, run.eval_batch), dataset)["AP"], "measured now"
