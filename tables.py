@@ -263,7 +263,7 @@ class Site:
         `looks.reading` finds for each content of the queries."""
         self.scale, self.root, self.parse, self.build, self.changes = scale, root, parse, build, list(changes)
         self.work, self.results, self.teachers = Path(work), Path(results), teachers or {}
-        self.measure, self.reads = measure, reads
+        self.measure, self.reads, self.measuring = measure, reads, threading.Lock()
         self.of_students = [] if floor is None else ["--teacher-floor", str(floor)]
         self.scope = SCALES[scale]
 
@@ -314,7 +314,8 @@ class Site:
         facts = {"name": job.name, "detector": job.detector, "role": job.role, "method": job.method,
                  "options": dict(job.options), "split": job.split}
         if job.role == "teacher" and job.detector in self.teachers:
-            self.file(facts | self.measure(self.teachers[job.detector]))
+            with self.measuring:                             # in this process, where FLOPs are counted by global hooks
+                self.file(facts | self.measure(self.teachers[job.detector]))
             return
         folder = self.work / job.name
         folder.mkdir(parents=True, exist_ok=True)
