@@ -1,18 +1,26 @@
 # Two commands do everything on a fresh machine:  make demo  and  make test.
 #   make demo [SCALE=quick] [TEACHER=scratch]   teacher, student, distilled student on the toy KITTI; table and pictures
 #   make test                                   the tests
+#   make notebooks                              run the .py twins in notebooks/ and write their .ipynb
+#   make test-notebooks                         that they run, and agree with their twins
 #   make .venv                                  only the environment
 PYTHON  ?= python3
 SCALE   ?= full
 TEACHER ?= shipped
 
-.PHONY: .venv demo test clean
+.PHONY: .venv demo test notebooks test-notebooks clean
 
 demo: .venv
 	.venv/bin/python train.py demo --scale $(SCALE) --teacher $(TEACHER)
 
 test: .venv
 	.venv/bin/python -m pytest
+
+notebooks: .venv
+	.venv/bin/python notebooks/build.py
+
+test-notebooks: .venv
+	.venv/bin/python -m pytest notebooks
 
 # The marker is made last, so that an installation that was cut off is done again.
 .venv: .venv/.installed

@@ -1,0 +1,40 @@
+"""Every notebook runs from top to bottom, is its .py twin word for word, and holds the pictures that running it makes.
+
+    make test-notebooks
+"""
+import time
+
+import jupytext
+import nbformat
+import pytest
+from build import HERE, run
+
+TWINS = sorted(HERE.glob("[0-9]_*.py"))
+LONGEST = 180                                    # seconds of each, on two CPU cores
+
+
+def written(twin):
+    return nbformat.read(twin.with_suffix(".ipynb"), as_version=4)
+
+
+def sources(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def pictures(notebook):
+    return [sum("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+            for cell in notebook.cells]
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
+def test_twin_and_notebook_agree(twin):
+    assert sources(written(twin)) == sources(jupytext.read(twin)), f"{twin.stem}.ipynb is not its .py: make notebooks"
+    assert all(cell.execution_count for cell in written(twin).cells if cell.cell_type == "code"), "make notebooks"
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
+def test_notebook_runs_and_draws_what_is_committed(twin):
+    """What is claimed is asserted in the notebooks themselves."""
+    start = time.perf_counter()
+    assert pictures(run(twin)) == pictures(written(twin))
+    assert time.perf_counter() - start < LONGEST
