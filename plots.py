@@ -408,6 +408,31 @@ def gains(rows, title=None):
     return figure
 
 
+def sensitivity(switches, student=(), title=None):
+    """AP against the values of some settings, each changed alone: a panel a setting, the same scale in all.
+
+    switches: dict setting -> list of (value as text, [AP of each seed]), in their order.  student: [AP of each seed] of
+    the student alone, drawn as a level line. Bars: one standard deviation over seeds each way.
+    """
+    figure = _figure(2.5)
+    panels = figure.subplots(1, max(1, len(switches)), sharey=True, squeeze=False)[0]
+    for axes, (name, points) in zip(panels, switches.items()):
+        mean = [np.mean(values) for _, values in points]
+        spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for _, values in points]
+        axes.errorbar(range(len(points)), mean, spread, capsize=3, markersize=5, linewidth=1.6,
+                      **model_style("distilled"))
+        if len(student):
+            axes.axhline(np.mean(student), linewidth=1.6, color=STUDENT, linestyle="--")
+        _plain(axes, name, "AP" if axes is panels[0] else "")
+        axes.set_xticks(range(len(points)), [value for value, _ in points])
+        axes.margins(x=0.15)
+    if len(student) and switches:
+        panels[0].annotate("student alone", (0, np.mean(student)), (0, 3), textcoords="offset points", fontsize=8)
+    figure.suptitle(title or "AP of the distilled student, one setting changed at a time", fontsize=10, x=0.01,
+                    ha="left", color=INK)
+    return figure
+
+
 def reading(answers, title=None):
     """Does a teacher's answer to a target-aware query come from the image? Its accuracy from three memories, as dots.
 

@@ -158,15 +158,14 @@ SEARCH = [
     ("and 24 random queries", {"random_queries": 24}),
     ("and the teacher's own queries", {"learned": True}),
 ]
-# Around the chosen setting: {what: [(in the table, change)]}; a function gets the chosen options.
+# Around the chosen setting: {what: [(its value, change)]}; a function gets the chosen options.
 SENSITIVITY = {
-    "lambda_mem": [("lambda_mem / 4", lambda o: {"lambda_mem": o["lambda_mem"] / 4}),
-                   ("lambda_mem x 4", lambda o: {"lambda_mem": o["lambda_mem"] * 4})],
-    "lambda_log": [("lambda_log / 4", lambda o: {"lambda_log": o["lambda_log"] / 4}),
-                   ("lambda_log x 4", lambda o: {"lambda_log": o["lambda_log"] * 4})],
-    "alpha : beta": [("beta 0", lambda o: {"beta": 0.0}), ("beta x 100", lambda o: {"beta": 1e-5})],
-    "temperature": [("temperature 1", lambda o: {"temperature": 1.0}),
-                    ("temperature 3", lambda o: {"temperature": 3.0})],
+    "lambda_mem": [("/ 4", lambda o: {"lambda_mem": o["lambda_mem"] / 4}), ("chosen", lambda o: {}),
+                   ("x 4", lambda o: {"lambda_mem": o["lambda_mem"] * 4})],
+    "lambda_log": [("/ 4", lambda o: {"lambda_log": o["lambda_log"] / 4}), ("chosen", lambda o: {}),
+                   ("x 4", lambda o: {"lambda_log": o["lambda_log"] * 4})],
+    "alpha : beta": [("1 : 0", lambda o: {"beta": 0.0}), ("500 : 1", lambda o: {}), ("5 : 1", lambda o: {"beta": 1e-5})],
+    "temperature": [(f"{t}", lambda o, t=t: {"temperature": t}) for t in (1.0, 3.0, 10.0)],
 }
 PLACES = ("root", "teacher", "init_from")                    # settings that only say where a file lies
 
@@ -238,10 +237,9 @@ def plan(scale, chosen, only=TABLES):
     for detector in scope.others["sensitivity"]:
         best = chosen(detector, "clockdistill")
         row("sensitivity", detector, "student", role="student")
-        for changes in SENSITIVITY.values():
-            for label, change in changes:
-                taught("sensitivity", detector, label, best | change(best))
-        taught("sensitivity", detector, "as chosen", best)
+        for what, changes in SENSITIVITY.items():
+            for value, change in changes:
+                taught("sensitivity", detector, f"{what} {value}", best | change(best))
     for detector in scope.others["schedule"]:
         for steps in dict.fromkeys((scope.steps, 1, 2)):
             row("schedule", detector, f"student, {steps:g} x the steps", role="student", steps=steps)
@@ -296,7 +294,7 @@ class Site:
         return command
 
     def result(self, job):
-        """The JSON of a finished run, or None; also None, and said, when it was made with other settings."""
+        """The JSON of a finished run, or None; also None, and said, when other settings or another teacher made it."""
         path = self.results / "runs" / f"{job.name}.json"
         if not path.exists():
             return None
@@ -304,6 +302,10 @@ class Site:
         if job.role == "teacher" and job.detector in self.teachers:
             return found
         differ = [key for key, value in found["settings"].items() if wanted.get(key) != value]
+        if job.method:
+            teacher = self.result(Job(job.scale, job.detector, "teacher"))
+            if teacher is not None and teacher["weights"] != found["taught_by"]:
+                differ.append("teacher")
         if differ:
             tqdm.write(f"{path} was made with other settings ({', '.join(differ)}): it is made again")
             return None
@@ -511,6 +513,12 @@ def draw(tables, done, read, folder):
         if longer:
             figures[f"schedule_{detector}"] = plots.curves(learning_curves(longer, by_name), "AP",
                                                            f"{detector}: schedules of one and three times the steps")
+        varied = {line["method"]: line["AP"] for line in tables.get("sensitivity", []) if line["detector"] == detector}
+        panels = {what: [(value, varied[f"{what} {value}"]) for value, _ in changes if f"{what} {value}" in varied]
+                  for what, changes in SENSITIVITY.items()}
+        if any(panels.values()):
+            figures[f"sensitivity_{detector}"] = plots.sensitivity(panels, varied.get("student", ()), f"{detector}: AP "
+                                                                   "of the distilled student, one setting at a time")
     for name in ("main", "rivals", "ablation"):
         gains = [(line["detector"], line["method"], line["gain"]) for line in tables.get(name, []) if line["gain"]]
         if gains:

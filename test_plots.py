@@ -286,3 +286,14 @@ def test_a_model_has_one_colour_and_memory_sizes_must_agree():
     assert plots.model_style("FGD", 1) != plots.model_style("MGD", 2)
     with pytest.raises(ValueError, match="memory"):
         plots.memory_error(torch.rand(3, 48, 160), torch.rand(5, 8), torch.rand(5, 8), SHAPES)
+
+
+def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
+    """.1, .2, .3: mean .2, deviation .1."""
+    figure = plots.sensitivity({"temperature": [("1", [.1, .2, .3]), ("10", [.4])], "lambda_mem": []}, [.1, .3])
+    axes = figure.axes[0]
+    assert axes.lines[0].get_ydata() == pytest.approx([.2, .4])
+    bars = axes.containers[0].lines[2][0].get_segments()
+    assert bars[0][:, 1] == pytest.approx([.1, .3]) and bars[1][:, 1] == pytest.approx([.4, .4])
+    assert axes.lines[-1].get_ydata() == pytest.approx([.2, .2])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]

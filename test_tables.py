@@ -65,6 +65,15 @@ def test_the_plan_compares_every_method_on_the_seeds_of_its_students():
     assert rivals == ["student", *tables.RIVALS, "clockdistill"]
     assert all(job.split == "tune" and job.seed >= 100 for row in rows if row.table == "search" for job in row.jobs)
     assert all(job.split == "val" and job.seed < 100 for row in rows if row.table != "search" for job in row.jobs)
+    assert all(student.steps == job.steps and student.seed == job.seed
+               for row in rows for job, student in zip(row.jobs, tables.plain_students(row)))
+    assert {job.steps for row in main for job in row.jobs} == {1}
+
+
+def test_the_search_is_the_same_whatever_it_found():
+    """It changes the recipe, so it must not depend on it."""
+    other = lambda detector, what: {"lambda_mem": 1.0, "lambda_log": 1.0, "content": "zero"}
+    assert tables.plan("toy", no_tuning, ("search",)) == tables.plan("toy", other, ("search",))
 
 
 def test_names_tell_runs_apart():
@@ -99,6 +108,25 @@ def test_tuning_chooses_by_the_tuning_split_alone(tmp_path):
     budgets = {job.method for job in trials}
     assert all(sum(job.method == method and job.detector == "dino" for job in trials) == 4
                for method in budgets - {"clockdistill"})              # the same budget for all
+    assert {len(trials) for trials in tables.TRIALS.values()} == {4}
+
+
+def test_a_table_is_tuned_for_what_it_shows(tmp_path):
+    site, trials = Shelf(tmp_path), lambda *only: {job.method for job in tables.tuning(site, only)[0]}
+    assert trials("search") == set()
+    assert trials("main") == trials("sensitivity") == {"clockdistill"}
+    assert trials("rivals") == {"clockdistill", *tables.RIVALS}
+
+
+@pytest.mark.parametrize("change, stale", [({}, False), ({"settings": {"lr": 1.0}}, True), ({"taught_by": "b"}, True)])
+def test_a_result_of_other_settings_or_of_another_teacher_does_not_count(tmp_path, capsys, change, stale):
+    site = tables.Site("toy", tmp_path, tmp_path, tmp_path, train.settings_of, build=None)
+    job, teacher = Job("toy", "dino", "student", "fgd"), Job("toy", "dino", "teacher")
+    settings = site.parse(site.arguments(job))
+    site.file({"name": teacher.name, "settings": site.parse(site.arguments(teacher)), "weights": "a"})
+    site.file({"name": job.name, "settings": settings, "taught_by": "a"} | change)
+    assert (site.result(job) is None) == stale
+    assert ("made again" in capsys.readouterr().out) == stale
 
 
 def test_shards_share_all_runs_and_none_twice(tmp_path):

@@ -841,7 +841,8 @@ def _fit(cfg, run, device, rank, world):
     save(steps, last)
     result = {**scores, "params": count_parameters(student),
               "gflops": models.gflops(evaluated, *reference_size(cfg, val_set)), "minutes": minutes(), "steps": steps,
-              "images_per_second": inference_speed(evaluated, val_set), "history": history, **provenance}
+              "images_per_second": inference_speed(evaluated, val_set), "history": history,
+              "weights": fingerprint(evaluated), **provenance}
     if rank == 0:
         write_json(out / "result.json", result)
     say(f"written    {out}/result.json, last.pt, best.pt, log.jsonl")
@@ -1116,8 +1117,7 @@ def shipped_teacher(path, root, device):
     return {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
             "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
             "images_per_second": inference_speed(model, dataset), "history": [], "machine": payload["machine"],
-            "commit": payload["commit"], "settings": payload["settings"],
-            "weights": str(path.relative_to(HERE))}
+            "commit": payload["commit"], "settings": payload["settings"], "weights": fingerprint(model)}
 
 
 def print_table(results, scale, where):
