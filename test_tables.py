@@ -61,7 +61,7 @@ def test_the_plan_compares_every_method_on_the_seeds_of_its_students():
     assert [(row.detector, row.label) for row in main] == [
         (detector, label) for detector in models.DETECTORS for label in ("teacher", "student", "clockdistill")]
     assert all([job.seed for job in row.jobs] == [0, 1, 2, 3, 4] for row in main if row.label != "teacher")
-    rivals = [row.label for row in rows if row.table == "rivals" and row.detector == "dino"]
+    rivals = [row.label for row in rows if row.table == "rivals" and row.detector == "deformable_detr"]
     assert rivals == ["student", *tables.RIVALS, "clockdistill"]
     assert all(job.split == "tune" and job.seed >= 100 for row in rows if row.table == "search" for job in row.jobs)
     assert all(job.split == "val" and job.seed < 100 for row in rows if row.table != "search" for job in row.jobs)
@@ -99,14 +99,14 @@ def test_tuning_chooses_by_the_tuning_split_alone(tmp_path):
     site = Shelf(tmp_path)
     trials, chosen, done = tables.tuning(site)
     assert all(job.split == "tune" and job.seed in site.scope.tune_seeds for job in trials)
-    first = chosen("dino", "fgd")
+    first = chosen("deformable_detr", "fgd")
     assert first == tables.TRIALS["fgd"][0]                           # nothing has run yet
-    jobs = [job for job in trials if (job.detector, job.method) == ("dino", "fgd")]
+    jobs = [job for job in trials if (job.detector, job.method) == ("deformable_detr", "fgd")]
     assert len(jobs) == 4
     done.update({job: {"AP": score} for job, score in zip(jobs, (0.1, 0.2, 0.4, 0.3))})
-    assert chosen("dino", "fgd") == dict(jobs[2].options)
+    assert chosen("deformable_detr", "fgd") == dict(jobs[2].options)
     budgets = {job.method for job in trials}
-    assert all(sum(job.method == method and job.detector == "dino" for job in trials) == 4
+    assert all(sum(job.method == method and job.detector == "deformable_detr" for job in trials) == 4
                for method in budgets - {"clockdistill"})              # the same budget for all
     assert {len(trials) for trials in tables.TRIALS.values()} == {4}
 

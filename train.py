@@ -172,7 +172,7 @@ RECIPES = {
     "toy-student": {
         "dino": TOY_STUDENT | dict(feature_levels=3, points=2, denoising=50),
         "deformable_detr": TOY_STUDENT | dict(feature_levels=3, points=2, box_refine=True, dropout=0.),
-        "dab_detr": TOY_STUDENT | dict(feature_stride=8, num_queries=60, steps=3000, lr=1e-3, backbone_lr=1e-3),
+        "dab_detr": TOY_STUDENT | dict(feature_stride=8, num_queries=60, steps=2000, lr=1e-3, backbone_lr=1e-3),
     },
     "toy-teacher": {
         "dino": TOY_TEACHER | dict(feature_levels=3, points=4, denoising=50),
