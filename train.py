@@ -42,7 +42,7 @@ import plots
 import tables
 from baselines import BASELINES, View
 from checkpoints import write_json, write_text
-from clockdistill import CLoCKDistill, location_mask
+from clockdistill import PRESETS, CLoCKDistill, location_mask
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"clockdistill": CLoCKDistill} | BASELINES       # name on the command line -> class, its arguments: options
@@ -652,18 +652,27 @@ def open_teacher(cfg, run, dataset, device):
 GIVEN = ("student_dim", "teacher_dim", "num_classes", "levels")        # a method's arguments that are no options
 
 
+def method_defaults(cls):
+    """{option: default} of a method's --method-options. CLoCKDistill's `preset` changes the defaults of the others."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()
+                if name not in GIVEN}
+    return ({"preset": "paper"} if cls is CLoCKDistill else {}) | defaults
+
+
 def open_method(cfg, teacher, student):
     """The distillation method of `--method`, with its `--method-options`."""
     cls = METHODS[cfg.method]
-    known = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()
-             if name not in GIVEN}
-    options = {}
+    known, options = method_defaults(cls), {}
     for pair in cfg.method_options:
         name, _, value = pair.partition("=")
         if name not in known:
             raise ValueError(f"--method-options {pair}: {cfg.method} has no option {name!r}, only "
                              + ", ".join(f"{k}={v}" for k, v in known.items()))
         options[name] = parse_like(known[name], value, f"--method-options {pair}")
+    preset = options.pop("preset", "paper")
+    if preset not in PRESETS:
+        raise ValueError(f"--method-options preset={preset}: choose from {', '.join(PRESETS)}")
+    options = PRESETS[preset] | options
     given = {"student_dim": student.config["hidden_dim"], "teacher_dim": teacher.config["hidden_dim"],
              "num_classes": student.num_classes, "levels": student.config.get("feature_levels", 1)}
     method = cls(**{k: v for k, v in given.items() if k in inspect.signature(cls).parameters}, **options)
@@ -1310,8 +1319,7 @@ def describe_methods():
     """The options of each distillation method, for `distill --help`."""
     lines = []
     for name, cls in METHODS.items():
-        options = [f"{p.name}={p.default}" for p in inspect.signature(cls).parameters.values()
-                   if p.name not in GIVEN]
+        options = [f"{option}={default}" for option, default in method_defaults(cls).items()]
         lines.append(f"--method-options of {name}, with their defaults; {cls.__module__}.py says what each does:\n  "
                      + " ".join(options))
     return "\n".join(lines)
