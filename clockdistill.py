@@ -273,6 +273,17 @@ def _giou_distance(a, b):
 # 3. Both parts
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Options by name: CLoCKDistill(student_dim, teacher_dim, **PRESETS["dino"]). "paper" is the literal reading, the
+# defaults. A detector's is the setting of the logit part that won on images and a seed that no table reports, of 15
+# tried alone, one change at a time (results/toy/tables.md, "search"; one seed, so the margins are thin):
+#   content     "label" holds the answer, a decoder need not look: worse on DINO, no better on Deformable DETR
+#   normalise   the teacher is unsure of other contents: divided by their number, queries would weigh next to nothing
+#   groups      the winner of both searches. With box_noise they are three different questions about each object.
+# DAB-DETR takes Deformable DETR's, the other one without denoising queries.
+_NOISY = dict(content="own", box_noise=0.4, normalise="confidence", groups=3)
+PRESETS = {"paper": {}, "dab_detr": _NOISY, "deformable_detr": _NOISY, "dino": _NOISY}
+
+
 class CLoCKDistill(nn.Module):
     """The method: what to add to the student's detection loss.
 

@@ -116,7 +116,7 @@ def scaled(options, factors=(1, 4, 16, 64)):
 # thirtieth to twice: heavier ones crowd detection out.
 TRIALS = {
     "clockdistill": [{"lambda_mem": x, "lambda_log": y} for x, y in
-                     ((1250, 0.1), (5000, 0.1), (20000, 0.1), (5000, 0.5))],
+                     ((1250, 0.5), (5000, 0.5), (20000, 0.5), (5000, 0.1))],
     "fitnets": scaled({"weight": 8}),
     "hinton": scaled({"weight": 0.05}),
     "fgd": scaled({"alpha": 4e-3, "beta": 2e-3, "gamma": 4e-3, "lambda_global": 2e-5}),
@@ -231,8 +231,7 @@ def plan(scale, chosen, only=TABLES):
                               ("logits on target-aware queries: the logit part", {}),
                               ("... content: label", {"content": LABEL[detector]}),
                               ("... content: frozen random", {"content": "random"}),
-                              ("... content: the teacher's learned", {"content": "own"}),
-                              ("... 3 groups", {"groups": 3}), ("... no box noise", {"box_noise": 0.0}),
+                              ("... 1 group", {"groups": 1}), ("... no box noise", {"box_noise": 0.0}),
                               ("... no confidence weight", {"confidence": False, "normalise": "queries"})):
             taught("ablation", detector, label, logits | change)
         taught("ablation", detector, "both parts: clockdistill", best)
@@ -290,7 +289,9 @@ class Site:
             command += ["--teacher", self.teacher(job), "--method", job.method, *self.of_students]
         command += self.changes
         if job.steps != 1:
-            command += ["--steps", str(round(self.parse(command)["steps"] * job.steps))]
+            settings = self.parse(command)
+            command += (["--epochs", f"{settings['epochs'] * job.steps:g}"] if settings["steps"] is None else
+                        ["--steps", str(round(settings["steps"] * job.steps))])
         if job.options:
             command += ["--method-options", *(f"{name}={value}" for name, value in job.options)]
         return command

@@ -12,6 +12,7 @@ import data
 import models
 import tables
 import train
+from clockdistill import PRESETS
 from tables import Job
 
 
@@ -111,6 +112,21 @@ def test_tuning_chooses_by_the_tuning_split_alone(tmp_path):
     assert {len(trials) for trials in tables.TRIALS.values()} == {4}
 
 
+def test_presets_and_recipes_are_what_won():
+    """On the split "tune", by the committed results."""
+    site = tables.Site("toy", "ROOT", "WORK", Path(tables.HERE) / "results" / "toy", train.settings_of, build=None)
+    rows = tables.plan("toy", no_tuning, ("search",))
+    for detector in site.scope.others["search"]:
+        jobs = [row.jobs[0] for row in rows if row.detector == detector]
+        won = dict(max(jobs, key=lambda job: site.result(job)["AP"]).options)
+        assert PRESETS[detector] == {name: value for name, value in won.items() if "lambda" not in name}
+    trials, chosen, done = tables.tuning(site, ("main",))
+    done.update({job: site.result(job) for job in trials})
+    assert all(done.values())
+    for detector in models.DETECTORS:
+        assert chosen(detector, "clockdistill") == site.defaults(detector)
+
+
 def test_a_table_is_tuned_for_what_it_shows(tmp_path):
     site, trials = Shelf(tmp_path), lambda *only: {job.method for job in tables.tuning(site, only)[0]}
     assert trials("search") == set()
@@ -182,6 +198,20 @@ def test_saved_bytes_by_hand():
     with saved:
         layer(torch.zeros(3, 4)).sigmoid()
     assert saved.bytes == 4 * (3 * 4 + 3 * 5)
+
+
+@pytest.mark.parametrize("scale", ["kitti", "coco"])
+def test_a_dry_run_tells_each_run_of_the_paper_s_scales(scale, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "training_bytes", lambda *_: 1e9)              # of real models: that takes a while
+    monkeypatch.setattr(models, "gflops", lambda *_: 100.0)
+    monkeypatch.setattr(models, "build", lambda *_, **__: None)
+    assert train.main(["table", scale, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "To download" in told
+    for name in ("dab_detr-teacher", "dino-fgd", "deformable_detr-clockdistill", "dino-student-x2"):
+        assert name in told
+    twice = next(line for line in told.splitlines() if "dino" in line and "--epochs 24" in line)
+    assert f"--recipe {scale}-student" in twice
 
 
 @pytest.fixture(scope="module")
