@@ -276,12 +276,14 @@ def _giou_distance(a, b):
 # Options by name: CLoCKDistill(student_dim, teacher_dim, **PRESETS["dino"]). "paper" is the literal reading, the
 # defaults. A detector's is the setting of the logit part that won on images and a seed that no table reports, of 15
 # tried alone, one change at a time (results/toy/tables.md, "search"; one seed, so the margins are thin):
-#   content     "label" holds the answer, a decoder need not look: worse on DINO, no better on Deformable DETR
-#   normalise   the teacher is unsure of other contents: divided by their number, queries would weigh next to nothing
-#   groups      the winner of both searches. With box_noise they are three different questions about each object.
+#   content         "label" holds the answer, a decoder need not look: worse on DINO, no better on Deformable DETR
+#   normalise       of other contents the teacher is unsure: divided by their number, they would weigh next to nothing
+#   groups          won on DINO: with box_noise, three different questions about each object
+#   random_queries  won on Deformable DETR, which has no denoising queries to learn from: what is not an object
 # DAB-DETR takes Deformable DETR's, the other one without denoising queries.
-_NOISY = dict(content="own", box_noise=0.4, normalise="confidence", groups=3)
-PRESETS = {"paper": {}, "dab_detr": _NOISY, "deformable_detr": _NOISY, "dino": _NOISY}
+_LOOKING = dict(content="own", box_noise=0.4, normalise="confidence")
+PRESETS = {"paper": {}, "dab_detr": _LOOKING | dict(random_queries=24),
+           "deformable_detr": _LOOKING | dict(random_queries=24), "dino": _LOOKING | dict(groups=3)}
 
 
 class CLoCKDistill(nn.Module):

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import models
 import plots
 from checkpoints import write_json, write_text
+from clockdistill import PRESETS, CLoCKDistill
 
 HERE = Path(__file__).resolve().parent
 TABLES = ("search", "main", "rivals", "ablation", "sensitivity", "schedule")
@@ -176,6 +178,13 @@ def pairs(options):
     return tuple(sorted(options.items()))
 
 
+def changed(options, change):
+    """What of a change to CLoCKDistill's options is one, so that the same run is not planned under two names."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(CLoCKDistill).parameters.items()}
+    now = defaults | PRESETS[options.get("preset", "paper")] | options
+    return {name: value for name, value in change.items() if now[name] != value}
+
+
 def shard(text):
     """'2/3' -> (1, 3), for argparse."""
     index, _, count = text.partition("/")
@@ -226,14 +235,19 @@ def plan(scale, chosen, only=TABLES):
         for label, variant in (("memory, every token alike", "memory_plain"), ("+ location mask", "memory_location"),
                                ("+ scale mask: the memory part", "memory")):
             taught("ablation", detector, label, chosen(detector, variant))
-        for label, change in (("logits on the teacher's learned queries", {"target": False, "learned": True}),
-                              ("logits on random fixed queries", {"target": False, "random_queries": 24}),
-                              ("logits on target-aware queries: the logit part", {}),
-                              ("... content: label", {"content": LABEL[detector]}),
-                              ("... content: frozen random", {"content": "random"}),
-                              ("... 1 group", {"groups": 1}), ("... no box noise", {"box_noise": 0.0}),
-                              ("... no confidence weight", {"confidence": False, "normalise": "queries"})):
-            taught("ablation", detector, label, logits | change)
+        variants = {
+            "logits on the teacher's learned queries": {"target": False, "learned": True, "random_queries": 0},
+            "logits on random fixed queries": {"target": False, "random_queries": 24},
+            "logits on target-aware queries alone": {"random_queries": 0},
+            "the logit part, as chosen": {},
+            "... with random queries": {"random_queries": 24},
+            "... content: label": {"content": LABEL[detector]}, "... content: frozen random": {"content": "random"},
+            "... 1 group": {"groups": 1}, "... 3 groups": {"groups": 3}, "... no box noise": {"box_noise": 0.0},
+            "... no confidence weight": {"confidence": False, "normalise": "queries"}}
+        for label, change in variants.items():
+            now = changed(logits, change)
+            if now or not change:                                    # else it is what was chosen, under another name
+                taught("ablation", detector, label, logits | now)
         taught("ablation", detector, "both parts: clockdistill", best)
     for detector in scope.others["sensitivity"]:
         best = chosen(detector, "clockdistill")

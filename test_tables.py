@@ -77,6 +77,18 @@ def test_the_search_is_the_same_whatever_it_found():
     assert tables.plan("toy", no_tuning, ("search",)) == tables.plan("toy", other, ("search",))
 
 
+def test_an_ablation_does_not_repeat_what_was_chosen():
+    tuned = lambda detector, what: {"lambda_mem": 5.0, "lambda_log": 0.1, "preset": detector}
+    rows = {detector: [row for row in tables.plan("toy", tuned, ("ablation",)) if row.detector == detector]
+            for detector in ("dino", "deformable_detr")}
+    for of_one in rows.values():
+        assert len({row.jobs for row in of_one}) == len(of_one)
+    assert "... 1 group" in {row.label for row in rows["dino"]}                # 3 were chosen
+    assert "... 3 groups" in {row.label for row in rows["deformable_detr"]}    # 1 was
+    assert tables.changed({"preset": "dino"}, {"groups": 3, "content": "own"}) == {}
+    assert tables.changed({"preset": "dino", "groups": 1}, {"groups": 3}) == {"groups": 3}
+
+
 def test_names_tell_runs_apart():
     jobs = {job for scale in tables.SCALES for row in tables.plan(scale, no_tuning) for job in row.jobs}
     assert len({(job.scale, job.name) for job in jobs}) == len(jobs)
