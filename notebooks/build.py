@@ -2,6 +2,8 @@
 
 A notebook's text and code live in its twin (percent format); the .ipynb is made, never edited.
 """
+import base64
+import io
 import sys
 import time
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
+WIDEST = 950                                     # pixels of a picture: a page of 9 inches and its margin
 
 
 def run(twin):
@@ -20,14 +24,25 @@ def run(twin):
                    resources={"metadata": {"path": HERE}}).execute()
     for index, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{index}", {}             # the same at every build, so that only outputs differ
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output["data"] = {"image/png": small(output["data"]["image/png"])}
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
                          "language_info": {"name": "python"}}
     return notebook
 
 
+def small(png):
+    """A picture (base64) at page width in 256 colours: a third of the bytes."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.thumbnail((WIDEST, 10 * WIDEST), Image.Resampling.LANCZOS)
+    palette = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=2)  # keeps rare colours: thin lines, markers
+    image.quantize(256, **palette).save(file := io.BytesIO(), format="png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 if __name__ == "__main__":
     for twin in [HERE / f"{name}.py" for name in sys.argv[1:]] or sorted(HERE.glob("[0-9]_*.py")):
-        start = time.perf_counter()
-        made = twin.with_suffix(".ipynb")
+        start, made = time.perf_counter(), twin.with_suffix(".ipynb")
         nbformat.write(run(twin), made)
         print(f"{made.name}: {time.perf_counter() - start:.0f} s, {made.stat().st_size / 1e6:.2f} MB")
