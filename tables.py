@@ -92,9 +92,10 @@ class Scale:
 
 
 SCALES = {
-    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), 1 / 2, {"search": ("dino", "deformable_detr"), "rivals": ("deformable_detr",),
-                 "ablation": ("deformable_detr", "dino"), "sensitivity": ("deformable_detr",),
-                 "schedule": ("deformable_detr",)}, (100,), 1 / 3,
+    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), 1 / 2,
+                 {"search": ("dino", "deformable_detr"), "rivals": ("deformable_detr",),
+                  "ablation": ("deformable_detr", "dino"), "sensitivity": ("deformable_detr",),
+                  "schedule": ("deformable_detr",)}, (100,), 1 / 3,
                  ("--eval-every", "400", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
                  "nothing: the images are drawn on first use"),
     "kitti": Scale((0, 1, 2), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), 1, ("--eval-every", "5000"), 5985,
@@ -168,7 +169,8 @@ SENSITIVITY = {
                    ("x 4", lambda o: {"lambda_mem": o["lambda_mem"] * 4})],
     "lambda_log": [("/ 4", lambda o: {"lambda_log": o["lambda_log"] / 4}), ("chosen", lambda o: {}),
                    ("x 4", lambda o: {"lambda_log": o["lambda_log"] * 4})],
-    "alpha : beta": [("1 : 0", lambda o: {"beta": 0.0}), ("500 : 1", lambda o: {}), ("5 : 1", lambda o: {"beta": 1e-5})],
+    "alpha : beta": [("1 : 0", lambda o: {"beta": 0.0}), ("500 : 1", lambda o: {}),
+                     ("5 : 1", lambda o: {"beta": 1e-5})],
     "temperature": [(f"{t}", lambda o, t=t: {"temperature": t}) for t in (1.0, 3.0, 10.0)],
 }
 PLACES = ("root", "teacher", "init_from")                    # settings that only say where a file lies

@@ -82,7 +82,8 @@ def test_an_ablation_does_not_repeat_what_was_chosen():
     rows = {detector: [row for row in tables.plan("toy", tuned, ("ablation",)) if row.detector == detector]
             for detector in ("dino", "deformable_detr")}
     for of_one in rows.values():
-        assert len({row.jobs for row in of_one}) == len(of_one)
+        logits = [row.jobs for row in of_one if row.label.startswith(("logits", "the logit part", "..."))]
+        assert len(set(logits)) == len(logits) > 5
     assert "... 1 group" in {row.label for row in rows["dino"]}                # 3 were chosen
     assert "... 3 groups" in {row.label for row in rows["deformable_detr"]}    # 1 was
     assert tables.changed({"preset": "dino"}, {"groups": 3, "content": "own"}) == {}
