@@ -170,9 +170,9 @@ PAPER = {name: ("preset=paper", *(() if name == "dino" else ("content=random_lab
 RECIPES = {
     "toy-student": {
         "dino": TOY_STUDENT | dict(feature_levels=3, points=2, denoising=50,
-                                   method_options=("preset=dino", "lambda_mem=5000", "lambda_log=0.5")),
+                                   method_options=("preset=dino", "lambda_mem=20000", "lambda_log=0.5")),
         "deformable_detr": TOY_STUDENT | dict(feature_levels=3, points=2, box_refine=True, dropout=0.,
-                                              method_options=("preset=deformable_detr", "lambda_mem=5000",
+                                              method_options=("preset=deformable_detr", "lambda_mem=1250",
                                                               "lambda_log=0.5")),
         "dab_detr": TOY_STUDENT | dict(feature_stride=8, num_queries=60, steps=2000, lr=1e-3, backbone_lr=1e-3,
                                        method_options=("preset=dab_detr", "lambda_mem=5000", "lambda_log=0.5")),
