@@ -3,7 +3,8 @@
 One vocabulary for all functions:
   image    (3, H, W) or (H, W, 3), tensor or array, floats in 0..1 (not normalised) or uint8; or an RGB PIL image
   boxes    (K, 4), x0 y0 x1 y1 in pixels of the image handed in; K = 0 is fine everywhere
-  truth    dict(labels (K,), boxes (K, 4), optionally ignore (N, 4): there a detection is neither right nor wrong)
+  truth    dict(labels (K,), boxes (K, 4), optionally ignore (N, 4): there a detection is neither right nor wrong, and
+           references that queries start from, boxes (R, 4) or points (R, 2))
   result   dict(scores (N,), labels (N,), boxes (N, 4)), as models.postprocess returns it for one image
   look     dict(places, weights, boxes, references), what queries look at, as the function `look` makes it
   classes  list of names, indexed by label
@@ -18,7 +19,7 @@ import math
 import numpy as np
 import torch
 from matplotlib import patheffects
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -57,6 +58,7 @@ def detections(images, truths, results, classes, min_score=0.4, min_iou=0.5):
     images: list of N. truths: list of N truths. results: dict name -> list of N results. min_score: weaker detections
     are not drawn. A detection is right when it overlaps a free truth of its class with IoU >= min_iou, strongest first;
     others are dashed, or not drawn when half of one lies in an ignored region; truths not found are dotted in white.
+    No results, {}: the ground truth alone, with its references dotted.
     """
     names = ["ground truth", *results]
     rows = max(len(images), 1)
@@ -72,19 +74,20 @@ def detections(images, truths, results, classes, min_score=0.4, min_iou=0.5):
             _ignored(axes, truth)
             if column == 0:
                 _boxes(axes, truth["boxes"], TRUTH, labels=truth["labels"], names=written)
+                for place in _array(truth.get("references", ())):
+                    _reference(axes, place)
             else:
                 counts[name] += _judged(axes, results[name][row], truth, model_style(name, column - 1)["color"],
                                         min_score, min_iou, written)
     for axes in grid[len(images):].flat:
         axes.set_axis_off()
     for axes, name in zip(grid[0], names):
-        title = f"{name}\n{sum(len(t['labels']) for t in truths)} objects"
+        title = f"{name}\n{_objects(sum(len(t['labels']) for t in truths))}"
         if name in counts:
             found, missed, false = counts[name]
             title = f"{name}\n{found} found, {missed} missed, {false} false"
         axes.set_title(title, fontsize=8.5, color=INK)
-    _legend(figure, classes, any(len(truth.get("ignore", ())) for truth in truths),
-            f"found means score ≥ {min_score:g} and IoU ≥ {min_iou:g}")
+    _legend(figure, classes, truths, f"found means score ≥ {min_score:g} and IoU ≥ {min_iou:g}", len(results) > 0)
     return figure
 
 
@@ -97,24 +100,24 @@ def location_masks(image, boxes, masks):
     """
     masks = [(_array(inside) > 0, _array(scale)) for inside, scale in masks]
 
-    def title(level):
-        inside, scale = masks[level]
+    panels = [(f"the scene, {_objects(len(boxes))}", None)]
+    for level, (inside, scale) in enumerate(masks):
         rows, columns = scale.shape
         total, cells = scale.sum() or 1.0, (scale > 0).sum() or 1
-        return (f"level {level}, {columns} x {rows} cells; objects: {inside.sum() / cells:.1%} of the cells, "
-                f"{scale[inside].sum() / total:.0%} of S")
+        panels.append((f"level {level}, {columns} x {rows} cells; objects: {inside.sum() / cells:.1%} of the cells, "
+                       f"{scale[inside].sum() / total:.0%} of S", scale))
+    return _over_scene(image, boxes, panels, _log_norm([scale for _, scale in masks]),
+                       "weight S of a cell (the cells of an object, or of the background, add up to 1)",
+                       "Location masks: each object weighs as much as the whole background")
 
-    scales = [scale for _, scale in masks]
-    return _over_scene(image, boxes, scales, title, "weight S of a cell (the cells of an object, or of the background, "
-                       "add up to 1)", "Location masks: each object weighs as much as the whole background")
 
-
-def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
+def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=None, high=None):
     """Where the student's memory is not yet the teacher's: squared error of every token, level by level.
 
     image: the padded batch image. student, teacher: (S, D) memory tokens of this ONE image, of equal width. shapes:
     list of (H_l, W_l), finest first, with S = sum of H_l W_l. padding: (S,), True where padded: left bare. The colour
-    is the sum over channels of (teacher - student)^2, logarithmic. Raises ValueError when the sizes disagree.
+    is the sum over channels of (teacher - student)^2, logarithmic, from low to high: give them to compare two pictures;
+    None: the least and the largest error. Raises ValueError when the sizes disagree.
     """
     student, teacher = _array(student), _array(teacher)
     if student.shape != teacher.shape or len(student) != sum(h * w for h, w in shapes):
@@ -125,13 +128,26 @@ def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
         error = np.where(_array(padding) > 0, 0, error)
     parts = np.split(error, np.cumsum([h * w for h, w in shapes])[:-1])
     levels = [part.reshape(h, w) for part, (h, w) in zip(parts, shapes)]  # each (H_l, W_l)
-
-    def title(level):
-        kept = levels[level][levels[level] > 0]
-        return (f"level {level}, {shapes[level][1]} x {shapes[level][0]} cells: "
-                f"{kept.mean() if len(kept) else 0:.3g} a cell on average")
-    return _over_scene(image, boxes, levels, title, "squared error of a cell, summed over channels",
+    panels = [(f"the scene, {_objects(len(boxes))}", None)]
+    for level, ((h, w), values) in enumerate(zip(shapes, levels)):
+        mean = values[values > 0].mean() if (values > 0).any() else 0
+        panels.append((f"level {level}, {w} x {h} cells: {mean:.3g} a cell on average", values))
+    return _over_scene(image, boxes, panels, _log_norm(levels, low, high),
+                       "squared error of a cell, summed over channels",
                        "Memory error: where the student does not yet remember what the teacher does")
+
+
+def maps_over_scene(image, boxes, maps, label, title, high=None):
+    """Any maps over one scene: a name in each column, a level in each row, one colour scale from 0 to high.
+
+    image: the padded batch image. maps: dict name -> list of (H_l, W_l), the same number of levels for each name; cells
+    of 0 or less stay bare. label: of the colours, with the unit. high: None takes the largest value there is.
+    """
+    levels = zip(*([_array(values) for values in of] for of in maps.values()))
+    panels = [(f"{name}, level {level}", values)
+              for level, row in enumerate(levels) for name, values in zip(maps, row)]
+    largest = max([values.max(initial=0) for _, values in panels] + [1e-12])
+    return _over_scene(image, boxes, panels, Normalize(0, high or largest), label, title, columns=len(maps))
 
 
 def look(recorded, shapes, queries=slice(None), boxes=None, references=None, image=0):
@@ -285,7 +301,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
         keys.append(Line2D([], [], color=INK, linestyle=REFERENCE, label="reference box"))
     if 2 in starts:
         keys.append(Line2D([], [], color=INK, linestyle="none", marker="+", markersize=9, label="reference point"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=max(len(keys), 1), fontsize=8, frameon=False)
+    _keys(figure, keys)
     if grid and count and first["boxes"] is not None:
         even = agreement(maps[next(iter(maps))], even_mass(first["boxes"], (width, height), *grid)).mean()
         title += f"\n(for comparison, an even look over the box agrees {even:.2f})"
@@ -296,27 +312,32 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
 def self_attention(weights, shown=None, names=(), groups=None, title="Which queries listen to which"):
     """Queries looking at one another, a square matrix for each layer (or model): rows look at columns.
 
-    weights: dict name -> (heads, Q, Q), 0 where masked; drawn is the mean over heads. shown: indices of the queries to
-    draw, in this order; None: all. names: of the shown, "" for none. groups: dict name -> how many of the shown, in
-    order (denoising, learned, extra): draws borders, and their names where `names` has none. The colour is the weight
-    times the number of queries that the row may look at, so 1 is an even spread; the titles say what a query keeps to
-    itself, mean over the shown. Raises ValueError when the groups are not all the shown together.
+    weights: dict name -> (heads, Q, Q), 0 where masked; drawn is the mean over heads. Or a mask alone, (Q, Q) bool,
+    True where a row may look. shown: indices of the queries to draw, in this order; None: all. names: of the shown, ""
+    for none. groups: dict name -> how many of the shown, in order (denoising, learned, extra), or such a dict for each
+    matrix, by its name: draws borders, and their names where `names` has none. The colour is the weight times the
+    number of queries that the row may look at, so 1 is an even spread; the titles say what a query keeps to itself,
+    mean over the shown. Raises ValueError when the groups are not all the shown together.
     """
-    maps = {name: _array(w).mean(0) for name, w in weights.items()}                       # (Q, Q) each
+    masks = [name for name, w in weights.items() if w.ndim == 2]
+    maps = {name: _array(w) for name, w in weights.items()}
+    maps = {name: w / w.sum(-1, keepdims=True).clip(1) if w.ndim == 2 else w.mean(0)      # (Q, Q) each
+            for name, w in maps.items()}
     order = {name: np.arange(len(m)) if shown is None else _array(shown).astype(int) for name, m in maps.items()}
     heat = {name: (m * (m > 0).sum(-1, keepdims=True))[np.ix_(order[name], order[name])] for name, m in maps.items()}
     norm = LogNorm(0.1, max([m.max(initial=0) for m in heat.values()] + [10]))
     columns = min(max(len(maps), 1), 3)
     lines = math.ceil(max(len(maps), 1) / columns)
     side = min((PAGE_INCHES - 1) / columns, 3.4)
-    figure = _figure((side + 0.3) * lines + 0.75, width=side * columns + 1)
+    figure = _figure((side + 0.3) * lines + (0.75 if len(masks) < len(maps) else 0.25), width=side * columns + 1)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(maps):]:
         axes.set_axis_off()
-    borders = np.cumsum([0, *(groups or {}).values()])
+    own_groups = groups and isinstance(next(iter(groups.values())), dict)                 # of each matrix, not of all
     for panel, (axes, name) in enumerate(zip(panels, maps)):
-        count = len(order[name])
-        if groups and borders[-1] != count:
+        of = groups[name] if own_groups else groups or {}
+        borders, count = np.cumsum([0, *of.values()]), len(order[name])
+        if of and borders[-1] != count:
             raise ValueError(f"{name}: the groups are {borders[-1]} queries together, the matrix shows {count}")
         side = max(count, 1)
         drawn = axes.imshow(np.ma.masked_less_equal(heat[name], 0), extent=(0, side, side, 0), norm=norm,
@@ -324,17 +345,19 @@ def self_attention(weights, shown=None, names=(), groups=None, title="Which quer
         axes.set_facecolor("#DDDDDD")
         axes.hlines(borders[1:-1], 0, count, colors="white", linewidths=1.5)
         axes.vlines(borders[1:-1], 0, count, colors="white", linewidths=1.5)
-        places, words = (borders[1:] + borders[:-1]) / 2, list(groups or ())
+        rows = [((start + end) / 2, word) for start, end, word in zip(borders, borders[1:], of) if end > start]
         if any(names):
-            places, words = zip(*((row + 0.5, word) for row, word in enumerate(names) if word))
+            rows = [(row + 0.5, word) for row, word in enumerate(names) if word]
+        written = panel % columns == 0 or own_groups and not any(names)
         axes.set_xticks([])
-        axes.set_yticks(places, words if panel % columns == 0 else [""] * len(words), fontsize=8)
+        axes.set_yticks([place for place, _ in rows], [word if written else "" for _, word in rows], fontsize=8)
         axes.tick_params(length=2)
-        axes.set_xlabel("looked at, in the same order", fontsize=8, color=INK)
+        axes.set_xlabel("looked at, in the same order" + " (grey: may not)" * (name in masks), fontsize=8, color=INK)
         axes.set_ylabel("query that looks" if panel % columns == 0 else "", fontsize=8, color=INK)
         own = np.diagonal(maps[name])[order[name]]
-        axes.set_title(f"{name}: {own.mean() if count else 0:.0%} to itself", fontsize=8.5, color=INK, pad=3)
-    if maps:
+        axes.set_title(name if name in masks else f"{name}: {own.mean() if count else 0:.0%} to itself", fontsize=8.5,
+                       color=INK, pad=3)
+    if len(masks) < len(maps):
         _bar(figure, panels, drawn, "attention, times an even spread (grey: may not look)")
     figure.suptitle(title, fontsize=10, color=INK)
     return figure
@@ -439,31 +462,122 @@ def reading(answers, title=None):
     answers: dict detector -> dict content of the query -> dict memory -> accuracy 0..1, the memories being those of
     looks.reading: the image's own, another image's, noise.
     """
-    rows = [(detector, content, found) for detector, contents in answers.items() for content, found in contents.items()]
-    figure = _figure(0.9 + 0.24 * (len(rows) + len(answers)), width=7)
-    axes = figure.subplots()
-    looks = {"own": (TEACHER, "o", "the image's own memory"), "another's": (OTHERS[0], "D", "another image's memory"),
-             "noise": (OTHERS[4], "x", "noise")}
-    place, ticks, names, before = 0, [], [], None
-    for detector, content, found in rows:
-        if detector != before:
-            axes.text(0.01, place, detector, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=INK,
-                      weight="bold")
-            place, before = place - 1, detector
-        axes.plot([min(found.values()), max(found.values())], [place, place], color="#CCCCCC", linewidth=1.2, zorder=1)
-        for memory, (color, marker, _) in looks.items():
-            axes.plot(found[memory], place, marker=marker, color=color, markersize=6, linestyle="none")
-        ticks.append(place)
-        names.append(content)
-        place -= 1
-    axes.set_yticks(ticks, names, fontsize=8)
-    axes.set(xlim=(0, 1.02), ylim=(place + 0.5, 0.7))
-    _plain(axes, "part of the queries whose class the teacher names right", "")
-    keys = [Line2D([], [], linestyle="none", marker=marker, color=color, label=text)
-            for color, marker, text in looks.values()]
-    figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    axes.set_title(title or "What a query with its answer inside teaches: right even on noise", fontsize=10, loc="left",
-                   color=INK)
+    memories = {"own": "the image's own memory", "another's": "another image's memory", "noise": "noise"}
+    rows = {detector: {content: {memories[memory]: part for memory, part in found.items()}
+                       for content, found in contents.items()} for detector, contents in answers.items()}
+    figure = dots({"part of the queries whose class the teacher names right": rows},
+                  title or "What a query with its answer inside teaches: right even on noise")
+    figure.axes[0].set_xlim(0, 1.02)
+    return figure
+
+
+def dots(panels, title, log=False):
+    """Numbers that stand for the same thing, compared: a row for each thing, a dot for each name.
+
+    panels: dict xlabel -> dict block -> dict row -> dict name -> number; blocks and rows are those of the first panel.
+    A block is a bold line over its rows; "" has none. The scale has 0 on it; log: it is logarithmic, and 0 has no dot.
+    """
+    blocks = next(iter(panels.values()), {})
+    lines = [(block, row) for block, rows in blocks.items() for row in [None] * bool(block) + list(rows)]
+    figure, grid = _panels(title, len(panels), 1 + 0.22 * len(lines), sharey=True)
+    styles = _styles(name for blocks in panels.values() for rows in blocks.values() for row in rows.values()
+                     for name in row)
+    for axes, (xlabel, blocks) in zip(grid, panels.items()):
+        for place, (block, row) in enumerate(lines):
+            if row is None:
+                axes.text(0.01, place, block, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center",
+                          color=INK, weight="bold")
+                continue
+            found = {name: number for name, number in blocks[block][row].items() if number > 0 or not log}
+            axes.plot([*found.values()], [place] * len(found), color="#CCCCCC", linewidth=1.2, zorder=1)
+            for name, number in found.items():
+                axes.plot(number, place, markersize=5.5, **styles[name] | {"linestyle": "none"})
+        _plain(axes, xlabel, "")
+        axes.margins(x=0.04)
+        if log:
+            axes.set_xscale("log")
+        else:
+            axes.update_datalim([(0, 0)])
+    if lines:
+        grid[0].set_yticks(*zip(*((place, row) for place, (_, row) in enumerate(lines) if row is not None)))
+        grid[0].set_ylim(len(lines) - 0.5, -0.7)
+    _keys(figure, [Line2D([], [], label=name, **style | {"linestyle": "none"}) for name, style in styles.items()])
+    return figure
+
+
+def gradients(reports, title="How heavy each term is"):
+    """Each loss term's share of the total and the norm of its gradient on the student, logarithmic, as dots.
+
+    reports: dict name (of a setting, a step, a run) -> {term: (share, norm)}, as train.gradient_report returns it. A
+    term that is off, or absent from a report, has no dot there.
+    """
+    terms = dict.fromkeys(term for report in reports.values() for term in report)
+    panels = {xlabel: {"": {term: {name: report[term][which] for name, report in reports.items() if term in report}
+                            for term in terms}}
+              for which, xlabel in enumerate(("share of the total loss", "norm of its gradient on the student"))}
+    return dots(panels, title, log=True)
+
+
+def stacked(table, label, title, written="{:.0%}".format):
+    """What parts add up to: a bar a row, its parts end to end, with the number of each that has room for it.
+
+    table: dict row -> dict part -> number, not negative; rows need not have the same parts. label: of the axis, with
+    the unit. written: a function that writes a number.
+    """
+    styles = _styles(part for row in table.values() for part in row)
+    longest = max([sum(row.values()) for row in table.values()] + [1e-12])
+    figure, (axes,) = _panels(title, 1, 0.8 + 0.36 * len(table) + 0.2 * (len(styles) > 1))
+    for place, row in enumerate(table.values()):
+        left = 0
+        for part, number in row.items():
+            color = styles[part]["color"]
+            axes.barh(place, number, 0.75, left, color=color, edgecolor="white")
+            if number > 0.035 * longest:
+                axes.text(left + number / 2, place, written(number), ha="center", va="center", fontsize=8,
+                          color=_on(color))
+            left += number
+    _plain(axes, label, "")
+    axes.grid(visible=False, axis="y")
+    axes.set_yticks(range(len(table)), table)
+    axes.set_ylim(max(len(table), 1) - 0.5, -0.5)
+    if len(styles) > 1:
+        _keys(figure, [Rectangle((0, 0), 1, 1, color=style["color"], label=part) for part, style in styles.items()])
+    return figure
+
+
+def lines(panels, xlabel, ylabel, title):
+    """Any quantity against another, in panels side by side that share their y axis, with 0; a line is the same in all.
+
+    panels: dict heading -> dict line -> (N,) numbers of steps 0, 1, .., or a tuple (x (N,), y (N,)).
+    """
+    styles = _styles(name for found in panels.values() for name in found)
+    figure, grid = _panels(title, len(panels), 2.8, sharey=True)
+    for axes, (heading, found) in zip(grid, panels.items()):
+        for name, line in found.items():
+            x, y = line if isinstance(line, tuple) else (range(len(line)), line)
+            axes.plot(_array(x), _array(y), linewidth=1.6, **styles[name] | {"marker": None})
+        _plain(axes, xlabel, ylabel if axes is grid[0] else "")
+        axes.set_title(heading, fontsize=9, color=INK)
+    grid[0].set_ylim(bottom=min(0, grid[0].get_ylim()[0]))
+    _keys(figure, [Line2D([], [], label=name, **style | {"marker": None}) for name, style in styles.items()])
+    return figure
+
+
+def numbers(maps, title):
+    """Small maps side by side with the number of every cell written in it; each has its own colours.
+
+    maps: dict name -> (values (H, W), a function that writes a value, as "{:.2f}".format).
+    """
+    maps = {name: (_array(values), written) for name, (values, written) in maps.items()}
+    tall = max([values.shape[0] / values.shape[1] for values, _ in maps.values()] + [0]) * PAGE_INCHES
+    figure, grid = _panels(title, len(maps), 0.6 + tall / max(len(maps), 1))
+    for axes, (name, (values, written)) in zip(grid, maps.items()):
+        drawn = axes.imshow(values, cmap=WEIGHT_MAP)
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(column, row, written(value), ha="center", va="center", fontsize=8,
+                      color=_on(drawn.cmap(drawn.norm(value))))
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(name, fontsize=9, color=INK)
     return figure
 
 
@@ -524,7 +638,7 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4, min_io
     _ignored(_show(scene, pixels), truth)
     written = classes if len(classes) > len(MARKERS) else None
     _boxes(scene, truth["boxes"], TRUTH, labels=truth["labels"], names=written)
-    scene.set_title(f"a street scene with {len(truth['labels'])} objects", fontsize=9, color=INK)
+    scene.set_title(f"a street scene with {_objects(len(truth['labels']))}", fontsize=9, color=INK)
     inside, scale = _array(mask[0]) > 0, _array(mask[1])
     _cells(_show(copy, pixels), scale, pixels, _log_norm([scale]))
     _boxes(copy, truth["boxes"], TRUTH, width=0.7)
@@ -534,7 +648,7 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4, min_io
                                       (taught, "the same student, distilled", distilled, DISTILLED)):
         found, missed, false = _judged(_show(axes, pixels), result, truth, color, min_score, min_iou, written)
         axes.set_title(f"{name}: {found} found, {missed} missed, {false} false", fontsize=9, color=INK)
-    _legend(figure, classes, len(truth.get("ignore", ())))
+    _legend(figure, classes, [truth])
     return figure
 
 
@@ -569,16 +683,47 @@ def _figure(height, width=PAGE_INCHES):
     return figure
 
 
-def _legend(figure, classes, ignored, title=None):
+def _panels(title, count, height, **how):
+    """-> a figure with a title, its panels side by side (one if there is nothing to draw)."""
+    figure = _figure(height)
+    figure.suptitle(title, fontsize=10, color=INK)
+    return figure, figure.subplots(1, max(count, 1), squeeze=False, **how)[0]
+
+
+def _objects(count):
+    return f"{count} object{'s' * (count != 1)}"
+
+
+def _keys(figure, keys, **how):
+    """A legend in one row under the picture."""
+    figure.legend(handles=keys, loc="outside lower center", ncols=max(len(keys), 1), fontsize=8, frameon=False, **how)
+
+
+def _legend(figure, classes, truths, title=None, judged=True):
     """What markers and dashes mean, in one row under the picture; of many classes the names stand on the boxes."""
     keys = [Line2D([], [], color=INK, linestyle="none", marker=marker, markersize=4.5, label=name)
             for marker, name in zip(MARKERS, classes)] if len(classes) <= len(MARKERS) else []
-    keys += [Line2D([], [], color=INK, label="found"), Line2D([], [], color=INK, linestyle=FALSE, label="false alarm"),
-             Rectangle((0, 0), 1, 1, facecolor="#777777", edgecolor=TRUTH, linestyle=MISSED, label="missed")]
-    if ignored:
+    if judged:
+        keys += [Line2D([], [], color=INK, label="found"),
+                 Line2D([], [], color=INK, linestyle=FALSE, label="false alarm"),
+                 Rectangle((0, 0), 1, 1, facecolor="#777777", edgecolor=TRUTH, linestyle=MISSED, label="missed")]
+    if any(len(truth.get("references", ())) for truth in truths):
+        keys.append(Line2D([], [], color=INK, linestyle=REFERENCE, label="reference"))
+    if any(len(truth.get("ignore", ())) for truth in truths):
         keys.append(Rectangle((0, 0), 1, 1, facecolor="none", edgecolor="#777777", hatch="/////", label="ignored"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False, title=title,
-                  title_fontsize=8)
+    _keys(figure, keys, title=title if judged else None, title_fontsize=8)
+
+
+def _styles(names):
+    """-> dict name -> model_style, each name once; of those that are no model's the first has the plainest line."""
+    styles = {name: model_style(name, index) for index, name in enumerate(dict.fromkeys(names))}
+    return {name: style | {"linestyle": ("-", "--", "-.", ":")[index % 4]} if style["color"] in OTHERS else style
+            for index, (name, style) in enumerate(styles.items())}
+
+
+def _on(color):
+    """Of black and white, what can be read on a colour."""
+    return "white" if np.dot(to_rgb(color), (0.3, 0.6, 0.1)) < 0.45 else "black"
 
 
 def _array(values):
@@ -679,9 +824,10 @@ def _iou(box, boxes):
     return overlap / np.maximum(_area(box) + _area(boxes) - overlap, 1e-9)
 
 
-def _log_norm(maps):
+def _log_norm(maps, low=None, high=None):
     values = np.concatenate([m[np.isfinite(m) & (m > 0)] for m in maps] or [np.ones(1)])
-    low, high = (values.min(), values.max()) if len(values) else (0.1, 1)
+    least, largest = (values.min(), values.max()) if len(values) else (0.1, 1)
+    low, high = low or least, high or largest
     return LogNorm(low, high if high > low else low * 10)
 
 
@@ -697,32 +843,33 @@ def _cells(axes, values, pixels, norm):
     return drawn
 
 
-def _over_scene(image, boxes, levels, title, colour_label, heading):
-    """The scene with its boxes, then one map a level over it, two panels a row, one logarithmic colour bar."""
-    pixels, norm = _pixels(image), _log_norm(levels)
-    rows = 1 + len(levels) // 2
-    figure = _figure((PAGE_INCHES / 2 * pixels.shape[0] / pixels.shape[1] + 0.2) * rows + 0.75)
-    grid = figure.add_gridspec(rows, 2)
-    spots = [grid[i // 2, i % 2] for i in range(2 * rows)]
-    if len(levels) % 2 == 0:
-        spots = [grid[0, :], *spots[2:]]                                 # an odd panel out: the scene, centred on top
-    panels = [_show(figure.add_subplot(spot), pixels) for spot in spots]
-    panels[0].set_title(f"the scene, {len(boxes)} objects", fontsize=8.5, color=INK, pad=3)
-    _boxes(panels[0], boxes, TRUTH)
-    for level, (values, axes) in enumerate(zip(levels, panels[1:])):
-        drawn = _cells(axes, values, pixels, norm)
-        _boxes(axes, boxes, TRUTH, width=0.7)
-        axes.set_title(title(level), fontsize=8.5, color=INK, pad=3)
-    if levels:
-        _bar(figure, panels, drawn, colour_label)
+def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
+    """Panels (title, map of cells, or None: the scene itself) over the scene, row by row, and one colour bar.
+
+    Where they do not fill the rows, the first has the top row for itself."""
+    pixels, columns = _pixels(image), max(columns, 1)
+    rows = max(math.ceil(len(panels) / columns), 1)
+    figure = _figure((PAGE_INCHES / columns * pixels.shape[0] / pixels.shape[1] + 0.2) * rows + 0.75)
+    grid = figure.add_gridspec(rows, columns)
+    spots = [grid[i // columns, i % columns] for i in range(columns * rows)]
+    if len(panels) < len(spots):
+        spots = [grid[0, :], *spots[columns:]]
+    drawn, panels = None, [(_show(figure.add_subplot(spot), pixels), *panel) for spot, panel in zip(spots, panels)]
+    for axes, title, values in panels:
+        if values is not None:
+            drawn = _cells(axes, values, pixels, norm)
+        _boxes(axes, boxes, TRUTH, width=1.1 if values is None else 0.7)
+        axes.set_title(title, fontsize=8.5, color=INK, pad=3)
+    if drawn:
+        _bar(figure, [axes for axes, *_ in panels], drawn, label)
     figure.suptitle(heading, fontsize=10, color=INK)
     return figure
 
 
 def _bar(figure, panels, drawn, label):
-    """One horizontal logarithmic colour bar for all panels."""
+    """One horizontal colour bar for all panels."""
     bar = figure.colorbar(drawn, ax=panels, location="bottom", aspect=70, pad=0.02, format="{x:g}",
-                          ticks=LogLocator(subs=(1, 2, 5)))
+                          ticks=LogLocator(subs=(1, 2, 5)) if isinstance(drawn.norm, LogNorm) else None)
     bar.minorticks_off()
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)

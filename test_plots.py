@@ -66,15 +66,36 @@ def pictures(objects, found):
     looks = {"teacher": sampled(objects, boxes, boxes[:, :2]), "distilled student": dense(objects, boxes + 1)}
     among = {f"layer {i}": torch.rand(4, objects, objects).softmax(-1) for i in range(4)}
     models = {"teacher": [result] * 2, "student": [result] * 2}
+    levels = {name: [torch.rand(shape) for shape in SHAPES] for name in ("teacher", "student")}
+    report = {"detection": (.9, 3.), "memory": (0., 0.)}
+    off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
+    answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
             "memory_error": (4 + 1, (image, *memory, SHAPES, truth["boxes"], torch.arange(cells) % 5 == 0)),
+            "maps_over_scene": (2 * 3 + 1 if found else 0, (image, boxes, levels if found else {}, "chance", "Title")),
             "query_attention": (2 * max(objects, 1) + (objects > 0), (image, looks, ["a", "b", "c"], (6, 20))),
             "self_attention": (6 + 1, (among, None, ["a", "", "c"][:objects] if found else ())),
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
+            "reading": (1, (answers if found else {},)),
+            "dots": (2 if found else 1, (off if found else {}, "Title", True)),
+            "gradients": (2, ({"student": report} if found else {},)),
+            "stacked": (1, ({"a": {"memory": 1.}, "b": {}} if found else {}, "part", "Title")),
+            "lines": (2 if found else 1, ({"a": {"memory": [1., .5]}, "b": {"cls": (boxes[:, 0], boxes[:, 1])}}
+                                          if found else {}, "step", "loss", "Title")),
+            "numbers": (2 if found else 1, ({"a": (torch.rand(2, 3), "{:.2f}".format), "b": (torch.zeros(1, 1), str)}
+                                            if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
             "predictions": (1, (image, result, CLASSES))}
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def dots(axes):
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() != "None"]
 
 
 def equal(a, b):
@@ -112,6 +133,38 @@ def test_location_masks_name_the_share_of_the_objects():
     image, truth, _ = scene()
     figure = plots.location_masks(image, truth["boxes"], masks(truth["boxes"]))
     assert figure.axes[1].get_title() == "level 0, 20 x 6 cells; objects: 2.5% of the cells, 75% of S"
+
+
+def test_ground_truth_alone_has_no_legend_of_judgements():
+    image, truth, _ = scene(1)
+    truth["references"] = torch.tensor([[12., 20, 30, 38]])
+    figure = plots.detections([image], [truth], {}, CLASSES)
+    assert figure.axes[0].get_title() == "ground truth\n1 object" and len(figure.axes) == 1
+    assert legend(figure) == [*CLASSES, "reference", "ignored"]
+    assert [patch.get_bbox().extents.tolist() for patch in figure.axes[0].patches] == [
+        [130, 0, 160, 48], [10, 20, 30, 40], [12, 20, 30, 38]]
+
+
+def test_memory_error_in_given_colours_and_its_mean():
+    """Errors 4 and 0 + 9 on 1 x 2 cells: 6.5 on average."""
+    image, truth, _ = scene(1)
+    student, teacher = torch.zeros(2, 2), torch.tensor([[2., 0], [0, 3]])
+    figure = plots.memory_error(image, student, teacher, [(1, 2)], truth["boxes"], low=1, high=100)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["the scene, 1 object",
+                                                              "level 0, 2 x 1 cells: 6.5 a cell on average"]
+    drawn = figure.axes[1].images[-1]
+    assert drawn.get_array().tolist() == [[4, 9]] and (drawn.norm.vmin, drawn.norm.vmax) == (1, 100)
+
+
+def test_maps_over_a_scene_share_their_colours():
+    image, truth, _ = scene()
+    maps = {"a": [torch.tensor([[1., 2]]), torch.tensor([[3.]])], "b": [torch.tensor([[0., 8]]), torch.tensor([[5.]])]}
+    for high, top in ((None, 8), (20, 20)):
+        panels = plots.maps_over_scene(image, truth["boxes"], maps, "chance", "Title", high).axes[:4]
+        assert [axes.get_title() for axes in panels] == ["a, level 0", "b, level 0", "a, level 1", "b, level 1"]
+        drawn = [axes.images[-1] for axes in panels]
+        assert drawn[1].get_array().tolist() == [[None, 8]]                # 0 stays bare
+        assert {(one.norm.vmin, one.norm.vmax) for one in drawn} == {(0, top)}
 
 
 def one_point(*points, weights=None):
@@ -297,3 +350,67 @@ def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
     assert bars[0][:, 1] == pytest.approx([.1, .3]) and bars[1][:, 1] == pytest.approx([.4, .4])
     assert axes.lines[-1].get_ydata() == pytest.approx([.2, .2])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]
+
+
+def test_a_mask_shows_who_may_look_and_each_its_own_groups():
+    may = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    groups = {"a": {"denoising": 0, "learned": 2, "extra": 1}, "b": {"extra": 3}}
+    figure = plots.self_attention({"a": may, "b": may}, groups=groups)
+    assert len(figure.axes) == 2                                           # no colour bar: there are no weights
+    drawn = figure.axes[0].images[0].get_array()
+    assert drawn.filled(-1).tolist() == [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    assert [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes] == [
+        ["learned", "extra"], ["extra"]]
+
+
+def test_dots_stand_at_their_numbers_in_the_row_of_their_thing():
+    panels = {"AP": {"DINO": {"toy": {"teacher": .5, "student": .2}}, "DAB": {"toy": {"student": .1}, "kitti": {}}}}
+    axes = (figure := plots.dots(panels, "Title")).axes[0]
+    assert dots(axes) == [(.5, 1), (.2, 1), (.1, 3)]                       # rows 0 and 2 are the headings
+    assert [line.get_color() for line in axes.lines if line.get_marker() != "None"] == [
+        plots.TEACHER, plots.STUDENT, plots.STUDENT]
+    assert axes.get_xlim()[0] < 0 < .5 < axes.get_xlim()[1]                # 0 is in view, and no dot is cut
+    assert [text.get_text() for text in axes.texts] == ["DINO", "DAB"] and legend(figure) == ["teacher", "student"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["toy", "toy", "kitti"]
+
+
+def test_gradients_have_share_and_norm_and_no_dot_for_a_term_that_is_off():
+    figure = plots.gradients({"first": {"detection": (.75, 3.), "memory": (.25, .5)},
+                              "later": {"detection": (1., 2.), "memory": (0., 0.)}})
+    assert [dots(axes) for axes in figure.axes] == [[(.75, 0), (1, 0), (.25, 1)], [(3, 0), (2, 0), (.5, 1)]]
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"] and legend(figure) == ["first", "later"]
+
+
+def test_reading_names_the_memories():
+    figure = plots.reading({"DINO": {"label": {"own": 1., "another's": .75, "noise": .5}}})
+    assert legend(figure) == ["the image's own memory", "another image's memory", "noise"]
+    assert dots(figure.axes[0]) == [(1, 1), (.75, 1), (.5, 1)]
+
+
+def test_stacked_parts_start_where_the_last_ended():
+    figure = plots.stacked({"both": {"memory": 16, "cls": 47, "l1": 1}, "one": {"cls": 32}}, "GB", "Title", str)
+    bars = [(bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in figure.axes[0].patches]
+    assert bars == [(0, 16, 0), (16, 47, 0), (63, 1, 0), (0, 32, 1)]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["16", "47", "32"]            # no room for the 1
+    assert legend(figure) == ["memory", "cls", "l1"]
+    only = plots.stacked({"a": {"memory": .25}}, "part", "Title")
+    assert not only.legends and only.axes[0].texts[0].get_text() == "25%"
+
+
+def test_lines_keep_their_look_from_panel_to_panel():
+    figure = plots.lines({"a": {"one": torch.tensor([3., 2, 1]), "two": [1]}, "b": {"two": ([5., 6], [7., 8])}},
+                         "step", "loss", "Title")
+    (one, two), (again,) = (axes.lines for axes in figure.axes)
+    assert one.get_xdata().tolist() == [0, 1, 2] and one.get_ydata().tolist() == [3, 2, 1]
+    assert again.get_xdata().tolist() == [5, 6] and again.get_ydata().tolist() == [7, 8]
+    assert two.get_color() == again.get_color() != one.get_color() and legend(figure) == ["one", "two"]
+
+
+def test_numbers_stand_in_their_cells():
+    values = torch.tensor([[1., 2, 3], [4, 5, 6]])
+    axes = plots.numbers({"M": (values, "{:.0f}".format), "S": (values, lambda v: f"1/{v:.0f}")}, "Title").axes
+    assert [(*text.get_position(), text.get_text()) for text in axes[0].texts] == [
+        (column, row, f"{3 * row + column + 1}") for row in range(2) for column in range(3)]
+    assert axes[1].texts[5].get_text() == "1/6" and axes[1].get_title() == "S"
+    assert (axes[0].texts[0].get_color(), axes[0].texts[5].get_color()) == ("white", "black")    # of viridis' ends

@@ -22,12 +22,8 @@ if os.path.basename(os.getcwd()) == "notebooks":        # the modules are a fold
 sys.path.insert(0, os.getcwd())
 
 import copy
-import io
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
 from torch.testing import assert_close
 from torchvision.ops import box_convert, box_iou
 
@@ -37,173 +33,7 @@ import plots
 import train
 from clockdistill import CLoCKDistill, location_mask, logit_loss, memory_loss, target_queries
 
-# %% [markdown]
-# The drawings that only this notebook needs. Nothing of the method is in this cell: skip it.
-
-# %%
-PIECES = ("#CC79A7", "#D55E00", "#56B4E9", "#882255", "#AAAAAA")     # of objects, of terms: no model's colour
-STROKES = ("-", "--", "-", "--", ":")
-
-
-def png(figure):
-    """A figure as the notebook shows it: 256 colours are enough, and a third of the bytes."""
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=100, bbox_inches="tight")
-    palette = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=2)          # keeps rare colours: thin lines, markers
-    Image.open(full).convert("RGB").quantize(256, **palette).save(small, format="png", optimize=True)
-    return small.getvalue()
-
-
-get_ipython().display_formatter.formatters["image/png"].for_type(Figure, png)
-
-
-def sheet(height, title, rows=1, columns=1, width=9, **how):
-    """-> a figure and its panels."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    return figure, figure.subplots(rows, columns, **how)
-
-
-def tidy(axes, title="", xlabel="", ylabel="", bare=("top", "right")):
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(xlabel, fontsize=8.5)
-    axes.set_ylabel(ylabel, fontsize=8.5)
-    axes.tick_params(labelsize=8)
-    for side in bare:
-        axes.spines[side].set_visible(False)
-
-
-def keys(figure, *panels):
-    handles, words = (sum(lists, []) for lists in zip(*(axes.get_legend_handles_labels() for axes in panels)))
-    figure.legend(handles, words, loc="outside lower center", ncols=len(words), fontsize=8, frameon=False)
-
-
-def outlines(axes, boxes, color="white", **how):
-    """Boxes (K, 4), x0 y0 x1 y1 in pixels."""
-    for x0, y0, x1, y1 in boxes.tolist():
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, **how))
-
-
-def maps_over_scene(picture, boxes, maps, label, title, high):
-    """maps: dict name -> list of (H, W), a level each. A model in each column, a level in each row."""
-    levels = len(next(iter(maps.values())))
-    figure, panels = sheet(1.3 * levels, title, levels, len(maps))
-    for column, (name, values) in enumerate(maps.items()):
-        for level, (axes, value) in enumerate(zip(panels[:, column], values)):
-            axes.imshow(picture.convert("L"), extent=(0, picture.width, picture.height, 0), cmap="gray")
-            drawn = axes.imshow(value, extent=(0, picture.width, picture.height, 0), alpha=0.75, vmin=0, vmax=high)
-            outlines(axes, boxes, linewidth=1)
-            axes.set_axis_off()
-            tidy(axes, f"{name}\nlevel {level}" if level == 0 else f"level {level}")
-    bar = figure.colorbar(drawn, ax=panels, aspect=15, pad=0.01)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    return figure
-
-
-def cells_with_numbers(maps, title):
-    """maps: dict name -> (values (H, W), a function that writes a value)."""
-    figure, panels = sheet(2.1, title, 1, len(maps))
-    for axes, (name, (values, written)) in zip(panels, maps.items()):
-        axes.imshow(values)
-        for (row, column), value in zip(torch.cartesian_prod(*map(torch.arange, values.shape)), values.flatten()):
-            axes.text(column, row, written(value), ha="center", va="center", fontsize=8,
-                      color="black" if value > values.max() / 2 else "white")
-        axes.set(xticks=[], yticks=[])
-        tidy(axes, name, bare=())
-    return figure
-
-
-def shares(table, title):
-    """table: dict row -> dict part -> share. One bar a row."""
-    figure, axes = sheet(2.5, title)
-    for row, parts in enumerate(table.values()):
-        left = 0
-        for (name, part), color in zip(parts.items(), PIECES):
-            axes.barh(row, part, left=left, color=color, edgecolor="white", label=name if row == 0 else None)
-            if part > 0.03:
-                axes.text(left + part / 2, row, f"{part:.0%}", ha="center", va="center", fontsize=8,
-                          color="white" if color == PIECES[3] else "black")
-            left += part
-    axes.set_yticks(range(len(table)), table)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xticks=[])
-    tidy(axes, bare=("top", "right", "bottom", "left"))
-    keys(figure, axes)
-    return figure
-
-
-def learning(histories, ylabel, title):
-    """histories: dict panel -> dict line -> values by step."""
-    figure, panels = sheet(2.8, title, 1, len(histories), sharey=True)
-    for axes, (name, lines) in zip(panels, histories.items()):
-        for (part, line), color, stroke in zip(lines.items(), PIECES, STROKES):
-            axes.plot(line, color=color, linestyle=stroke, linewidth=1.8, label=part)
-        axes.set_ylim(bottom=0)
-        tidy(axes, name, "training step", ylabel if axes is panels[0] else "")
-    keys(figure, panels[0])
-    return figure
-
-
-def asked_and_seen(picture, boxes, reference, attend, groups, title):
-    """Left: true boxes (K, 4) and reference boxes (K * groups, 4) in pixels. Right: attend, name -> (Q, Q)."""
-    figure, (scene, *matrices) = sheet(2.4, title, 1, 1 + len(attend), width_ratios=[3.2] + [1] * len(attend))
-    scene.imshow(picture)
-    for j, box in enumerate(reference):
-        outlines(scene, box[None], PIECES[j // groups], linewidth=1.6, linestyle=STROKES[j % groups])
-    outlines(scene, boxes, linewidth=0.8)
-    scene.set_axis_off()
-    tidy(scene, "references: group 0 solid, group 1 dashed; the true boxes are white")
-    for axes, (name, seen) in zip(matrices, attend.items()):
-        axes.imshow(seen, cmap="cividis", vmin=-0.3, vmax=1)
-        axes.set(xticks=range(len(seen)), yticks=range(len(seen)))
-        tidy(axes, name, "looked at", "query that looks" if axes is matrices[0] else "", bare=())
-    return figure
-
-
-def answers(names, classes, chances, w, parts, title):
-    """What each model says of each object, chances name -> (K, C), and what it costs, parts name -> (K,)."""
-    figure, (left, right) = sheet(3.4, title, 1, 2, sharey=True)
-    row = torch.arange(len(names))[:, None] + (torch.arange(len(classes)) - 1) * 0.2              # (K, C)
-    left.hlines(row.flatten(), *(c.flatten() for c in chances.values()), color="#BBBBBB", linewidth=1)
-    for name, chance in chances.items():
-        style = plots.model_style(name) | {"linestyle": "none"}
-        left.plot(chance.flatten(), row.flatten(), markersize=5, label=name, **style)
-    best = next(iter(chances.values())).argmax(1, keepdim=True)
-    left.plot(w, row.gather(1, best)[:, 0], "o", markersize=12, markerfacecolor="none", color="black", label="w")
-    for y, name in zip(row.flatten(), classes * len(names)):
-        left.text(-0.02, y, name, fontsize=8, ha="right", va="center")
-    start = torch.zeros(len(names))
-    for (name, part), color in zip(parts.items(), PIECES):
-        right.barh(range(len(names)), part, left=start, height=0.5, color=color, label=name)
-        start = start + part
-    for k, name in enumerate(names):
-        right.text(0, k - 0.31, f"{name}, w = {w[k]:.2f}", fontsize=8)
-    left.set(xlim=(-0.25, 1), xticks=torch.linspace(0, 1, 6), yticks=[])
-    left.invert_yaxis()
-    tidy(left, xlabel="probability of the class, last layer", bare=("top", "right", "left"))
-    tidy(right, xlabel="part of L_log, all layers", bare=("top", "right", "left"))
-    keys(figure, left, right)
-    return figure
-
-
-def weigh(reports, title):
-    """reports: dict name -> what train.gradient_report returned."""
-    figure, panels = sheet(2.8, title, 1, 2, sharey=True)
-    terms = list(next(iter(reports.values())))
-    for which, (axes, xlabel) in enumerate(zip(panels, ("share of the total loss", "gradient norm on the student"))):
-        for line, (name, report) in enumerate(reports.items()):
-            values = [max(report[term][which], 1e-6) for term in terms]
-            axes.plot(values, torch.arange(len(terms)) + 0.2 * (line - 1), "sDo"[line], color=PIECES[1:4][line],
-                      markersize=5.5, label=name)
-        axes.set_xscale("log")
-        axes.set_yticks(range(len(terms)), terms)
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        tidy(axes, xlabel=xlabel)
-    panels[0].invert_yaxis()
-    keys(figure, panels[0])
-    return figure
-
+# %matplotlib inline
 
 # %% [markdown]
 # ## The scene
@@ -276,14 +106,14 @@ print(f"correlation with the teacher's reading: {own:.2f} (student's head), {for
       f"mean cosine of the two memories: {cosine:.2f}")
 assert all(chance[on_object].mean() > 1.5 * chance[~on_object].mean() for chance in (by_teacher, by_student))
 assert own > foreign + 0.2 and abs(cosine) < 0.3
-maps_over_scene(picture, truth["boxes"], {name: by_level(chance)[:2] for name, chance in reading.items()},
-                "chance of an object", "What a head finds in each token of a memory", high=0.6)
+plots.maps_over_scene(picture, truth["boxes"], {name: by_level(chance)[:2] for name, chance in reading.items()},
+                      "chance of an object", "What a head finds in each token of a memory", high=0.6)
 
 # %% [markdown]
 # ## Where does the student's memory differ from the teacher's?
 # **Claim.** Everywhere alike, on the objects as on the background. The squared error of a token is about the sum of the
 # two squared lengths, as for vectors that have nothing to do with each other. So the error does not say what matters;
-# the location mask will. (Mind the short scale of the colours. There is no trace of the objects.)
+# the location mask will. (The colours end at twice that sum, here and in the same picture after training.)
 
 # %%
 error = (t_memory.tokens - s_memory.tokens).square().sum(2)[0]                       # (160,), summed over channels
@@ -292,7 +122,8 @@ print(f"mean error of a token: {error[on_object].mean():.0f} on objects, {error[
       f"the two squared lengths: {lengths:.0f}")
 assert 0.75 < error[on_object].mean() / error[~on_object].mean() < 1.33
 assert 0.7 < error.mean() / lengths < 1.3 and error.max() < 3 * error.min()
-plots.memory_error(picture, s_memory.tokens[0], t_memory.tokens[0], shapes, truth["boxes"])
+SCALE = dict(low=lengths.item() / 100, high=2 * lengths.item())                      # of the colours
+plots.memory_error(picture, s_memory.tokens[0], t_memory.tokens[0], shapes, truth["boxes"], **SCALE)
 
 # %% [markdown]
 # ## The memory loss by hand
@@ -334,10 +165,10 @@ assert_close(S_both[in_box].sum().item(), 1 + 5 / 6)
 
 squared = (A_T - A_S).square().sum(2)
 part = torch.where(M, 5e-5, 1e-7) * S * squared
-cells_with_numbers({"M": (M.float(), lambda v: f"{v:.0f}"), "S": (S, lambda v: f"1/{1 / v:.0f}"),
-                    "squared error": (squared, lambda v: f"{v:.0f}"),
-                    "its part of L_mem": (part, lambda v: f"{v:.0e}".replace("-0", "-"))},
-                   "A box of 2 x 3 cells: what each cell counts")
+plots.numbers({"M": (M, "{:.0f}".format), "S": (S, lambda v: f"1/{1 / v:.0f}"),
+               "squared error": (squared, "{:.0f}".format),
+               "its part of L_mem": (part, lambda v: f"{v:.0e}".replace("-0", "-"))},
+              "A box of 2 x 3 cells: what each cell counts")
 
 # %% [markdown]
 # ## The same on the scene
@@ -391,7 +222,7 @@ assert 0.5 < share[METHOD][most] / share[METHOD][fewest] < 2 and share[METHOD]["
 assert share[NO_S][most] > 3 * share[NO_S][fewest]
 assert share[NO_M]["background"] > 0.1
 assert share[PLAIN]["background"] > 0.5
-shares(share, "Who gets how much of the memory loss, all levels together")
+plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, all levels together")
 
 # %% [markdown]
 # ## ... and what the student learns of it
@@ -423,12 +254,12 @@ last = {name: {region: line[-1] for region, line in history.items()} for name, (
 assert last[METHOD][fewest] < 0.5 * last[METHOD][most] and last[METHOD]["background"] > 0.6 * error.mean()
 assert last[NO_S][most] < last[METHOD][most] and last[NO_S][fewest] > 1.3 * last[METHOD][fewest]
 assert last[PLAIN]["background"] < min(last[PLAIN][name] for name in names)
-learning({name: history for name, (_, history) in taught.items()}, "mean squared error of a token",
-         "The mask decides what is learned first (tokens of level 0)")
+plots.lines({name: history for name, (_, history) in taught.items()}, "training step",
+            "mean squared error of a token", "The mask decides what is learned first (tokens of level 0)")
 
 # %% [markdown]
-# **Claim.** With the method's loss the error is now small just where the objects are. In the same picture before, it
-# was alike everywhere. (At level 2 every cell belongs to an object.)
+# **Claim.** With the method's loss the error is now small just where the objects are. In the same picture before, with
+# the same colours, it was alike everywhere. (At level 2 every cell belongs to an object.)
 
 # %%
 tokens = taught[METHOD][0]
@@ -436,7 +267,7 @@ error_now = (t_memory.tokens - tokens).square().sum(2)[0]
 print(f"mean error of a token: {error_now[on_object].mean():.0f} on objects, "
       f"{error_now[~on_object].mean():.0f} on background")
 assert error_now[on_object].mean() < 0.6 * error_now[~on_object].mean()
-plots.memory_error(picture, tokens[0], t_memory.tokens[0], shapes, truth["boxes"])
+plots.memory_error(picture, tokens[0], t_memory.tokens[0], shapes, truth["boxes"], **SCALE)
 
 # %% [markdown]
 # # Part 2: logits
@@ -471,9 +302,12 @@ def pixels(fractions):
     return box_convert(fractions, "cxcywh", "xyxy") * torch.tensor([*picture.size] * 2)
 
 
-asked_and_seen(picture, truth["boxes"], pixels(reference[0]), {"attend, the scene": attend[0],
-                                                               "attend, two objects": attend[1]}, 2,
-               "Target-aware queries: what they ask, and whom they may see (yellow)")
+plots.detections([picture], [truth | {"references": pixels(reference[0])}], {}, val.classes)    # dotted: the references
+
+# %%
+plots.self_attention({"attend, the scene": attend[0], "attend, the other image": attend[1]},
+                     names=[f"object {k // 2}, group {k % 2}" for k in query.tolist()],
+                     title="Target-aware queries: whom they may see")
 
 # %% [markdown]
 # ## Both decoders read them
@@ -585,24 +419,20 @@ terms["cls"].backward()
 assert s_logits.grad.item() < 0 and t_logits.grad is None        # a higher logit of the student lowers the loss
 assert abs(T ** 2 * kl / ((t - s) ** 2 / 8) - 1) < 0.02
 
+# %%
 logits = torch.linspace(-8, 8, 161)
 curves = {f"T = {T:.0f}": [logit_loss(x.view(1, 1, 1, 1), t_box, t_logits, t_box, yes, T, confidence=False)["cls"]
-                           .item() for x in logits] for T in (1., 3., 10.)}
+                           .item() for x in logits] for T in (10., 3., 1.)}
 assert all(abs(logits[torch.tensor(line).argmin()] - t) < 0.06 for line in curves.values())
-figure, axes = sheet(2.8, "The class term of one answer: 0 where the student agrees, and nowhere else", width=7)
-for (name, line), color, stroke in zip(curves.items(), PIECES, ("--", "-.", "-")):
-    axes.plot(logits, line, color=color, linestyle=stroke, linewidth=1.8, label=name)
-axes.plot(logits, (t - logits) ** 2 / 8, ":", color="black", linewidth=1, label="(t - s)² / 8")
-axes.axvline(t, color="#AAAAAA", linewidth=0.8)
-axes.legend(fontsize=8.5, frameon=False)
-tidy(axes, "", "the student's logit s (grey line: the teacher's, t)", "T² KL")
-figure
+curves["(t - s)² / 8"] = (t - logits) ** 2 / 8
+plots.lines({f"the teacher's logit t is {t:.0f}": {name: (logits, line) for name, line in curves.items()}},
+            "the student's logit s", "T² KL", "The class term of one answer: 0 where the student agrees, nowhere else")
 
 # %% [markdown]
 # ## The same on the scene
 # **Claim.** The loss of the scene is the sum over its four queries. Each weighs as much as the teacher is sure of its
-# answer: w is the teacher's largest probability, ringed on the left. The teacher has three decoder layers, the student
-# two: layer i learns from layer round(3 i / 2), so that the last learns from the last [O].
+# answer: w is the teacher's largest probability. The teacher has three decoder layers, the student two: layer i learns
+# from layer round(3 i / 2), so that the last learns from the last [O].
 
 # %%
 content, reference, attend, valid = target_queries(labels, boxes, teacher.label_embedding)
@@ -620,11 +450,19 @@ for term in FACTOR:
 L_log = sum(factor * all_four[term] for term, factor in FACTOR.items())
 print(f"L_log = {L_log:.3f} =", " + ".join(f"{factor} x {all_four[k]:.3f} ({k})" for k, factor in FACTOR.items()))
 
+# %%
 chances = {"teacher": T_out.logits[-1, 0].sigmoid(), "student": S_out.logits[-1, 0].sigmoid()}       # (4, 3) each
-parts = {f"{factor} x {k}": factor * torch.stack([one[k] for one in by_query]) for k, factor in FACTOR.items()}  # (4,)
-assert_close(torch.stack(list(parts.values())).sum(), L_log, rtol=1e-3, atol=1e-5)
-answers(names, val.classes, chances, chances["teacher"].amax(1), parts,
-        "What the two answer to the four queries, and what it costs the student")
+rows = [f"{name}, w = {sure:.2f}" for name, sure in zip(names, chances["teacher"].amax(1))]
+plots.dots({"probability of the class, last layer":
+            {rows[k]: {name: {model: chance[k, c].item() for model, chance in chances.items()}
+                        for c, name in enumerate(val.classes)} for k in range(4)}},
+           "What the two answer to the four queries ...")
+
+# %%
+parts = {rows[k]: {f"{factor} x {term}": factor * by_query[k][term].item() for term, factor in FACTOR.items()}
+         for k in range(4)}
+assert_close(sum(sum(part.values()) for part in parts.values()), L_log.item(), rtol=1e-3, atol=1e-5)
+plots.stacked(parts, "part of L_log, all layers", "... and what it costs the student", "{:.2f}".format)
 
 # %% [markdown]
 # A caution: a query whose content is the label contains its answer, so a decoder could name the class without looking
@@ -636,9 +474,7 @@ answers(names, val.classes, chances, chances["teacher"].amax(1), parts,
 #
 #     L = L_detection(student) + lambda_mem L_mem + lambda_log L_log              lambda_mem, lambda_log: [O]
 #
-# **Claim.** What `CLoCKDistill` adds to the detection loss is just the functions above, weighted. The ten lines from
-# `student =` to `optimizer.step()` are a whole training (`train.train_steps` adds the schedule, mixed precision,
-# several processes and the log). Thirty steps on two images lower L_mem, and leave the teacher as it was.
+# **Claim.** What `CLoCKDistill` adds to the detection loss is just the functions above, weighted.
 
 # %%
 labels, boxes = [t["labels"] for t in pair.targets], [t["boxes"] for t in pair.targets]
@@ -653,6 +489,12 @@ added = plain(*memories, *replies, labels, boxes, shapes, None, valid)
 terms = logit_loss(*replies, valid)
 assert_close(sum(added.values()), memory_loss(*memories, boxes, shapes) + sum(FACTOR[k] * terms[k] for k in FACTOR))
 
+# %% [markdown]
+# **Claim.** The ten lines from `student =` to `optimizer.step()` are a whole training (`train.train_steps` adds the
+# schedule, mixed precision, several processes and the log). Thirty steps on two images lower L_mem, and leave the
+# teacher as it was.
+
+# %%
 before = train.fingerprint(teacher)
 recipe = train.Config(**train.RECIPES["toy-student"]["dino"])
 toy = train.open_method(recipe, teacher, alone)                         # CLoCKDistill with the options of the toy
@@ -699,7 +541,7 @@ print(*lines, sep="\n")
 default, first, later = reports.values()
 assert all(norm > 0 for _, norm in default.values()) and default["memory"][1] < 0.01 * default["detection"][1]
 assert first["memory"][1] > 10 * default["memory"][1] and later["memory"][0] < first["memory"][0]
-weigh(reports, "Share and gradient of each term: the weights belong to a scale")
+plots.gradients(reports, "Share and gradient of each term: the weights belong to a scale")
 
 # %% [markdown]
 # ## Every choice, and how sure it is

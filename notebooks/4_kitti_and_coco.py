@@ -17,7 +17,6 @@ if os.path.basename(os.getcwd()) == "notebooks":        # the modules are a fold
 sys.path.insert(0, os.getcwd())
 
 # %%
-# %matplotlib inline
 import argparse
 import contextlib
 import inspect
@@ -30,8 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
@@ -43,17 +40,11 @@ import tables
 import train
 from clockdistill import CLoCKDistill, location_mask
 
+# %matplotlib inline
 torch.manual_seed(0)
 data.make_toy("datasets/toy")                            # draws it on first use
 SCRATCH = Path("runs/notebook_4")                        # whatever this notebook writes; git ignores runs/
 shutil.rmtree(SCRATCH, ignore_errors=True)
-
-
-def drawing(height, panels=1):
-    """An empty figure of the page's width -> (figure, list of axes)."""
-    figure = Figure(figsize=(9, height), dpi=100, layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
 
 # %% [markdown]
 # ## 1. The folders
@@ -120,33 +111,15 @@ assert not set(train_ids) & set(val_ids) and abs(len(val_ids) / 7481 - 0.2) < 1e
 # %% [markdown]
 # ## 2. Two frames
 #
-# Objects with the name of their class, ignored regions hatched. The toy is read as KITTI is, so this cell is the same
+# Objects with the marker of their class, ignored regions hatched. The toy is read as KITTI is, so this cell is the same
 # for both.
 
 # %%
 ROOT = os.environ.get("KITTI_ROOT", "datasets/toy")
 frames = data.build("kitti", ROOT, "all", limit=2)
 print(frames.summary)
-
-
-def ground_truth(pictures, truths, classes):
-    """Scenes above one another, each with its objects, named, and its ignored regions, hatched."""
-    figure = Figure(figsize=(9, sum(9.2 * p.height / p.width for p in pictures)), dpi=100, layout="constrained")
-    for axes, picture, truth in zip(figure.subplots(len(pictures), 1, squeeze=False)[:, 0], pictures, truths):
-        axes.imshow(picture)
-        axes.set_axis_off()
-        for x0, y0, x1, y1 in truth["ignore"].tolist():
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, hatch="////", edgecolor="white"))
-        for (x0, y0, x1, y1), label in zip(truth["boxes"].tolist(), truth["labels"]):
-            color = plots.BRIGHT[int(label)]
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=2))
-            axes.text(x0, y0, classes[label], fontsize=9, va="bottom", clip_on=True,
-                      bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
-    return figure
-
-
 pictures, truths = zip(*(frames.raw(index) for index in range(2)))
-ground_truth(pictures, truths, frames.classes)
+plots.detections(pictures, truths, {}, frames.classes)
 
 # %% [markdown]
 # **Claim.** KITTI's reader makes a frame 1333 pixels wide, some 11,000 memory tokens on DINO's four levels. Wherever
@@ -277,30 +250,19 @@ print(f"COCO: {images:.1f} times the images, of {pixels:.1f} times the pixels: {
 # student's: the frozen teacher comes on top.
 
 # %%
-figure, (left, right) = drawing(2.9, panels=2)
-places, start = np.arange(3), np.zeros(3)
-for role in ("teacher", "student", "distilled"):
-    hours = np.array([sum(hours for hours, _ in costs[detector, role]) for detector in models.DETECTORS])
-    left.bar(places, hours, 0.6, bottom=start, label=role, color=plots.model_style(role)["color"])
-    start += hours
-for shift, role in ((-0.2, "teacher"), (0.2, "student")):
-    memory = [max(memory for _, memory in costs[detector, role]) for detector in models.DETECTORS]
-    drawn = right.bar(places + shift, memory, 0.38, label=role, color=plots.model_style(role)["color"])
-    right.bar_label(drawn, fmt="%.1f", fontsize=8)
-right.axhline(24, color="black", linewidth=0.8, linestyle=":")
-right.text(-0.4, 24, "a card of 24 GB", fontsize=8, va="bottom")
-right.set_ylim(0, 28)
-left.set_title(f"KITTI's tables: {total:.0f} GPU-hours in {count} runs", fontsize=10, loc="left")
-left.set_ylabel("GPU-hours at 20 TFLOP/s", fontsize=9)
-right.set_title("A training step of 8 images fits on one card", fontsize=10, loc="left")
-right.set_ylabel("GB in fp32, estimated", fontsize=9)
-for axes in (left, right):
-    axes.legend(fontsize=8.5, frameon=False, loc="upper left" if axes is left else "center left")
-    axes.set_xticks(places, [short[detector] for detector in models.DETECTORS], fontsize=8.5)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
 assert 24 < total < 24 * 7 and 24 * 30 < total * images * pixels and 30 < images * pixels < 50
+hours = {short[detector]: {role: sum(hours for hours, _ in costs[detector, role])
+                           for role in ("teacher", "student", "distilled")} for detector in models.DETECTORS}
+plots.stacked(hours, "GPU-hours at 20 TFLOP/s", f"KITTI's tables: {total:.0f} GPU-hours in {count} runs",
+              "{:.0f}".format)
+
+# %%
+memory = {f"{short[detector]}, {role}": {role: max(memory for _, memory in costs[detector, role])}
+          for detector in models.DETECTORS for role in ("teacher", "student")}
 assert max(memory for group in costs.values() for _, memory in group) < 24
+figure = plots.stacked(memory, "GB in fp32, estimated", "A training step of 8 images fits on one card (line: 24 GB)",
+                       "{:.1f}".format)
+figure.axes[0].axvline(24, color=plots.INK, linestyle=":")
 figure
 
 # %% [markdown]
@@ -473,18 +435,10 @@ bars = {"AP, IoU .50 to .95": scores["AP"], "AP75": scores["AP75"], "AP50": scor
 for dataset in (val, no_ignored, easy_only):
     print(dataset.summary)
 
-figure, (axes,) = drawing(2.4)
-drawn = axes.barh(list(bars), list(bars.values()), color=plots.TEACHER)
-axes.bar_label(drawn, fmt="%.3f", fontsize=9, padding=3)
-axes.invert_yaxis()
-axes.set_xlim(0, 1.05)
-axes.set_title("One set of detections, five numbers", fontsize=10, loc="left")
-axes.set_xlabel("average precision", fontsize=9)
-axes.tick_params(labelsize=8.5)
-axes.spines[["top", "right"]].set_visible(False)
 ap, ap75, ap50, background, unhidden = bars.values()
 assert ap < ap75 < ap50 and background < ap50 - 0.001 and unhidden > ap50 + 0.01
-figure
+plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "average precision",
+              "One set of detections, five numbers", "{:.3f}".format)
 
 # %% [markdown]
 # ### 6.2 Padding: what else is in the batch moves boxes and scores
@@ -512,38 +466,28 @@ def movement(alone, batched):
     return torch.cat(moved, 1)
 
 
-figure, (left, right) = drawing(2.8, panels=2)
-medians, drops = [], []
-for width, color, marker in ((128, plots.OTHERS[1], "o"), (96, plots.OTHERS[3], "^")):
+medians, drops, scores, sides = [], [], {}, {}
+for width in (128, 96):
     mixed = rewritten(f"wide{width}", width=width)
     alone, batched = (train.detect(teacher, mixed, quiet, batch_size=size, progress=False) for size in (1, 4))
     aps = [data.evaluate(results, mixed)["AP"] for results in (alone, batched)]
     score, score_batched, pixels = movement(alone, batched)
+    change, percent = (score - score_batched).abs(), torch.linspace(0, 100, len(pixels))
     name = f"{1 - width / 160:.0%} padding"
     print(f"{name}: AP alone {aps[0]:.3f}, in batches of 4 {aps[1]:.3f}; median of {len(pixels)} detections: "
-          f"a side moves {pixels.median():.2f} pixels, a score {(score - score_batched).abs().median():.3f}")
-    left.scatter(score, score_batched, s=9, color=color, marker=marker, alpha=0.7, linewidths=0, label=name)
-    right.plot(pixels.sort().values, np.linspace(0, 100, len(pixels)), color=color, label=name)
+          f"a side moves {pixels.median():.2f} pixels, a score {change.median():.3f}")
+    scores[name], sides[name] = (change.sort().values, percent), (pixels.sort().values, percent)
     medians.append(pixels.median())
     drops.append(aps[0] - aps[1])
-left.plot([0, 1], [0, 1], color="black", linewidth=0.8)
-left.set_xlabel("score of a detection, its image alone", fontsize=9)
-left.set_ylabel("the same in a batch", fontsize=9)
-left.set_title("Padding moves scores ...", fontsize=10, loc="left")
-right.set_xlabel("pixels that a side of its box moves, of 160 x 48", fontsize=9)
-right.set_ylabel("% of detections", fontsize=9)
-right.set_title("... and boxes: further where there is more of it", fontsize=10, loc="left")
-right.set_xlim(0, 5)
-for axes in (left, right):
-    axes.legend(fontsize=8.5, frameon=False)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+assert 0.01 < medians[0] < medians[1] < 3 and 0.001 < max(map(abs, drops)) < 0.1   # the padding does it ..
 
 four = data.collate([mixed[index] for index in range(4)])
 with torch.no_grad():
     together, padded = (teacher(four.images[k], four.padding[k]).detections for k in (slice(0, 4), slice(1, 2)))
-assert (together.boxes[-1, 1] - padded.boxes[-1, 0]).abs().max() < 1e-4        # the neighbours do nothing
-assert 0.01 < medians[0] < medians[1] < 3 and 0.001 < max(map(abs, drops)) < 0.1   # the padding does
+assert (together.boxes[-1, 1] - padded.boxes[-1, 0]).abs().max() < 1e-4            # .. and the neighbours nothing
+figure = plots.lines({"score of a detection": scores, "side of its box, in pixels of 160 x 48": sides},
+                     "moves by at most", "% of detections", "Padding moves scores and boxes: the more, the more")
+figure.axes[1].set_xlim(0, 5)
 figure
 
 # %% [markdown]
@@ -574,7 +518,7 @@ ids = [number for number, name in enumerate(checkpoints.COCO_91) if name not in 
 rows = [[(ids[(8 * image + k) % 80], [20 * k + 1, 10, 15, 30]) for k in range(8)] for image in range(40)]
 coco = coco_folder("ids", val.paths[:40], rows, ids, [checkpoints.COCO_91[i] for i in ids])
 
-
+# %%
 def perfect_with(relabel):
     """The perfect detector with other labels; those that are no class are left out, since evaluate refuses them."""
     answers = []
@@ -597,20 +541,14 @@ except ValueError as error:
     assert "label outside 0..2" in str(error)
 print("AP of a perfect detector that answers with  " + ",  ".join(f"{name}: {ap:.3f}" for name, ap in aps.items()))
 
-figure, (axes,) = drawing(2.9)
-axes.plot(ids, range(80), ".", markersize=5, color=plots.TEACHER, label=f"label (AP {aps['label']:.2f})")
-axes.plot(ids, of_label - 1, "--", linewidth=1.4, color=plots.STUDENT, label=f"id - 1 (AP {aps['id - 1']:.2f})")
-for gap in sorted(set(range(1, 91)) - set(ids)):
-    axes.axvspan(gap - 0.5, gap + 0.5, color="#DDDDDD", linewidth=0)
-axes.axhline(80, color="black", linewidth=0.8, linestyle=":")
-axes.text(1, 81, "from here on no class: refused", fontsize=8, va="bottom")
-axes.set_title("Each id that COCO skips (grey) moves all later labels by one", fontsize=10, loc="left")
-axes.set_xlabel("official category id", fontsize=9)
-axes.set_ylabel("label", fontsize=9)
-axes.tick_params(labelsize=8)
-axes.legend(fontsize=8.5, frameon=False, loc="lower right")
-axes.spines[["top", "right"]].set_visible(False)
 assert aps["label"] > 0.999 and aps["label + 1"] < 0.01 and abs(aps["id - 1"] - 11 / 80) < 0.01
+
+figure = plots.lines({"over the dotted line no class: refused": {
+    f"label (AP {aps['label']:.2f})": (ids, range(80)), f"id - 1 (AP {aps['id - 1']:.2f})": (ids, of_label - 1)}},
+    "official category id", "label", "Each id that COCO skips (grey) moves all later labels by one")
+for gap in set(range(1, 91)) - set(ids):
+    figure.axes[0].axvspan(gap - 0.5, gap + 0.5, color="#DDDDDD", linewidth=0)
+figure.axes[0].axhline(80, color=plots.INK, linestyle=":")
 figure
 
 # %% [markdown]

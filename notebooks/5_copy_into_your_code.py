@@ -3,8 +3,8 @@
 #
 # `clockdistill.py` needs torch and torchvision only, and takes tensors of any DETR. Here it distils two detectors
 # that are not ours, from Hugging Face `transformers`: **Deformable DETR** and **RT-DETR v2**. Nothing else of this
-# repository is used, but for toy images and colours of pictures. What you write yourself is an adapter of 30 to 50
-# lines; at the end stands a checklist for any other DETR, each line with its test.
+# repository is used, but for toy images and pictures. What you write yourself is an adapter of 30 to 50 lines; at the
+# end stands a checklist for any other DETR, each line with its test.
 #
 # The models are tiny, start from random weights and see six images: this shows that the wiring is right, not how much
 # distillation gains. Nothing is downloaded. You need `pip install transformers` (written for version 5).
@@ -21,10 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"                      # nothing is downloaded:
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
-from matplotlib.colors import ListedColormap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +30,7 @@ import data
 import plots
 from clockdistill import CLoCKDistill
 
+# %matplotlib inline
 print("transformers", transformers.__version__)
 
 # %% [markdown]
@@ -68,7 +67,7 @@ def rt_detr(width, layers):
         num_denoising=20, num_labels=3, freeze_backbone_batch_norms=False)
     return transformers.RTDetrV2ForObjectDetection(config)
 
-
+# %%
 torch.manual_seed(0)
 pairs = {"Deformable DETR": [deformable_detr(64, 3), deformable_detr(32, 2)],
          "RT-DETR v2": [rt_detr(64, 3), rt_detr(32, 2)]}
@@ -167,6 +166,18 @@ def beside(own, attend, theirs=None):
     may[:, own:, own:] = attend
     return torch.zeros(may.shape, device=may.device).masked_fill(~may, -torch.inf)[:, None]
 
+
+@contextmanager
+def hooked(modules, before, after=None):
+    """While open, before(module, args, call) runs ahead of these modules, after(module, args, output) behind them."""
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    hooks += [module.register_forward_hook(after) for module in modules if after]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 # %% [markdown]
 # ### Deformable DETR
 #
@@ -228,13 +239,8 @@ def ask_deformable_detr(detector, content, boxes, attend, alone=False):
             output.intermediate_reference_points = places[:, :, :kept]
         return output
 
-    hooks = [model.decoder.register_forward_pre_hook(before, with_kwargs=True),
-             model.decoder.register_forward_hook(after)]
-    try:
+    with hooked([model.decoder], before, after):
         yield answer
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% [markdown]
 # ### RT-DETR v2
@@ -274,13 +280,8 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
                 output[key] = output[key][:, :, :kept]
         return output
 
-    hooks = [detector.model.decoder.register_forward_pre_hook(before, with_kwargs=True),
-             detector.model.decoder.register_forward_hook(after)]
-    try:
+    with hooked([detector.model.decoder], before, after):
         yield answer
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% [markdown]
 # ## A step of training
@@ -381,16 +382,9 @@ for name, case in cases.items():
 # know that the test can fail, it is made again with self-attention made deaf to the mask: then the answers move.
 
 # %%
-@contextmanager
 def at_self_attention(detector, hook):
     """hook(module, args, call) before each self-attention of the decoder."""
-    hooks = [layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-             for layer in detector.model.decoder.layers]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
+    return hooked([layer.self_attn for layer in detector.model.decoder.layers], hook)
 
 
 def deaf(module, args, call):
@@ -431,25 +425,13 @@ def masks_that_arrive(case):
     return seen[0][0, 0] == 0, done.learned.own[0].shape[1]
 
 
-plt.rcParams["figure.dpi"] = 100
-colours = {"denoising": plots.OTHERS[1], "own": plots.OTHERS[4], "ours": plots.OTHERS[2]}
-figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
-for axes, (name, case) in zip(panels, cases.items()):
-    visible, own = masks_that_arrive(case)                            # (Q, Q) bool, the number of own ones
-    ends = {"denoising": own - 30, "own": own, "ours": len(visible)}                     # in this order; 30 are learned
-    group = torch.bucketize(torch.arange(len(visible)), torch.tensor([*ends.values()]), right=True)     # of each column
-    axes.imshow(visible * (group + 1), cmap=ListedColormap(["white", *colours.values()]), vmin=0, vmax=3)
-    starts = [0, *ends.values()]
-    middle = {key: (a + b - 1) / 2 for key, a, b in zip(ends, starts, ends.values()) if b > a}
-    axes.set_xticks(list(middle.values()), list(middle), fontsize=9)
-    axes.set_yticks(list(middle.values()), list(middle), fontsize=9, rotation=90, va="center")
-    axes.tick_params(length=0)
-    axes.set_title(name, fontsize=10, loc="left")
-    axes.set_xlabel("queries that are seen", fontsize=9)
-    axes.set_ylabel("queries that see", fontsize=9)
-    assert not visible[:own, own:].any() and not visible[own:, :own].any() and visible.diagonal().all()
-figure.suptitle("Coloured: may attend. Own and target-aware queries never see one another", fontsize=11)
-plt.show()
+masks, groups = {}, {}
+for name, case in cases.items():
+    may, own = masks_that_arrive(case)                                # (Q, Q) bool, the number of own ones
+    assert not may[:own, own:].any() and not may[own:, :own].any() and may.diagonal().all()
+    masks[name] = may
+    groups[name] = {"denoising": own - 30, "own": 30, "ours": len(may) - own}            # in this order
+plots.self_attention(masks, groups=groups, title="Own and target-aware queries never see one another")
 
 # %% [markdown]
 # **Claim.** One pass is cheaper than two. Each decoder layer projects the whole memory, however few the queries are;
@@ -513,28 +495,17 @@ for name, case in cases.items():
         return {"own loss": done.output.loss, **done.terms}
     histories[name] = fit(case.student, case.optimizer, losses, steps=25)
 
-figure, panels = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
-for axes, (name, history) in zip(panels, histories.items()):
-    lines = {"memory": (plots.OTHERS[1], "-"), "cls": (plots.OTHERS[0], "--"), "l1": (plots.OTHERS[2], "-."),
-             "giou": (plots.OTHERS[3], (0, (1, 1))), "own loss": ("#999999", "-")}
-    for term, (colour, style) in lines.items():
-        values = torch.tensor(history[term])
-        axes.plot(range(1, 26), 100 * values / values[0], color=colour, linestyle=style, linewidth=1.8,
-                  label=f"{term}: {values[0]:.2g} to {values[-1]:.2g}")
-    axes.set_title(name, fontsize=10, loc="left")
-    axes.set_xlabel("step", fontsize=9)
-    axes.set_ylim(0)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, title="weighted, first to last", title_fontsize=8, alignment="left")
-    for term in ("memory", "cls", "l1", "giou", "own loss"):
-        values = torch.tensor(history[term])
+falling = {}
+for name, history in histories.items():
+    history = {term: torch.tensor(values) for term, values in history.items()}
+    print(f"{name}: " + ", ".join(f"{term} {values[0]:.2g} -> {values[-1]:.2g}" for term, values in history.items()))
+    falling[name] = {term: 100 * values / values[0] for term, values in history.items()}
+    for term, values in history.items():
         assert values[-5:].mean() < 0.95 * values[0], (name, term)
-    total = sum(torch.tensor(history[term]) for term in ("memory", "cls", "l1", "giou"))
+    total = sum(values for term, values in history.items() if term != "own loss")
     assert total[-5:].mean() < 0.7 * total[0]
-panels[0].set_ylabel("% of the first step's loss", fontsize=9)
-figure.suptitle("All four terms fall, in two detectors that were not made for this", fontsize=11)
-plt.show()
+plots.lines(falling, "step", "% of the first step's loss",
+            "All four terms fall, in two detectors that were not made for this")
 
 # %% [markdown]
 # Detection settles first, so weights found on a fresh student are soon too heavy: here are the gradients after 25
@@ -559,15 +530,14 @@ def largest(difference):
     return difference.abs().max().item()
 
 
-def checklist(case):
-    """-> {what must hold: whether it does}"""
+def trials(case):
+    """What the checklist needs: the detectors run with, without and among other queries."""
     teacher, student, distill = case.teacher, case.student.train(), case.distill
     torch.manual_seed(2)                                              # RT-DETR draws noise for its denoising queries
     done = step(case)
     torch.manual_seed(2)
     undisturbed = student(case.images, case.mask, labels=case.targets)
-    padding, force = done.learned.padding, gradients(case)
-    given = {p for group in case.optimizer.param_groups for p in group["params"]}
+    force = gradients(case)
     with torch.no_grad():
         with case.ask(teacher, *done.queries) as both:                # our queries beside the teacher's own
             answer = teacher(case.images, case.mask)
@@ -581,13 +551,22 @@ def checklist(case):
         itself = step(same).terms
         no_labels, no_boxes = [x[:0] for x in case.labels], [x[:0] for x in case.boxes]
         nothing = step(variant(same, labels=no_labels, boxes=no_boxes, targets=None)).terms
+    return SimpleNamespace(done=done, undisturbed=undisturbed, force=force, both=both, answer=answer, fewer=fewer,
+                           few=few, echo=echo, itself=itself, nothing=nothing)
+
+# %%
+def checklist(case):
+    """-> {what must hold: whether it does}"""
+    teacher, student, ran = case.teacher, case.student, trials(case)
+    done, both, echo, force, padding = ran.done, ran.both, ran.echo, ran.force, ran.done.learned.padding
+    given = {p for group in case.optimizer.param_groups for p in group["params"]}
     return {
         "the teacher is in eval mode, and frozen":
             not teacher.training and not any(p.requires_grad for p in teacher.parameters()),
         "no part of the student is frozen":
             all(p.requires_grad for p in student.parameters()),
         "the optimizer has what distill learns":
-            given >= set(distill.parameters()),
+            given >= set(case.distill.parameters()),
         "same levels, same strides":
             done.taught.shapes == done.learned.shapes,
         "same classes in the same order":
@@ -597,24 +576,24 @@ def checklist(case):
         "references are fractions of the own size":
             case.extent is None or moved(case) < 0.05,
         "its own answers do not change by our queries":
-            largest(done.output.logits - undisturbed.logits) < 1e-4,
+            largest(done.output.logits - ran.undisturbed.logits) < 1e-4,
         "our answers do not change by its own queries":
             largest((both.logits - done.taught.logits)[:, done.valid]) < 1e-4,
         "our answers do not change by rows that only fill up":
-            largest(fewer.logits[:, 0] - done.taught.logits[:, 0, :few]) < 1e-4,
+            largest(ran.fewer.logits[:, 0] - done.taught.logits[:, 0, :ran.few]) < 1e-4,
         "asked its own queries, it gives its own answers":
-            max(largest(echo.logits[-1] - answer.logits), largest(echo.boxes[-1] - answer.pred_boxes)) < 1e-4,
+            max(largest(echo.logits[-1] - ran.answer.logits), largest(echo.boxes[-1] - ran.answer.pred_boxes)) < 1e-4,
         "a student that is the teacher has no loss":
-            sum(itself.values()).abs() < 1e-5,
+            sum(ran.itself.values()).abs() < 1e-5,
         "images without objects: no logit loss, no crash":
-            nothing["cls"] == nothing["l1"] == nothing["giou"] == 0,
+            all(ran.nothing[key] == 0 for key in ("cls", "l1", "giou")),
         "both parts reach the backbone":
             min(force["memory"]["backbone."], force["logits"]["backbone."]) > 0,
         "neither part pulls harder than detection":
             max(force["memory"][""], force["logits"][""]) < force["detection"][""],
     }
 
-
+# %%
 results = {name: checklist(case) for name, case in cases.items()}
 print(f"{'':52}" + "  ".join(results))
 for line in results["RT-DETR v2"]:
