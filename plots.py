@@ -412,21 +412,22 @@ def gains(rows, title=None):
     axes = figure.subplots()
     place, ticks, names = 0, [], []
     for detector, lines in blocks.items():
-        axes.text(0, place, f" {detector}", transform=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=INK,
-                  weight="bold")
+        axes.text(0.01, place, detector, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=INK,
+                  weight="bold", backgroundcolor="white")
         for label, gain in lines:
             place -= 1
-            style = model_style("distilled" if label.startswith(("clockdistill", "both")) else label)
+            ours = label.startswith(("clockdistill", "both parts"))
             low, high = (gain[side] if gain[side] is not None else gain["mean"] for side in ("low", "high"))
             axes.errorbar(gain["mean"], place, xerr=[[gain["mean"] - low], [high - gain["mean"]]], fmt="o", capsize=2.5,
-                          color=style["color"] if style["color"] == DISTILLED else INK, markersize=4, linewidth=1.3)
+                          color=DISTILLED if ours else INK, markersize=4, linewidth=1.3)
             ticks.append(place)
             names.append(label)
         place -= 1
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.set_ylim(place + 0.5, 0.7)
-    _plain(axes, "gain in AP over the student alone (dot: mean over seeds, bar: 95 % interval)", "")
+    _plain(axes, "gain in AP over the student alone (bar: 95 % interval)", "")
+    axes.margins(x=0.03)
     axes.set_title(title or "What distillation adds", fontsize=10, loc="left", color=INK)
     return figure
 

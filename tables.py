@@ -256,7 +256,7 @@ def plan(scale, chosen, only=TABLES):
         row("sensitivity", detector, "student", role="student")
         for what, changes in SENSITIVITY.items():
             for value, change in changes:
-                taught("sensitivity", detector, f"{what} {value}", best | change(best))
+                taught("sensitivity", detector, f"{what} {value}", best | changed(best, change(best)))
     for detector in scope.others["schedule"]:
         for steps in dict.fromkeys((scope.steps, 1, 2)):
             row("schedule", detector, f"student, {steps:g} x the steps", role="student", steps=steps)
@@ -534,7 +534,7 @@ def draw(tables, done, read, folder):
         longer = [line for line in tables.get("schedule", []) if line["detector"] == detector]
         if longer:
             figures[f"schedule_{detector}"] = plots.curves(learning_curves(longer, by_name), "AP",
-                                                           f"{detector}: schedules of one and three times the steps")
+                                                           f"{detector}: shorter and longer schedules")
         varied = {line["method"]: line["AP"] for line in tables.get("sensitivity", []) if line["detector"] == detector}
         panels = {what: [(value, varied[f"{what} {value}"]) for value, _ in changes if f"{what} {value}" in varied]
                   for what, changes in SENSITIVITY.items()}

@@ -12,7 +12,7 @@
 #    the best linear map may translate it.
 # 2. An attention map need not lie on the object, least of all a dense one.
 # 3. Attention that agrees with the teacher's need not have been learned: in DINO a decoder that has seen no image
-#    agrees as much, and distillation adds nothing to it. In the other two it does.
+#    agrees as much, and distillation adds nothing that shows. In the other two it does.
 # 4. A teacher asked what it was never trained on misleads, and its confidence does not always tell.
 
 # %%
@@ -434,15 +434,15 @@ for detector, found in gazes.items():
 # spread evenly over the true box (`plots.even_mass`), for which nothing needs to be learned. It is about 0.75 for
 # DINO, and low for DAB-DETR, whose teacher does not look into the box. Finer cells lower it, and everything else.
 #
-# Left, target-aware queries, the same for all (the student trained alone has never read their contents; the distilled
-# one was trained on them). Right, each model's own learned query that fits the object best: nobody told it where to
-# look.
+# Left, target-aware queries, the same for all (a student trained alone has never read their contents, but for
+# DAB-DETR's, which are zeros; the distilled one was trained on them). Right, each model's own learned query that fits
+# the object best: nobody told it where to look.
 #
 # **Claims.** In DAB-DETR and Deformable DETR a distilled student looks more like its teacher than one trained alone,
-# by both kinds of queries. In DINO it does not, though its AP gains as much: asked the same, the untrained, the lone
-# and the distilled student all agree about as much as an even look does, and on finer cells less. There the number
-# says that the queries start from the right box, and nothing of what was learned. Report it with its floor, or not at
-# all.
+# by both kinds of queries. In DINO that does not show, though its AP gains as much: asked the same, the untrained,
+# the lone and the distilled student all agree about as much as an even look does, and on finer cells less. There the
+# number says that the queries start from the right box, and nothing of what was learned. (One seed each: of
+# differences as small as DINO's the sign changes with the seed.)
 
 
 # %%
