@@ -391,7 +391,7 @@ def curves(histories, ylabel="AP", title=None):
             spread = np.array([values.std(ddof=1) if len(values) > 1 else 0 for _, values in seeds])
             axes.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
         most_seeds = max(most_seeds, count)
-    _plain(axes, "training step", ylabel)
+    plain(axes, "training step", ylabel)
     axes.set_ylim(bottom=0)
     if histories:
         axes.legend(fontsize=8.5, frameon=False, title="last value", title_fontsize=8, alignment="left")
@@ -426,7 +426,7 @@ def gains(rows, title=None):
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.set_ylim(place + 0.5, 0.7)
-    _plain(axes, "gain in AP over the student alone (bar: 95 % interval)", "")
+    plain(axes, "gain in AP over the student alone (bar: 95 % interval)", "")
     axes.margins(x=0.03)
     axes.set_title(title or "What distillation adds", fontsize=10, loc="left", color=INK)
     return figure
@@ -447,7 +447,7 @@ def sensitivity(switches, student=(), title=None):
                       **model_style("distilled"))
         if len(student):
             axes.axhline(np.mean(student), linewidth=1.6, color=STUDENT, linestyle="--")
-        _plain(axes, name, "AP" if axes is panels[0] else "")
+        plain(axes, name, "AP" if axes is panels[0] else "")
         axes.set_xticks(range(len(points)), [value for value, _ in points])
         axes.margins(x=0.15)
     if len(student) and switches:
@@ -493,7 +493,7 @@ def dots(panels, title, log=False):
             axes.plot([*found.values()], [place] * len(found), color="#CCCCCC", linewidth=1.2, zorder=1)
             for name, number in found.items():
                 axes.plot(number, place, markersize=5.5, **styles[name] | {"linestyle": "none"})
-        _plain(axes, xlabel, "")
+        plain(axes, xlabel, "")
         axes.margins(x=0.04)
         if log:
             axes.set_xscale("log")
@@ -537,7 +537,7 @@ def stacked(table, label, title, written="{:.0%}".format):
                 axes.text(left + number / 2, place, written(number), ha="center", va="center", fontsize=8,
                           color=_on(color))
             left += number
-    _plain(axes, label, "")
+    plain(axes, label, "")
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(table)), table)
     axes.set_ylim(max(len(table), 1) - 0.5, -0.5)
@@ -557,7 +557,7 @@ def lines(panels, xlabel, ylabel, title):
         for name, line in found.items():
             x, y = line if isinstance(line, tuple) else (range(len(line)), line)
             axes.plot(_array(x), _array(y), linewidth=1.6, **styles[name] | {"marker": None})
-        _plain(axes, xlabel, ylabel if axes is grid[0] else "")
+        plain(axes, xlabel, ylabel if axes is grid[0] else "")
         axes.set_title(heading, fontsize=9, color=INK)
     grid[0].set_ylim(bottom=min(0, grid[0].get_ylim()[0]))
     _keys(figure, [Line2D([], [], label=name, **style | {"marker": None}) for name, style in styles.items()])
@@ -619,8 +619,8 @@ def losses(history, top=4, always=("memory", "cls", "l1", "giou")):
                                  colors=[colors.get(name, "#BBBBBB") for name in share])
         figure.legend(handles=layers[::-1], loc="outside right center", fontsize=8, frameon=False,
                       title="term, share at the end", title_fontsize=8, alignment="left")
-    _plain(left, "training step", f"weighted loss, mean of {window} steps" if window > 1 else "weighted loss")
-    _plain(right, "training step", "share of the total, %")
+    plain(left, "training step", f"weighted loss, mean of {window} steps" if window > 1 else "weighted loss")
+    plain(right, "training step", "share of the total, %")
     right.set_ylim(0, 100)
     left.set_title("Which terms fall", fontsize=10, loc="left", color=INK)
     right.set_title("Which terms drive the step", fontsize=10, loc="left", color=INK)
@@ -934,7 +934,8 @@ def _reference(axes, place):
         axes.plot(*place, "+", color=TRUTH, markersize=9, markeredgewidth=1.6, path_effects=_halo(3, TRUTH))
 
 
-def _plain(axes, xlabel, ylabel):
+def plain(axes, xlabel, ylabel):
+    """Axes as all charts have them: light grid, small ticks, no frame at the top and right."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8)

@@ -317,9 +317,10 @@ class Site:
         path = self.results / "runs" / f"{job.name}.json"
         if not path.exists():
             return None
-        found, wanted = json.loads(path.read_text()), self.parse(self.arguments(job))
+        found = json.loads(path.read_text())
         if job.role == "teacher" and job.detector in self.teachers:
             return found
+        wanted = self.parse(self.arguments(job))
         differ = [key for key, value in found["settings"].items() if wanted.get(key) != value]
         if job.method:
             teacher = self.result(Job(job.scale, job.detector, "teacher"))

@@ -221,6 +221,7 @@ def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
     (dict(class_map="Car,Cyclist"), "knows 3 classes"),
     (dict(method_options=("lamda_mem=1",)), "has no option 'lamda_mem'"),
     (dict(method_options=("groups=many",)), "want a int"),
+    (dict(method_options=("preset=mine",)), "preset=mine: choose from paper"),
     (dict(teacher="nowhere"), "nowhere"),
 ])
 def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, change, message, capsys):

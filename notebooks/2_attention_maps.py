@@ -69,13 +69,9 @@ def outline(axes, boxes, color="white", style="-", width=1.0):
 
 
 def tidy(axes, title="", xlabel="", ylabel=""):
+    plots.plain(axes, xlabel, ylabel)
+    axes.margins(x=0.05)
     axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel(xlabel, fontsize=8.5)
-    axes.set_ylabel(ylabel, fontsize=8.5)
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 # Three components -> red, green, blue: light, blue against yellow, red against green. Most of the picture is in the
