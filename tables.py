@@ -248,7 +248,8 @@ def plan(scale, chosen, only=TABLES):
             "... no confidence weight": {"confidence": False, "normalise": "queries"}}
         for label, change in variants.items():
             now = changed(logits, change)
-            if now or not change:                                    # else it is what was chosen, under another name
+            # No second row for what was chosen already, and a second detector shows the parts, not all their variants.
+            if not change or (now and detector == scope.others["ablation"][0]):
                 taught("ablation", detector, label, logits | now)
         taught("ablation", detector, "both parts: clockdistill", best)
     for detector in scope.others["sensitivity"]:
@@ -520,6 +521,15 @@ def learning_curves(lines, done_by_name):
     return curves
 
 
+def final_scores(lines, by_name):
+    """{"student alone" or "distilled": [(steps of the run, [AP of each seed])]} of the table "schedule"."""
+    ends = {}
+    for line in lines:
+        name = "distilled" if by_name[line["runs"][0]]["method"] else "student alone"
+        ends.setdefault(name, []).append((by_name[line["runs"][0]]["steps"], line["AP"]))
+    return {name: sorted(points) for name, points in ends.items()}
+
+
 def draw(tables, done, read, folder):
     """The figures, each computed from the same rows as its table."""
     by_name = {result["name"]: result for result in done.values() if result}
@@ -534,8 +544,8 @@ def draw(tables, done, read, folder):
             figures[f"curves_{detector}"] = plots.curves(curves, "AP", f"{detector}: with and without a teacher")
         longer = [line for line in tables.get("schedule", []) if line["detector"] == detector]
         if longer:
-            figures[f"schedule_{detector}"] = plots.curves(learning_curves(longer, by_name), "AP",
-                                                           f"{detector}: shorter and longer schedules")
+            figures[f"schedule_{detector}"] = plots.curves(final_scores(longer, by_name), "AP",
+                                                           f"{detector}: each point a finished run")
         varied = {line["method"]: line["AP"] for line in tables.get("sensitivity", []) if line["detector"] == detector}
         panels = {what: [(value, varied[f"{what} {value}"]) for value, _ in changes if f"{what} {value}" in varied]
                   for what, changes in SENSITIVITY.items()}

@@ -79,15 +79,30 @@ def test_the_search_is_the_same_whatever_it_found():
 
 def test_an_ablation_does_not_repeat_what_was_chosen():
     tuned = lambda detector, what: {"lambda_mem": 5.0, "lambda_log": 0.1, "preset": detector}
-    rows = {detector: [row for row in tables.plan("toy", tuned, ("ablation",)) if row.detector == detector]
-            for detector in ("dino", "deformable_detr")}
-    for of_one in rows.values():
-        logits = [row.jobs for row in of_one if row.label.startswith(("logits", "the logit part", "..."))]
+    labels = {}
+    for scale, detector in (("toy", "deformable_detr"), ("kitti", "dino")):
+        rows = [row for row in tables.plan(scale, tuned, ("ablation",)) if row.detector == detector]
+        logits = [row.jobs for row in rows if row.label.startswith(("logits", "the logit part", "..."))]
         assert len(set(logits)) == len(logits) > 5
-    assert "... 1 group" in {row.label for row in rows["dino"]}                # 3 were chosen
-    assert "... 3 groups" in {row.label for row in rows["deformable_detr"]}    # 1 was
+        labels[detector] = {row.label for row in rows}
+    assert "... 1 group" in labels["dino"]                # 3 were chosen
+    assert "... 3 groups" in labels["deformable_detr"]    # 1 was
     assert tables.changed({"preset": "dino"}, {"groups": 3, "content": "own"}) == {}
     assert tables.changed({"preset": "dino", "groups": 1}, {"groups": 3}) == {"groups": 3}
+
+
+def test_the_ablation_of_a_second_detector_has_the_parts_alone():
+    labels = [row.label for row in tables.plan("toy", no_tuning, ("ablation",)) if row.detector == "dino"]
+    assert labels == ["none", "memory, every token alike", "+ location mask", "+ scale mask: the memory part",
+                      "the logit part, as chosen", "both parts: clockdistill"]
+
+
+def test_the_schedule_is_drawn_by_where_its_runs_end():
+    line = lambda run, scores: {"runs": [run], "AP": scores}
+    runs = {"long": {"method": None, "steps": 20}, "short": {"method": None, "steps": 5},
+            "taught": {"method": "clockdistill", "steps": 5}}
+    found = tables.final_scores([line("long", [.3]), line("short", [.1, .2]), line("taught", [.4])], runs)
+    assert found == {"student alone": [(5, [.1, .2]), (20, [.3])], "distilled": [(5, [.4])]}
 
 
 def test_names_tell_runs_apart():
