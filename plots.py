@@ -388,7 +388,7 @@ def curves(histories, ylabel="AP", title=None):
         axes.plot(steps, mean, label=label, markersize=4, linewidth=1.6, **style)
         count = max((len(values) for _, values in seeds), default=1)
         if count > 1:
-            spread = np.array([values.std(ddof=1) if len(values) > 1 else 0 for _, values in seeds])
+            spread = np.array([_deviation(values) for _, values in seeds])
             axes.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
         most_seeds = max(most_seeds, count)
     plain(axes, "training step", ylabel)
@@ -401,7 +401,7 @@ def curves(histories, ylabel="AP", title=None):
 
 
 def gains(rows, title=None):
-    """Paired gains in AP over the student alone, with their 95 % intervals: a line a row, a block a detector.
+    """Paired gains over the student alone, in AP or another score, with their 95 % intervals: a line a row, a block a detector.
 
     rows: list of (detector, label, {"mean", "low", "high"}); low and high None (one seed): no interval is drawn.
     """
@@ -413,7 +413,7 @@ def gains(rows, title=None):
     place, ticks, names = 0, [], []
     for detector, lines in blocks.items():
         axes.text(0.01, place, detector, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=INK,
-                  weight="bold", backgroundcolor="white")
+                  weight="bold", zorder=2.3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         for label, gain in lines:
             place -= 1
             ours = label.startswith(("clockdistill", "both parts"))
@@ -426,9 +426,63 @@ def gains(rows, title=None):
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.set_ylim(place + 0.5, 0.7)
-    plain(axes, "gain in AP over the student alone (bar: 95 % interval)", "")
+    plain(axes, "gain over the student alone (bar: 95 % interval)", "")
     axes.margins(x=0.03)
     axes.set_title(title or "What distillation adds", fontsize=10, loc="left", color=INK)
+    return figure
+
+
+def paired(panels, ylabel, title):
+    """The same seeds without and with a teacher, joined by lines, beside the teacher's level: a panel a heading.
+
+    panels: dict heading -> {"student": {seed: score}, "distilled": {seed: score}, "teacher": score}. A seed that only
+    one of the two has is left out.
+    """
+    figure, grid = _panels(title, len(panels), 3.3, sharey=True)
+    for axes, (heading, found) in zip(grid, panels.items()):
+        both = np.array([[found[name][seed] for name in ("student", "distilled")]
+                         for seed in found["distilled"] if seed in found["student"]]).reshape(-1, 2)
+        axes.plot([0, 1], both.T, color="#BBBBBB", linewidth=1)
+        for place, name in enumerate(("student", "distilled")):
+            axes.plot([place] * len(both), both[:, place], markersize=6,
+                      **model_style(name) | {"linestyle": "none"})
+        axes.axhline(found["teacher"], color=TEACHER, linestyle="--", linewidth=1.4)
+        axes.annotate(f"teacher {found['teacher']:.2f}", (-0.35, found["teacher"]), (0, 3), fontsize=8, color=TEACHER,
+                      textcoords="offset points")
+        plain(axes, "", ylabel if axes is grid[0] else "")
+        axes.set_title(f"{heading}, {len(both)} seeds", fontsize=9, color=INK)
+        axes.set_xticks([0, 1], ["student alone", "distilled"])
+        axes.set_xlim(-0.4, 1.4)
+    grid[0].set_ylim(bottom=0)
+    return figure
+
+
+def curves_and_gains(panels, ylabel, title):
+    """Above, a score against steps with bands of one standard deviation; below, the paired gain and its 95 % interval.
+
+    panels: dict heading -> {"student": {step: [score of each seed]}, "distilled": the same, "teacher": its last score,
+    "gain": {step: {"mean", "low", "high"}}}.
+    """
+    figure = _figure(4.8)
+    grid = figure.subplots(2, max(len(panels), 1), sharex="col", sharey="row", height_ratios=(1.7, 1), squeeze=False)
+    for (above, below), (heading, found) in zip(grid.T, panels.items()):
+        above.axhline(found["teacher"], linestyle="--", color=TEACHER, label="teacher, trained for longer")
+        for name, label in (("student", "student alone"), ("distilled", "distilled")):
+            style, scores = model_style(name), [np.array(values) for values in found[name].values()]
+            mean, spread = (np.array([read(values) for values in scores]) for read in (np.mean, _deviation))
+            above.plot(list(found[name]), mean, markersize=4, label=label, **style)
+            above.fill_between(list(found[name]), mean - spread, mean + spread, color=style["color"], alpha=0.25,
+                               linewidth=0)
+        mean, low, high = (np.array([gain[key] for gain in found["gain"].values()]) for key in ("mean", "low", "high"))
+        below.errorbar(list(found["gain"]), mean, [mean - low, high - mean], fmt="o", capsize=3, markersize=4,
+                       color=DISTILLED)
+        below.axhline(0, color=INK, linewidth=0.8)
+        above.set_title(heading, fontsize=9, color=INK)
+        plain(above, "", ylabel if above is grid[0, 0] else "")
+        plain(below, "training step", "gain, 95 % interval" if above is grid[0, 0] else "")
+        below.margins(x=0.05)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10, color=INK)
     return figure
 
 
@@ -442,7 +496,7 @@ def sensitivity(switches, student=(), title=None):
     panels = figure.subplots(1, max(1, len(switches)), sharey=True, squeeze=False)[0]
     for axes, (name, points) in zip(panels, switches.items()):
         mean = [np.mean(values) for _, values in points]
-        spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for _, values in points]
+        spread = [_deviation(values) for _, values in points]
         axes.errorbar(range(len(points)), mean, spread, capsize=3, markersize=5, linewidth=1.6,
                       **model_style("distilled"))
         if len(student):
@@ -472,27 +526,38 @@ def reading(answers, title=None):
     return figure
 
 
-def dots(panels, title, log=False):
+def dots(panels, title, log=False, marks=None):
     """Numbers that stand for the same thing, compared: a row for each thing, a dot for each name.
 
-    panels: dict xlabel -> dict block -> dict row -> dict name -> number; blocks and rows are those of the first panel.
-    A block is a bold line over its rows; "" has none. The scale has 0 on it; log: it is logarithmic, and 0 has no dot.
+    panels: dict xlabel -> dict block -> dict row -> dict name -> number, or (number, half of its interval), drawn as a
+    bar; then the dots of a row lie one beneath the other. Blocks and rows are those of the first panel. A block is a
+    bold line over its rows; "" has none. The scale has 0 on it; log: it is logarithmic, and 0 has no dot. marks: dict
+    name -> what differs from `model_style`, as matplotlib's keywords.
     """
     blocks = next(iter(panels.values()), {})
     lines = [(block, row) for block, rows in blocks.items() for row in [None] * bool(block) + list(rows)]
-    figure, grid = _panels(title, len(panels), 1 + 0.22 * len(lines), sharey=True)
-    styles = _styles(name for blocks in panels.values() for rows in blocks.values() for row in rows.values()
-                     for name in row)
+    every = [row for blocks in panels.values() for rows in blocks.values() for row in rows.values()]
+    apart = 0.7 / max(map(len, every)) if any(isinstance(n, tuple) for row in every for n in row.values()) else 0
+    figure, grid = _panels(title, len(panels), 1 + (0.75 if apart else 0.22) * len(lines), sharey=True)
+    styles = {name: style | {"markersize": 5.5, "linestyle": "none"} | (marks or {}).get(name, {})
+              for name, style in _styles(name for row in every for name in row).items()}
     for axes, (xlabel, blocks) in zip(grid, panels.items()):
         for place, (block, row) in enumerate(lines):
             if row is None:
                 axes.text(0.01, place, block, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center",
                           color=INK, weight="bold")
                 continue
-            found = {name: number for name, number in blocks[block][row].items() if number > 0 or not log}
-            axes.plot([*found.values()], [place] * len(found), color="#CCCCCC", linewidth=1.2, zorder=1)
-            for name, number in found.items():
-                axes.plot(number, place, markersize=5.5, **styles[name] | {"linestyle": "none"})
+            numbers = {name: number if isinstance(number, tuple) else (number, 0.)
+                       for name, number in blocks[block][row].items()}
+            found = {name: both for name, both in numbers.items() if both[0] > 0 or not log}
+            if not apart:
+                axes.plot([number for number, _ in found.values()], [place] * len(found), color="#CCCCCC",
+                          linewidth=1.2, zorder=1)
+            for index, (name, (number, half)) in enumerate(found.items()):
+                level = place + apart * (index - (len(found) - 1) / 2)
+                if half:
+                    axes.plot([number - half, number + half], [level] * 2, color=styles[name]["color"], linewidth=1.4)
+                axes.plot(number, level, **styles[name])
         plain(axes, xlabel, "")
         axes.margins(x=0.04)
         if log:
@@ -502,7 +567,7 @@ def dots(panels, title, log=False):
     if lines:
         grid[0].set_yticks(*zip(*((place, row) for place, (_, row) in enumerate(lines) if row is not None)))
         grid[0].set_ylim(len(lines) - 0.5, -0.7)
-    _keys(figure, [Line2D([], [], label=name, **style | {"linestyle": "none"}) for name, style in styles.items()])
+    _keys(figure, [Line2D([], [], label=name, **style) for name, style in styles.items()])
     return figure
 
 
@@ -943,6 +1008,11 @@ def plain(axes, xlabel, ylabel):
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
+
+
+def _deviation(values):
+    """Standard deviation over seeds; 0 of one."""
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
 def _running_mean(values, window):

@@ -70,6 +70,8 @@ def pictures(objects, found):
     report = {"detection": (.9, 3.), "memory": (0., 0.)}
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
+    pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
+    pairs = {"student": {5: [.1]}, "distilled": {5: [.2]}, "teacher": .5, "gain": {5: dict(mean=.1, low=.0, high=.2)}}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
             "memory_error": (4 + 1, (image, *memory, SHAPES, truth["boxes"], torch.arange(cells) % 5 == 0)),
@@ -78,6 +80,8 @@ def pictures(objects, found):
             "self_attention": (6 + 1, (among, None, ["a", "", "c"][:objects] if found else ())),
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
+            "paired": (1, ({"DINO": pair} if found else {}, "AP", "Title")),
+            "curves_and_gains": (2, ({"DINO": pairs} if found else {}, "AP", "Title")),
             "reading": (1, (answers if found else {},)),
             "dots": (2 if found else 1, (off if found else {}, "Title", True)),
             "gradients": (2, ({"student": report} if found else {},)),
@@ -373,6 +377,36 @@ def test_dots_stand_at_their_numbers_in_the_row_of_their_thing():
     assert axes.get_xlim()[0] < 0 < .5 < axes.get_xlim()[1]                # 0 is in view, and no dot is cut
     assert [text.get_text() for text in axes.texts] == ["DINO", "DAB"] and legend(figure) == ["teacher", "student"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["toy", "toy", "kitti"]
+
+
+def test_dots_with_intervals_lie_one_beneath_the_other():
+    figure = plots.dots({"AP": {"": {"a": {"student": (.2, .1), "floor": .1}, "b": {"student": .3}}}}, "Title",
+                        marks={"floor": {"marker": "|"}})
+    axes = figure.axes[0]
+    assert dots(axes) == [(.2, -.175), (.1, .175), (.3, 1)]
+    bars = [line.get_xdata() for line in axes.lines if line.get_marker() == "None"]
+    assert len(bars) == 1 and np.allclose(bars[0], [.1, .3])
+    assert {line.get_marker() for line in axes.lines} == {"None", "^", "|"} and legend(figure) == ["student", "floor"]
+
+
+def test_pairs_are_those_of_the_seeds_that_both_have():
+    figure = plots.paired({"DINO": {"student": {0: .1, 1: .2, 2: .3}, "distilled": {2: .5, 0: .4}, "teacher": .6}},
+                          "AP", "Title")
+    axes = figure.axes[0]
+    assert axes.get_title() == "DINO, 2 seeds" and axes.texts[0].get_text() == "teacher 0.60"
+    joined = sorted(tuple(line.get_ydata()) for line in axes.lines if line.get_color() == "#BBBBBB")
+    assert joined == [(.1, .4), (.3, .5)]
+
+
+def test_curves_stand_over_their_gains():
+    gain = {10: {"mean": .1, "low": -.1, "high": .3}}
+    figure = plots.curves_and_gains({"DINO": {"student": {10: [.1, .3]}, "distilled": {10: [.3]}, "teacher": .6,
+                                              "gain": gain}}, "AP", "Title")
+    above, below = figure.axes
+    assert [line.get_ydata()[0] for line in above.lines] == [.6, .2, .3]
+    assert legend(figure) == ["teacher, trained for longer", "student alone", "distilled"]
+    (bar,) = below.collections[0].get_segments()
+    assert np.allclose(bar, [[10, -.1], [10, .3]])
 
 
 def test_gradients_have_share_and_norm_and_no_dot_for_a_term_that_is_off():

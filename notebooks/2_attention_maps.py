@@ -46,6 +46,7 @@ torch.set_num_threads(1)
 SIDE, GRID = (160, 48), (6, 20)               # width and height of the images in pixels; (H, W) of their stride-8 cells
 ROLES = ("teacher", "student", "distilled")
 NAMES = {"dab_detr": "DAB-DETR", "deformable_detr": "Deformable DETR", "dino": "DINO"}
+FLOOR = {"color": plots.INK, "marker": "|", "markersize": 11, "markeredgewidth": 1.6}       # of what needs no learning
 
 # %% [markdown]
 # The drawings that only this notebook needs. Nothing of the detectors is in this cell: skip it.
@@ -106,38 +107,6 @@ def memory_picture(index, readings, bases, columns):
                   fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.suptitle("The teacher's memory in colours, what the students have of it, and what they miss", fontsize=10)
-    return figure
-
-
-def dots(panels, floor, xlabel, title):
-    """Numbers 0..1 of models, detector by detector.
-
-    panels: dict heading -> dict detector -> dict name -> number, or (mean, half an interval). The name `floor` is a
-    line through its detector, a name with "as it is" a hollow dot.
-    """
-    figure, keys = Figure(figsize=(9, 1.1 + 0.85 * len(families)), layout="constrained"), {}
-    for axes, (heading, rows) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
-        for row, numbers in enumerate(rows.values()):
-            places = {name: -row - 0.56 * i / (len(numbers) - 2) + 0.28
-                      for i, name in enumerate(name for name in numbers if name != floor)}
-            for name, number in numbers.items():
-                mean, half = number if isinstance(number, tuple) else (number, 0)
-                if name == floor:
-                    axes.plot([mean, mean], [-row - 0.38, -row + 0.38], color=plots.INK, linewidth=1.6, zorder=1)
-                    continue
-                style = plots.model_style(name)
-                keys[name] = dict(color=style["color"], marker=style["marker"], markersize=7, linestyle="none",
-                                  markerfacecolor="white" if "as it is" in name else style["color"])
-                axes.plot([mean - half, mean + half], [places[name]] * 2, color=style["color"], linewidth=1.4)
-                axes.plot(mean, places[name], **keys[name])
-        tidy(axes, heading, xlabel)
-        axes.set(xlim=(0, 1), ylim=(-len(rows) + 0.45, 0.55))
-        axes.set_yticks([-row for row in range(len(rows))], [NAMES[detector] for detector in rows], fontsize=9)
-        axes.grid(visible=False, axis="y")
-    keys[floor] = dict(color=plots.INK, marker="|", markersize=11, markeredgewidth=1.6, linestyle="none")
-    figure.legend(handles=[Line2D([], [], label=name, **style) for name, style in keys.items()], fontsize=8.5,
-                  loc="outside lower center", ncols=len(keys), frameon=False)
-    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -308,9 +277,15 @@ for detector, found in readings.items():
     assert background["distilled, as it is"] < objects["distilled, as it is"]
 
 drawn = ("untrained", "student", "distilled", "distilled, as it is", "place alone")
-dots({heading: {detector: {name: numbers[name] for name in drawn} for detector, numbers in rows.items()}
-      for heading, rows in parts.items()}, "place alone", "part of the variance of the teacher's memory",
-     "What the students' memories say of the teacher's: through the best linear map (full), and as they are (hollow)")
+figure = plots.dots(
+    {f"part of the variance, {heading}":
+     {"": {NAMES[detector]: {name: (numbers[name], 0.) for name in drawn} for detector, numbers in rows.items()}}
+     for heading, rows in parts.items()},
+    "How much of the teacher's memory is in the students': by the best linear map (full), as it is (hollow)",
+    marks={"place alone": FLOOR, "distilled, as it is": {"markerfacecolor": "white"}})
+for axes in figure.axes:
+    axes.set_xlim(0, 1)
+figure
 
 # %% [markdown]
 # ## Where three detectors look for one object
@@ -479,10 +454,16 @@ coarse, small = ({name: over_images(of)[0] for name, of in found["dino"].items()
 assert all(abs(coarse[name] - coarse["an even look"]) < 0.06 for name in ("untrained", "student", "distilled"))
 assert small["an even look"] < coarse["an even look"] - 0.1 and small["an even look"] == max(small.values())
 assert over_images(asked["dab_detr"]["an even look"])[0] < 0.4
-panels = {"asked the same: target-aware queries": asked, "each model's own learned queries": own}
-dots({heading: {detector: {name: over_images(of) for name, of in numbers.items()} for detector, numbers in rows.items()}
-      for heading, rows in panels.items()}, "an even look", "agreement with the teacher (bar: 95 % interval)",
-     "Whose attention is like the teacher's? Only what lies beyond the floor had to be learned")
+panels = {"target-aware queries": asked, "own learned queries": own}
+figure = plots.dots(
+    {f"agreement with the teacher, {heading}":
+     {"": {NAMES[detector]: {name: over_images(of) for name, of in numbers.items()}
+           for detector, numbers in rows.items()}} for heading, rows in panels.items()},
+    "Whose attention is like the teacher's? Only what lies beyond an even look had to be learned (bars: 95 % interval)",
+    marks={"an even look": FLOOR})
+for axes in figure.axes:
+    axes.set_xlim(0, 1)
+figure
 
 # %% [markdown]
 # ## A misleading teacher, and what the confidence weight does about it

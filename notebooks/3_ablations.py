@@ -23,7 +23,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import plots
 import tables
@@ -119,34 +118,6 @@ for n in (2, 3, 5, 10):
 # **Claim.** Each of the three detectors gains. Every seed does, and the interval is clear of 0 for all three. The
 # student stays clearly below its teacher: distillation closes about a third of the gap.
 
-
-# %%
-def paired(panels, ylabel, title):
-    """Each seed's score alone and distilled, joined by a line, beside the teacher's level: a panel a heading.
-
-    panels: dict heading -> dict(student={seed: score}, distilled={seed: score}, teacher=score).
-    """
-    figure = Figure(figsize=(9, 3.3), layout="constrained")
-    for axes, (heading, found) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
-        both = [[found[name][seed] for name in ("student", "distilled")]
-                for seed in found["distilled"] if seed in found["student"]]
-        axes.plot([0, 1], np.transpose(both), color="#BBBBBB", linewidth=1)
-        for place, name in enumerate(("student", "distilled")):
-            style = plots.model_style(name) | {"linestyle": "none"}
-            axes.plot([place] * len(both), np.array(both)[:, place], markersize=6, **style)
-        axes.axhline(found["teacher"], color=plots.TEACHER, linestyle="--", linewidth=1.4)
-        axes.text(-.35, found["teacher"] + .01, f"teacher {found['teacher']:.2f}", fontsize=8, color=plots.TEACHER)
-        axes.set_title(f"{heading}, {len(both)} seeds", fontsize=9)
-        axes.set_xticks([0, 1], ["student alone", "distilled"], fontsize=9)
-        axes.set(xlim=(-.4, 1.4), ylim=(0, 1.12 * max(one["teacher"] for one in panels.values())))
-        axes.grid(color="#DDDDDD", linewidth=.6, axis="y")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8.5)
-    figure.axes[0].set_ylabel(ylabel, fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
 # %%
 panels = {}
 for detector, name in DETECTORS.items():
@@ -160,7 +131,7 @@ for detector, name in DETECTORS.items():
           f"the gap to the teacher")
     assert found["low"] > 0.01 and min(each) > 0.01 and 0.2 < closed < 0.5
     assert max(distilled["AP"]) < teacher["AP"][0] - 0.05
-paired(panels, "AP on val", "Every seed gains (a grey line: the same seed, without and with a teacher)")
+plots.paired(panels, "AP on val", "Every seed gains (a grey line: the same seed, without and with a teacher)")
 
 # %% [markdown]
 # ## Sizes of objects, and how exact the boxes are
@@ -172,17 +143,6 @@ paired(panels, "AP on val", "Every seed gains (a grey line: the same seed, witho
 # boxes better. APm comes from few objects and is noisy; look at its bars before believing its dots.
 
 # %%
-def gains(found, title):
-    """plots.gains with a label that fits under any of the tables, and the detectors' names over the line at 0."""
-    figure = plots.gains(found, title)
-    axes = figure.axes[0]
-    axes.set_xlabel("gain over the student alone, 95 % interval", fontsize=9)
-    axes.margins(x=0.03)
-    for text in axes.texts:
-        text.set(zorder=2.3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    return figure
-
-
 METRICS = {"AP": "AP", "APs": "APs: small objects", "APm": "APm: medium objects", "AP50": "AP50: IoU of .5 suffices",
            "AP75": "AP75: IoU of .75 needed"}
 height, width = tables.SCALES["toy"].image_size
@@ -195,8 +155,8 @@ for detector, name in DETECTORS.items():
     student = MAIN[detector]["student"]
     assert abs(np.mean(student["AP"]) - np.mean(student["APs"])) < 0.03
     assert all(found[name, metric]["low"] > 0 for metric in ("APs", "AP50", "AP75"))
-gains([(name, METRICS[metric], one) for (name, metric), one in found.items()],
-      "Small objects gain; so do AP50 and AP75")
+plots.gains([(name, METRICS[metric], one) for (name, metric), one in found.items()],
+            "Small objects gain; so do AP50 and AP75")
 
 # %% [markdown]
 # **Is it AP75 that gains more, then?** The yardstick decides, so nothing is claimed. Relative to the student, AP75
@@ -335,8 +295,8 @@ def against(found, pairs):
 
 
 def drawn(table):
-    return gains([(DETECTORS[row["detector"]], row["method"], row["gain"]) for row in TABLES[table] if row["gain"]],
-                 f"{tables.TITLES[table]} (half the steps)")
+    found = [(DETECTORS[row["detector"]], row["method"], row["gain"]) for row in TABLES[table] if row["gain"]]
+    return plots.gains(found, f"{tables.TITLES[table]} (half the steps)")
 
 
 # %%
@@ -404,58 +364,28 @@ figure
 # length ends with. That is what the table below this one is for.
 
 # %%
-def curves_and_gains(panels, title):
-    """Above, AP against steps, with bands of one standard deviation; below, the paired gain with its 95 % interval.
-
-    panels: dict heading -> dict(student={step: {seed: AP}}, distilled=the same, teacher=AP).
-    """
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    grid = figure.subplots(2, len(panels), sharex="col", sharey="row", height_ratios=(1.7, 1))
-    for (above, below), (heading, found) in zip(grid.T, panels.items()):
-        above.axhline(found["teacher"], linestyle="--", color=plots.TEACHER, label="teacher, trained for longer")
-        for name in ("student", "distilled"):
-            steps, scores = list(found[name]), [list(seeds.values()) for seeds in found[name].values()]
-            mean, sd = np.array([np.mean(one) for one in scores]), np.array([np.std(one, ddof=1) for one in scores])
-            style = plots.model_style(name)
-            above.plot(steps, mean, markersize=4, label={"student": "student alone"}.get(name, name), **style)
-            above.fill_between(steps, mean - sd, mean + sd, color=style["color"], alpha=.25, linewidth=0)
-        at = [tables.gain(seeds, found["student"][step]) for step, seeds in found["distilled"].items()]
-        mean, low, high = (np.array([one[key] for one in at]) for key in ("mean", "low", "high"))
-        below.errorbar(list(found["distilled"]), mean, [mean - low, high - mean], fmt="o", capsize=3, markersize=4,
-                       color=plots.DISTILLED)
-        below.axhline(0, color=plots.INK, linewidth=.8)
-        above.set_title(heading, fontsize=9)
-        below.set_xlabel("training step", fontsize=9)
-    for axes in grid.flat:
-        axes.grid(color="#DDDDDD", linewidth=.6)
-        axes.tick_params(labelsize=8)
-    grid[0, 0].set_ylabel("AP on val", fontsize=9)
-    grid[1, 0].set_ylabel("gain, 95 % interval", fontsize=9)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-# %%
 panels = {}
 for detector, name in DETECTORS.items():
     student, distilled = MAIN[detector]["student"], MAIN[detector]["clockdistill"]
-    one = panels[name] = {"student": history(student), "distilled": history(distilled),
-                          "teacher": MAIN[detector]["teacher"]["AP"][0]}
-    last = max(one["distilled"])
-    at = {step: tables.gain(seeds, one["student"][step]) for step, seeds in one["distilled"].items()}
+    plain, taught = history(student), history(distilled)
+    last = max(taught)
+    at = {step: tables.gain(seeds, plain[step]) for step, seeds in taught.items()}
+    panels[name] = {role: {step: list(seeds.values()) for step, seeds in found.items()}
+                    for role, found in (("student", plain), ("distilled", taught))}
+    panels[name] |= {"teacher": MAIN[detector]["teacher"]["AP"][0], "gain": at}
     print(f"{name}:", "; ".join(f"step {step}, {verdict(found)}" for step, found in at.items()))
     from_step = 1 if detector != "dab_detr" else last / 2 + 1
     assert all(found["low"] > 0 for step, found in at.items() if step >= from_step)
 
-    goal = np.mean(list(one["student"][last].values()))
-    steps, scores = [0, *one["distilled"]], [0, *(np.mean(list(seeds.values())) for seeds in one["distilled"].values())]
+    goal = np.mean(panels[name]["student"][last])
+    steps, scores = [0, *taught], [0, *map(np.mean, panels[name]["distilled"].values())]
     needed = np.interp(goal, scores, steps) / last              # between two evaluations, along a straight line
     dearer = np.median(distilled["minutes"]) / np.median(student["minutes"])
     print(f"  reaches the student's last AP at {needed:.0%} of the steps; a run takes {dearer:.2f} times as long "
           f"(medians, on a shared machine), so that is {needed * dearer:.0%} of the student's minutes")
     assert needed < 0.75
-curves_and_gains(panels, "The gain comes early with DINO and Deformable DETR, in the second half with DAB-DETR")
+plots.curves_and_gains(panels, "AP on val",
+                       "The gain comes early with DINO and Deformable DETR, in the second half with DAB-DETR")
 
 # %% [markdown]
 # ## A longer schedule
@@ -466,15 +396,13 @@ curves_and_gains(panels, "The gain comes early with DINO and Deformable DETR, in
 # %%
 figure = None
 if not missing("schedule", lengths=2):
-    found, ends = rows("schedule", "deformable_detr"), {}
+    found = rows("schedule", "deformable_detr")
     for label, row in found.items():
-        points = ends.setdefault("distilled" if label.startswith("distilled") else "student alone", [])
-        points.append((RUNS[row["runs"][0]]["steps"], row["AP"]))
         if row["gain"]:
             print(f"{label}: {verdict(row['gain'])}")
     names = "distilled, {} x the steps", "student, {} x the steps"
     against(found, [(names[0].format(a), names[1].format(b)) for a, b in (("0.5", 1), (1, 2))])
-    figure = plots.curves({name: sorted(points) for name, points in ends.items()}, "AP on val",
+    figure = plots.curves(tables.final_scores(TABLES["schedule"], RUNS), "AP on val",
                           "Deformable DETR: each point a finished run")
 figure
 
