@@ -401,7 +401,7 @@ def curves(histories, ylabel="AP", title=None):
 
 
 def gains(rows, title=None):
-    """Paired gains over the student alone, in AP or another score, with their 95 % intervals: a line a row, a block a detector.
+    """Paired gains over the student alone, in AP or another score, with their 95 % intervals, a block a detector.
 
     rows: list of (detector, label, {"mean", "low", "high"}); low and high None (one seed): no interval is drawn.
     """
@@ -481,7 +481,8 @@ def curves_and_gains(panels, ylabel, title):
         plain(above, "", ylabel if above is grid[0, 0] else "")
         plain(below, "training step", "gain, 95 % interval" if above is grid[0, 0] else "")
         below.margins(x=0.05)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, color=INK)
     return figure
 

@@ -625,12 +625,14 @@ def dry_run(site, jobs, tflops):
         if key not in sizes:
             model = site.model(job)
             sizes[key] = (models.gflops(model, *site.scope.image_size),
-                          training_bytes(model, settings["batch_size"], *site.scope.image_size))
-        forward, memory = sizes[key]
+                          training_bytes(model, settings["batch_size"], *site.scope.image_size),
+                          4 * sum(p.numel() for p in model.parameters()))
+        forward, memory, _ = sizes[key]
         images = settings["epochs"] * site.scope.images
         if settings["steps"]:
             images = settings["steps"] * settings["batch_size"]
-        teacher = sizes.get((job.detector, "teacher"), (0, 0))[0] if job.method else 0
+        teacher, _, frozen = sizes.get((job.detector, "teacher"), (0, 0, 0)) if job.method else (0, 0, 0)
+        memory += frozen
         hours = images * (3 * forward + teacher) * 2e9 / (tflops * 1e12) / 3600
         total += hours
         print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
@@ -638,7 +640,8 @@ def dry_run(site, jobs, tflops):
     height, width = site.scope.image_size
     print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work (--tflops: the peak times "
           "what training reaches of it, a fifth to a third), a step being three forward passes and one of the teacher. "
-          f"Memory: weights, gradients, Adam and saved activations in fp32 at {height} x {width}.")
+          "Memory: weights (also the teacher's), gradients, Adam and saved activations in fp32 at "
+          f"{height} x {width}.")
 
 
 # --------------------------------------------------------------------------------------------------------------- tuning

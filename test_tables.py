@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,9 +235,13 @@ def test_saved_bytes_by_hand():
 def test_a_dry_run_tells_each_run_of_the_paper_s_scales(scale, capsys, monkeypatch):
     monkeypatch.setattr(tables, "training_bytes", lambda *_: 1e9)              # of real models: that takes a while
     monkeypatch.setattr(models, "gflops", lambda *_: 100.0)
-    monkeypatch.setattr(models, "build", lambda *_, **__: None)
+    a_gigabyte = SimpleNamespace(parameters=lambda: [torch.empty(250_000_000, device="meta")])
+    monkeypatch.setattr(models, "build", lambda *_, **__: a_gigabyte)
     assert train.main(["table", scale, "--dry-run"]) == 0
     told = capsys.readouterr().out
+    memory = {line.split(":")[0]: line.split(", ")[-1] for line in told.splitlines() if line.endswith(" GB")}
+    assert memory["dino-student-0"] == "1.0 GB" and memory["dino-teacher"] == "1.0 GB"
+    assert {found for name, found in memory.items() if "clockdistill" in name} == {"2.0 GB"}    # and the frozen teacher
     assert "To download" in told
     for name in ("dab_detr-teacher", "dino-fgd", "deformable_detr-clockdistill", "dino-student-x2"):
         assert name in told

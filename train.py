@@ -184,7 +184,8 @@ RECIPES = {
                                        steps=6000, lr=1e-3, backbone_lr=1e-3),
     },
     # The paper's data. Length, rates and batch are each detector's official ones (SCHEDULES), on KITTI with the batch
-    # of the authors' earlier code [P]; that the teacher is an R50 and the student an R18 is our choice: --backbone.
+    # of the authors' earlier code [P], for which rates meant for 16 or 32 images may be high: --lr, --accumulate. That
+    # the teacher is an R50 and the student an R18 is our choice: --backbone.
     "kitti-teacher": {name: dict(data="kitti", backbone="resnet50", batch_size=8) for name in models.DETECTORS},
     "kitti-student": {name: dict(data="kitti", backbone="resnet18", batch_size=8, method="clockdistill",
                                  method_options=PAPER[name]) for name in models.DETECTORS},
@@ -1285,6 +1286,8 @@ EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
 
 def official(name):
     """The official value of a setting, for `--help`: of each detector, where they differ."""
+    if name == "pretrained_backbone":
+        return "imagenet"                                    # the command line's word for models.build's True
     backbone = inspect.signature(models.build).parameters
     if name in backbone:
         return backbone[name].default
