@@ -259,7 +259,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     page = PAGE_INCHES if columns > 2 or context is None else 6                                 # 1 or 2 windows: large
     inches = (page - 0.4 * bool(len(rows))) / columns                                           # enough on less
     tall = max(inches * shape, 0.9 * bool(len(rows)))                                           # room for a row's name
-    figure = _figure((tall + 0.2) * lines + 0.75 + 0.45 * bool(heat), page)
+    between = "\n" if grid and inches < 2.5 else ", "                                            # of facts in a title
+    figure = _figure((tall + 0.2 + 0.13 * (between == "\n")) * lines + 0.75 + 0.45 * bool(heat), page)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(looks) * count:]:
         axes.set_axis_off()
@@ -282,7 +283,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             if one["boxes"] is not None and first["boxes"] is not None:
                 iou = _iou(first["boxes"][row].numpy(), box.numpy()[None])[0]
                 facts[-1] += f" (IoU {iou:.2f})" * bool(iou < 0.5)
-        axes.set_title("\n".join([name] * (row == 0) + [", ".join(facts)] * bool(facts)), fontsize=8, color=INK, pad=3)
+        axes.set_title("\n".join([name] * (row == 0) + [between.join(facts)] * bool(facts)), fontsize=8, color=INK, pad=3)
         if one is first and len(rows):
             axes.set_ylabel(rows[row], fontsize=8, color=INK)
         if context is not None:

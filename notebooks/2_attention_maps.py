@@ -24,7 +24,6 @@ if os.path.basename(os.getcwd()) == "notebooks":        # the modules are a fold
 sys.path.insert(0, os.getcwd())
 
 import math
-import re
 
 import torch
 from IPython.display import display
@@ -391,11 +390,8 @@ for detector, found in gazes.items():
     shown = {name: {key: of if isinstance(of, tuple) else of[list(largest.values())]
                     for key, of in ones[SCENE]["asked"]["layers"][-1].items()} for name, ones in found.items()}
     rows = [f"asked about\nthis {val.classes[label]}" for label in largest]
-    figure = plots.query_attention(picture, shown, rows, GRID,
-                                   title=f"{NAMES[detector]}: the same target-aware queries, last decoder layer")
-    for axes in figure.axes:                                                                # the columns are narrow
-        axes.set_title(re.sub(r"\d+% in the box, ", "", axes.get_title()), fontsize=8, pad=3)
-    display(figure)
+    display(plots.query_attention(picture, shown, rows, GRID,
+                                  title=f"{NAMES[detector]}: the same target-aware queries, last decoder layer"))
 
 # %% [markdown]
 # ## How far do they agree? A number, and its floor
