@@ -13,6 +13,7 @@ import math
 import os
 import re
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -271,6 +272,22 @@ def write_text(path: str | Path, text: str) -> None:
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def set_aside(folder: str | Path, settings: dict, taught_by: str | None, say) -> None:
+    """Rename the folder of a run that was made with other settings or by another teacher, so that it can begin anew.
+
+    settings: as the run's config.json has them; the path of the teacher does not count, taught_by, its weights, does.
+    say: gets the one line that tells so.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        return
+    begun = json.loads((folder / "config.json").read_text())
+    if begun["taught_by"] != taught_by or begun["settings"] | {"teacher": settings["teacher"]} != settings:
+        aside = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        say(f"{folder} was made with other settings or another teacher; moved to {aside}")
 
 
 @dataclass

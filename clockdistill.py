@@ -13,7 +13,7 @@ else as fractions of each image's own size. `padding` is True where padded, `val
 Everything is computed in float32 (or the inputs' float64), also under autocast; gradients never reach the teacher.
 
 Where a choice comes from: [A] the paper's abstract, [T] a third party's restatement of the paper, [P] the authors'
-earlier public code for a DETR distiller, [O] our own. Only [A] is certain, so all the others are switches.
+earlier public code for a DETR distiller, [O] our own. Only [A] is certain; nearly all the others are switches.
 """
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def location_mask(boxes, height, width, valid=None):
 
         M_p = 1 inside a ground-truth box, else 0
         S_p = 1 / (H_k W_k) inside box k,  1 / N_bg outside;   where boxes overlap, the smaller box wins
-    so that each object, near or far, weighs as much as any other, and as much as all the background together.
+    so that in S each object, near or far, adds up to as much as any other, and as all the background together.
 
     boxes: (K, 4) of ONE image, (cx, cy, w, h) as fractions of the padded image; K = 0 is fine.
     height, width: cells of the map.  valid: (height, width) bool, False at padded cells; None = all real.
@@ -273,13 +273,16 @@ def _giou_distance(a, b):
 # 3. Both parts
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Options by name: CLoCKDistill(student_dim, teacher_dim, **PRESETS["dino"]). "paper" is the literal reading, the
-# defaults. A detector's is the setting of the logit part that won on images and a seed that no table reports, of 15
-# tried alone, one change at a time (results/toy/tables.md, "search"; one seed, so the margins are thin):
-#   content         "label" holds the answer, a decoder need not look: worse on DINO, no better on Deformable DETR
-#   normalise       of other contents the teacher is unsure: divided by their number, they would weigh next to nothing
+# Options by name: CLoCKDistill(student_dim, teacher_dim, **PRESETS["dino"]). "paper" is the nearest reading of
+# what is known of it, the defaults. A detector's is the setting of the logit part that won of 15 tried alone, one
+# change at a time, on images and a seed that no other table reports (results/toy/tables.md, "search"; one seed, so the
+# margins are thin):
 #   groups          won on DINO: with box_noise, three different questions about each object
 #   random_queries  won on Deformable DETR, which has no denoising queries to learn from: what is not an object
+# Set beforehand, each for a reason; for or against them the search, with its one seed, decides nothing:
+#   content         "label" holds the answer, a decoder need not look (results/toy/reading.png)
+#   box_noise       leaves something to correct
+#   normalise       of other contents the teacher is unsure: divided by their number, they would weigh next to nothing
 # DAB-DETR takes Deformable DETR's, the other one without denoising queries.
 _LOOKING = dict(content="own", box_noise=0.4, normalise="confidence")
 PRESETS = {"paper": {}, "dab_detr": _LOOKING | dict(random_queries=24),

@@ -92,7 +92,7 @@ def detections(images, truths, results, classes, min_score=0.4, min_iou=0.5):
 
 
 def location_masks(image, boxes, masks):
-    """The location masks over a scene, level by level: every object weighs as much as the whole background.
+    """The location masks over a scene, level by level: in S every object adds up to as much as the whole background.
 
     image: the padded batch image, because the masks cover the padding too. masks: one (inside (H, W) bool, scale
     (H, W)) a level, as clockdistill.location_mask returns them; cells of scale 0 (padding) stay bare. The colour is S,
@@ -108,7 +108,7 @@ def location_masks(image, boxes, masks):
                        f"{scale[inside].sum() / total:.0%} of S", scale))
     return _over_scene(image, boxes, panels, _log_norm([scale for _, scale in masks]),
                        "weight S of a cell (the cells of an object, or of the background, add up to 1)",
-                       "Location masks: each object weighs as much as the whole background")
+                       "Location masks: in S each object adds up to 1, and so does the background")
 
 
 def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=None, high=None):
@@ -283,7 +283,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             if one["boxes"] is not None and first["boxes"] is not None:
                 iou = _iou(first["boxes"][row].numpy(), box.numpy()[None])[0]
                 facts[-1] += f" (IoU {iou:.2f})" * bool(iou < 0.5)
-        axes.set_title("\n".join([name] * (row == 0) + [between.join(facts)] * bool(facts)), fontsize=8, color=INK, pad=3)
+        heading = [name] * (row == 0) + [between.join(facts)] * bool(facts)
+        axes.set_title("\n".join(heading), fontsize=8, color=INK, pad=3)
         if one is first and len(rows):
             axes.set_ylabel(rows[row], fontsize=8, color=INK)
         if context is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoints
 import data
 import models
 import tables
@@ -65,6 +66,8 @@ def test_the_plan_compares_every_method_on_the_seeds_of_its_students():
     assert all([job.seed for job in row.jobs] == [0, 1, 2, 3, 4] for row in main if row.label != "teacher")
     rivals = [row.label for row in rows if row.table == "rivals" and row.detector == "deformable_detr"]
     assert rivals == ["student", *tables.RIVALS, "clockdistill"]
+    tuned = lambda detector, what: no_tuning(detector, what) | ({"preset": detector} if what == "clockdistill" else {})
+    assert [row.label for row in tables.plan("toy", tuned, ("rivals",))][-1] == "clockdistill without random queries"
     assert all(job.split == "tune" and job.seed >= 100 for row in rows if row.table == "search" for job in row.jobs)
     assert all(job.split == "val" and job.seed < 100 for row in rows if row.table != "search" for job in row.jobs)
     assert all(student.steps == job.steps and student.seed == job.seed
@@ -111,10 +114,12 @@ def test_names_tell_runs_apart():
     assert len({(job.scale, job.name) for job in jobs}) == len(jobs)
 
 
-def test_every_detector_and_method_of_the_plan_is_a_command_that_train_reads(tmp_path):
-    site = tables.Site("toy", tmp_path, tmp_path, tmp_path, train.settings_of, build=None)
-    _, chosen, _ = tables.tuning(site)
-    for job in {job for row in tables.plan("toy", chosen) for job in row.jobs}:
+@pytest.mark.parametrize("scale", list(tables.SCALES))
+def test_every_detector_and_method_of_the_plan_is_a_command_that_train_reads(scale, tmp_path):
+    site = tables.Site(scale, tmp_path, tmp_path, tmp_path, train.settings_of, build=None)
+    jobs = {job for row in tables.plan(scale, tables.tuning(site)[1]) for job in row.jobs}
+    assert {job.method for job in jobs} == {None, "clockdistill", *tables.RIVALS}
+    for job in jobs:
         settings = site.parse(site.arguments(job))
         assert settings["seed"] == job.seed and settings["val_split"] == job.split
         if job.method:
@@ -161,6 +166,34 @@ def test_a_table_is_tuned_for_what_it_shows(tmp_path):
     assert trials("search") == set()
     assert trials("main") == trials("sensitivity") == {"clockdistill"}
     assert trials("rivals") == {"clockdistill", *tables.RIVALS}
+
+
+def test_a_shipped_teacher_that_was_replaced_is_measured_again(tmp_path, capsys):
+    weights = ["a"]
+    site = tables.Site("toy", tmp_path, tmp_path, tmp_path, train.settings_of, build=None, teachers={"dino": "file"},
+                       measure=lambda file: {"weights": weights[0], "settings": {}, "AP": .5},
+                       identify=lambda file: weights[0])
+    job, student = Job("toy", "dino", "teacher"), Job("toy", "dino", "student", "fgd")
+    site.run(job, 1)
+    site.file({"name": student.name, "settings": site.parse(site.arguments(student)), "taught_by": "a"})
+    assert site.result(job)["AP"] == .5 and site.result(student)
+    weights[0] = "b"
+    site.identify.cache_clear()                                          # as the next command finds it
+    assert site.result(job) is None and site.result(student) is None
+    assert "(weights)" in (told := capsys.readouterr().out) and "(teacher)" in told
+
+
+def test_a_stale_run_begins_anew_in_an_empty_folder(tmp_path):
+    site = tables.Site("toy", tmp_path, tmp_path / "work", tmp_path, train.settings_of, build=None)
+    job = Job("toy", "dino", "student")
+    folder, settings, said = tmp_path / "work" / job.name, site.parse(site.arguments(job)), []
+    checkpoints.set_aside(folder, settings, None, said.append)           # nothing there: nothing to do
+    folder.mkdir(parents=True)
+    checkpoints.write_json(folder / "config.json", {"settings": settings | {"teacher": "moved"}, "taught_by": None})
+    checkpoints.set_aside(folder, settings, None, said.append)           # the same run
+    assert folder.exists() and not said
+    checkpoints.set_aside(folder, settings, "another", said.append)
+    assert not folder.exists() and f"{folder}-until-" in said[0]
 
 
 @pytest.mark.parametrize("change, stale", [({}, False), ({"settings": {"lr": 1.0}}, True), ({"taught_by": "b"}, True)])

@@ -1087,11 +1087,7 @@ def demo(scale, teacher, device, seed=0):
     def stage(name, recipe, taught_by=None, **changes):
         cfg = Config(**RECIPES[recipe]["dino"] | common | plan["teacher" if name == "teacher" else "student"] | changes)
         folder = out / name
-        begun = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else None
-        if begun and (begun["taught_by"] != taught_by or begun["settings"] | {"teacher": cfg.teacher} != plain(cfg)):
-            aside = folder.with_name(f"{name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
-            say(f"{name}: {folder} was made with other settings or another teacher; moved to {aside}")
+        checkpoints.set_aside(folder, plain(cfg), taught_by, say)
         if (folder / "result.json").exists():
             result = json.loads((folder / "result.json").read_text())
             say(f"{name}: done before, AP {result['AP']:.3f}")
@@ -1242,6 +1238,7 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
         data.make_toy(root)                                  # before several runs would draw it at once
     site = tables.Site(scale, root or "ROOT", work, results, settings_of, build, changes=changes, floor=teacher_floor,
                        teachers=shipped, measure=lambda path: shipped_teacher(path, root, device),
+                       identify=lambda path: fingerprint(load_model(path)[0]),
                        reads=lambda path: what_is_read(path, root))
     return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
 
@@ -1430,6 +1427,8 @@ def configure(given, command):
     recipe = given.pop("recipe", None) or ("toy-student" if given.get("data", "toy") == "toy" else None)
     detector = given.setdefault("detector", Config.detector)
     settings = RECIPES[recipe][detector] if recipe else {}
+    if given.get("method", settings.get("method")) != settings.get("method"):
+        settings = settings | {"method_options": ()}               # the recipe's are options of its own method
     settings = settings | {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     if command == "fit":
         settings |= dict(teacher=None, method=None, method_options=())

@@ -11,7 +11,13 @@
 #
 # How sure is it that the paper does so? **[A]** the paper's abstract says it · **[T]** a third party's account, not
 # checked against the paper · **[P]** the authors' earlier public code for a DETR distiller · **[O]** our own choice.
-# Only [A] is certain. The rest are switches of [clockdistill.py](../clockdistill.py); the list is at the end.
+# Only [A] is certain. Nearly all the rest are switches of [clockdistill.py](../clockdistill.py); the list is at the
+# end.
+#
+# The words: a DETR's *encoder* turns the image into tokens, the **memory**. Its *decoder* holds **queries**, each a
+# content vector with a *reference box*. Layer by layer a query reads the memory near its reference, and corrects its
+# class and its box. *Learned* queries do the detecting. DINO trains with *denoising* queries beside them: true boxes
+# and labels with noise on them, to be restored. *GIoU* is the overlap of two boxes, made to count also for boxes apart.
 
 # %%
 import os
@@ -137,8 +143,8 @@ plots.memory_error(picture, s_memory.tokens[0], t_memory.tokens[0], shapes, trut
 # images [O]. f is a linear map where the widths differ, else the identity [O]. A box owns every cell it touches [O].
 #
 # **Claim.** On a map of 4 x 6 cells with a box of 2 x 3, the functions give what we get by hand. Because S is one over
-# the number of cells, a sum over a region is its *mean*: L_mem is alpha times the mean error of every object, plus beta
-# times the mean error of the background.
+# the number of cells, a sum over a region is its *mean*: at each level L_mem is alpha times the mean error of every
+# object (that no smaller box covers in part), plus beta times the mean error of the background.
 
 # %%
 H, W = 4, 6
@@ -315,7 +321,9 @@ plots.self_attention({"attend, the scene": attend[0], "attend, the other image":
 # (DINO's own), its learned queries, and the target-aware ones.
 #
 # **Claim.** The target-aware queries see no others and are seen by no others. They have to be apart: their reference
-# boxes are the answers that the detector is asked for. So its detections are the same with and without them.
+# boxes are the answers that the detector is asked for. So its detections are the same with and without them. (The
+# denoising queries hear the learned ones, never the reverse. A number such as "6% to itself" over the picture is the
+# part of a query's attention that goes to itself, on average.)
 
 # %%
 queries = target_queries(labels, boxes, teacher.label_embedding, groups=2)
@@ -350,7 +358,9 @@ plots.self_attention(among, [*range(2 * group), *range(noised, first + aware)],
 #
 # **Claim.** Asked by the same target-aware query, the two models look at the same place and answer nearly the same
 # box. Learned queries of the same number do neither. (Means over 17 images, as many learned queries as objects, DINO's
-# most confident first. The picture is the scene's.)
+# most confident first. The picture is the scene's. A dot is a place that the query reads, its area the weight.
+# *Agreement* is the overlap of two such maps, 0 to 1. Much of it is built in, since both start at the same box:
+# notebook 2 measures how much.)
 
 # %%
 @torch.no_grad()
@@ -389,7 +399,7 @@ plots.query_attention(picture, looks, [f"query {k}" for k in range(len(names))],
 #     w_k = max_c sigmoid(teacher's logit of class c), without gradient                            [T, P]
 #     KL = T^2 sum_c KL(Bernoulli(sigmoid(t_c / T)) || Bernoulli(sigmoid(s_c / T)))                [O: Bernoulli]
 #     T = 10                                                                                       [P]
-#     L1 and GIoU (1 - GIoU) to the teacher's boxes; the sum over the number of valid queries      [P; the number: O]
+#     L1 and GIoU (1 - GIoU) to the teacher's boxes; the sum divided by the number of valid queries  [P; number: O]
 #
 # DETRs are trained with a sigmoid a class. Their answer is a yes or no to each class, hence Bernoulli.
 #
@@ -432,7 +442,10 @@ plots.lines({f"the teacher's logit t is {t:.0f}": {name: (logits, line) for name
 # ## The same on the scene
 # **Claim.** The loss of the scene is the sum over its four queries. Each weighs as much as the teacher is sure of its
 # answer: w is the teacher's largest probability. The teacher has three decoder layers, the student two: layer i learns
-# from layer round(3 i / 2), so that the last learns from the last [O].
+# from layer round(3 i / 2), the first from the second and the last from the last [O].
+#
+# The student was trained alone and has never read the teacher's embedding: its classes are off. That is what L_log will
+# teach it.
 
 # %%
 content, reference, attend, valid = target_queries(labels, boxes, teacher.label_embedding)
@@ -447,6 +460,8 @@ by_query = [logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, tor
             for k in range(4)]
 for term in FACTOR:
     assert_close(sum(one[term] for one in by_query), all_four[term], rtol=1e-3, atol=1e-5)
+from_layers = logit_loss(S_out.logits, S_out.boxes, T_out.logits[[1, 2]], T_out.boxes[[1, 2]], valid)
+assert all(torch.equal(from_layers[term], all_four[term]) for term in FACTOR)      # of 0, 1, 2: the second and the last
 L_log = sum(factor * all_four[term] for term, factor in FACTOR.items())
 print(f"L_log = {L_log:.3f} =", " + ".join(f"{factor} x {all_four[k]:.3f} ({k})" for k, factor in FACTOR.items()))
 
