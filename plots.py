@@ -306,7 +306,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     _keys(figure, keys)
     if grid and count and first["boxes"] is not None:
         even = agreement(maps[next(iter(maps))], even_mass(first["boxes"], (width, height), *grid)).mean()
-        title += f"\n(for comparison, an even look over the box agrees {even:.2f})"
+        title += f"\n(for comparison, an even look over the box that the first answers agrees {even:.2f})"
     figure.suptitle(title, fontsize=10, color=INK)
     return figure
 

@@ -2,6 +2,7 @@
 
 One tiny data set and one tiny model serve all: 12 toy scenes, a ResNet-18 of width 8, two threads' worth of seconds.
 """
+import copy
 import dataclasses
 import json
 import os
@@ -189,6 +190,37 @@ def test_the_teacher_is_frozen_and_every_term_reaches_the_student(toy, teacher):
     assert list(report) == ["detection", "memory", "cls", "l1", "giou"]
     assert all(norm > 0 for _, norm in report.values())                                # the precursor's cls had none
     assert sum(share for share, _ in report.values()) == pytest.approx(1)
+
+
+LEVELS = dict(feature_levels=3, points=2)
+
+
+@pytest.mark.parametrize("detector, own", [
+    ("dino", LEVELS | dict(denoising=6)), ("deformable_detr", LEVELS | dict(box_refine=True)),
+    ("dab_detr", dict(feature_stride=8))])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_a_rival(toy, detector, own):
+    """What is compared is the same of both: queries, states, attention, matches. So every loss is 0, but for those that
+    generate, or sharpen, what they compare."""
+    common = {name: value for name, value in TINY.items() if name not in ("denoising", *LEVELS)}
+    dataset = data.build("toy", toy, "train")
+    batch = next(iter(data.loader(dataset, 2, steps=1)))
+    for name in sorted(train.BASELINES):
+        layers = {"kd_detr": 1}.get(name, 2)              # there all of the student's learn from the teacher's last
+        cfg = Config(**common | {"decoder_layers": layers}, **own, root=toy, detector=detector)
+        torch.manual_seed(0)
+        teacher = train.build_model(cfg, len(dataset.classes)).eval().requires_grad_(False)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        student.training = True                           # of the outermost module alone: DINO's denoising queries
+        method = train.open_method(Config(method=name), teacher, student)
+        generator = torch.Generator().manual_seed(0)
+        losses = Learner(student, method)(batch.images, batch.padding, batch.targets,
+                                          train.teach(teacher, method, batch, generator))
+        assert set(method.terms) <= set(losses), name
+        for term in method.terms:
+            if name == "mgd" or term.startswith("prior"):
+                assert losses[term] > 0
+            else:
+                assert losses[term].abs() < 1e-4, (name, term)
 
 
 def test_distillation_off_is_plain_training_to_the_last_bit(toy, teacher, tmp_path):

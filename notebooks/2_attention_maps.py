@@ -8,11 +8,11 @@
 #
 # Four things to take home, all measured below:
 #
-# 1. The distilled memory is the teacher's as it is, above all on objects; that of a student alone is not, even when
-#    the best linear map may translate it.
+# 1. On objects the distilled memory is nearly the teacher's as it is; that of a student alone is not, even when the
+#    best linear map may translate it. On the background it need not be any closer.
 # 2. An attention map need not lie on the object, least of all a dense one.
 # 3. Attention that agrees with the teacher's need not have been learned: in DINO a decoder that has seen no image
-#    agrees as much, and distillation adds nothing that shows. In the other two it does.
+#    agrees as much, and distillation adds nothing. In the other two it does.
 # 4. A teacher asked what it was never trained on misleads, and its confidence does not always tell.
 
 # %%
@@ -102,7 +102,7 @@ def memory_picture(index, readings, bases, columns):
         for axes in (*above, *below):
             outline(axes, truth["boxes"], width=0.7)
     bar = figure.colorbar(drawn, ax=grid, location="bottom", aspect=70, pad=0.01)
-    bar.set_label("squared error of a token, times the variance of the teacher's (1: no better than the mean)",
+    bar.set_label("squared error of a token / variance of the teacher's memory (1: no better than the mean)",
                   fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.suptitle("The teacher's memory in colours, what the students have of it, and what they miss", fontsize=10)
@@ -144,7 +144,7 @@ def confidence(curves, shares):
         right.plot(plain, -row, "o", color=plots.TEACHER, markerfacecolor="white", markersize=8)
         right.plot(weighted, -row, "o", color=plots.TEACHER, markersize=6)
         right.plot(own, -row, "x", color=plots.INK, markersize=7, markeredgewidth=1.6)
-    tidy(left, "Less sure, more often wrong?", "w of the answer (five groups of equal size)", "part that is wrong")
+    tidy(left, "Less sure, more often wrong? (bars: 95 % interval)", "w of the answer (five groups of equal size)", "part that is wrong")
     left.set_ylim(0, 1.04)
     left.legend(fontsize=8.5, frameon=False)
     tidy(right, "What w takes away", "part of the weight that lies on wrong answers")
@@ -253,9 +253,10 @@ memory_picture(SCENE, readings, bases, ("untrained", "student", "distilled, as i
 
 # %% [markdown]
 # **Claim.** The distilled memory needs no map: as it is, it explains most of the variance of the teacher's on
-# objects. That of a student trained alone is unrelated as it is (below 0, worse than the mean), and mapped it
-# explains less. The floor is what knowing a token's place explains. On the background, which weighs little in the
-# memory loss, the distilled memory follows less closely.
+# objects. That of a student trained alone is unrelated as it is (below 0, worse than the mean: it is printed, and left
+# of the picture), and mapped it explains less. The floor is what knowing a token's place explains. On the background,
+# which weighs little in the memory loss, the distilled memory follows less closely: as it is, with DAB-DETR less than a
+# token's place alone, with DINO no more than a lone student's that is mapped.
 
 
 # %%
@@ -270,10 +271,14 @@ for detector, found in readings.items():
         parts[heading][detector] = {name: explained(found["teacher"][mask], found[name][mask]) for name in found
                                     if name not in ("teacher", "inside", "variance")}
     objects, background = (rows[detector] for rows in parts.values())
-    print(f"{NAMES[detector]:15} on objects: " + ", ".join(f"{name} {value:.2f}" for name, value in objects.items()))
+    for heading, rows in parts.items():
+        print(f"{NAMES[detector]:15} {heading}: "
+              + ", ".join(f"{name} {value:.2f}" for name, value in rows[detector].items()))
     assert objects["student, as it is"] < 0 < 0.5 < objects["distilled, as it is"]
     assert objects["distilled, as it is"] > objects["student"] + 0.05 > objects["untrained"]
     assert background["distilled, as it is"] < objects["distilled, as it is"]
+    assert detector != "dab_detr" or background["distilled, as it is"] < background["place alone"]
+    assert detector != "dino" or abs(background["distilled, as it is"] - background["student"]) < 0.1
 
 drawn = ("untrained", "student", "distilled", "distilled, as it is", "place alone")
 figure = plots.dots(
@@ -379,7 +384,8 @@ for detector, found in gazes.items():
 # Target-aware queries are made from the ground truth so that both decoders attend to consistent and accurate parts of
 # the memory; that much the paper's abstract says. Here all models are asked about the same two true boxes. Dotted is
 # where a query starts (the true box; of Deformable DETR only the middle, a cross), solid what the model answers. The
-# titles say how far the map agrees with the teacher's: 1 is the same, 0 nowhere in common.
+# titles say how far the map agrees with the teacher's: 1 is the same, 0 nowhere in common; the IoU, written where it is
+# below .5, is that of the model's answer with the teacher's.
 #
 # Mind the column *untrained*. Sampling points start as a star around the reference, in DINO as large as the box:
 # weights that have seen no image already "look at the object". DAB-DETR's untrained attention is spread over the
@@ -399,17 +405,18 @@ for detector, found in gazes.items():
 # For every object of 40 images: the overlap of a student's map with the teacher's (`plots.agreement`), in the last
 # decoder layer, on the 6 x 20 cells of stride 8. On such coarse cells much agrees by itself. The **floor** is a look
 # spread evenly over the true box (`plots.even_mass`), for which nothing needs to be learned. It is about 0.75 for
-# DINO, and low for DAB-DETR, whose teacher does not look into the box. Finer cells lower it, and everything else.
+# DINO, and low for DAB-DETR, whose teacher does not look into the box. Finer cells lower it, and the numbers of the two
+# detectors that sample points; DAB-DETR's maps are no finer than these cells.
 #
 # Left, target-aware queries, the same for all (a student trained alone has never read their contents, but for
 # DAB-DETR's, which are zeros; the distilled one was trained on them). Right, each model's own learned query that fits
 # the object best: nobody told it where to look.
 #
 # **Claims.** In DAB-DETR and Deformable DETR a distilled student looks more like its teacher than one trained alone,
-# by both kinds of queries. In DINO that does not show, though its AP gains as much: asked the same, the untrained,
-# the lone and the distilled student all agree about as much as an even look does, and on finer cells less. There the
-# number says that the queries start from the right box, and nothing of what was learned. (One seed each: of
-# differences as small as DINO's the sign changes with the seed.)
+# by both kinds of queries. In DINO it does not, though its AP gains as much: the distilled student agrees even a little
+# less (the interval is over images, of one seed, and does not hold the seed's luck). Asked the same, the untrained, the
+# lone and the distilled student all agree about as much as an even look does, and on finer cells less. There the number
+# says that the queries start from the right box, and nothing of what was learned.
 
 
 # %%
@@ -455,7 +462,7 @@ figure = plots.dots(
     {f"agreement with the teacher, {heading}":
      {"": {NAMES[detector]: {name: over_images(of) for name, of in numbers.items()}
            for detector, numbers in rows.items()}} for heading, rows in panels.items()},
-    "Whose attention is like the teacher's? Only what lies beyond an even look had to be learned (bars: 95 % interval)",
+    "Whose attention is like the teacher's? Left, what lies beyond an even look had to be learned; right, also the box",
     marks={"an even look": FLOOR})
 for axes in figure.axes:
     axes.set_xlim(0, 1)
@@ -499,12 +506,14 @@ mistakes(worst)
 # %% [markdown]
 # **Claims.** The teachers of DINO and Deformable DETR are wrong more often where they are less sure. So w takes some
 # of the wrong answers' influence away, but far from all. DAB-DETR's teacher is wrong nearly every time when it starts
-# from a true box, and its confidence does not tell: there w does not help, and the logit part teaches mistakes. The
-# best of its own queries (crosses) find most of the same objects.
+# from a true box, and its confidence does not tell right from wrong. Its w is low throughout: where L_log is divided
+# by the number of queries, the default, all of DAB-DETR's logit part becomes light. The toy's presets divide by the
+# summed w, which takes that away again: there the logit part teaches mistakes. The best of its own queries (crosses)
+# find most of the same objects.
 #
 # A likely reason: a teacher answers well what it was trained on. DINO's denoising queries start near true boxes.
 # DAB-DETR's learned anchors are several times larger than the objects. Deformable DETR's queries have learned
-# positions; the caller's get a frozen random map of the box instead.
+# positions; target-aware ones get a frozen random map of the box instead.
 
 # %%
 curves, shares = {}, {}
