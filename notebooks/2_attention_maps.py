@@ -144,7 +144,8 @@ def confidence(curves, shares):
         right.plot(plain, -row, "o", color=plots.TEACHER, markerfacecolor="white", markersize=8)
         right.plot(weighted, -row, "o", color=plots.TEACHER, markersize=6)
         right.plot(own, -row, "x", color=plots.INK, markersize=7, markeredgewidth=1.6)
-    tidy(left, "Less sure, more often wrong? (bars: 95 % interval)", "w of the answer (five groups of equal size)", "part that is wrong")
+    tidy(left, "Less sure, more often wrong? (bars: 95 % interval)", "w of the answer (five groups of equal size)",
+         "part that is wrong")
     left.set_ylim(0, 1.04)
     left.legend(fontsize=8.5, frameon=False)
     tidy(right, "What w takes away", "part of the weight that lies on wrong answers")

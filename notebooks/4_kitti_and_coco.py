@@ -408,10 +408,10 @@ assert 0.3 < of_teacher < of_perfect and of_perfect > 0.999
 # ### 6.1 KITTI's protocol is not COCO's
 #
 # **Claim.** The same detections get very different numbers: by how close a box must be, by which objects are asked for,
-# and, here a little, by whether ignored regions are forgiven. KITTI's server wants IoU 0.7 for cars and 0.5 for the others, reports
-# *easy*, *moderate* and *hard*, where harder objects count neither way, and averages 40 recalls. `data.evaluate` is
-# COCO's: AP over IoU 0.50 to 0.95 and AP50, all labelled objects. So AP50 here is not "KITTI moderate". The last two
-# bars change only the labels; none of the five is KITTI's number.
+# and, here a little, by whether ignored regions are forgiven. KITTI's server wants IoU 0.7 for cars and 0.5 for the
+# others, reports *easy*, *moderate* and *hard*, where harder objects count neither way, and averages 40 recalls.
+# `data.evaluate` is COCO's: AP over IoU 0.50 to 0.95 and AP50, all labelled objects. So AP50 here is not "KITTI
+# moderate". The last two bars change only the labels; none of the five is KITTI's number.
 
 # %%
 def rewritten(name, rule=lambda columns: columns, width=160):
