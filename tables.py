@@ -116,9 +116,8 @@ def scaled(options, factors=(1, 4, 16, 64)):
     return [{name: value * factor for name, value in options.items()} for factor in factors]
 
 
-# What is tuned, by the same budget of four trials for every method: how heavy it is. Memory terms from a third of the
-# gradient of detection on a DINO student's 40th step to twenty times (Deformable DETR: one to sixty), answers from a
-# thirtieth to twice: heavier ones crowd detection out.
+# What is tuned, by the same budget of four trials for every method: how heavy it is. The lightest trials begin near
+# detection's gradient (memory) or well below it (answers: heavy ones crowd detection out; `train.gradient_report`).
 TRIALS = {
     "clockdistill": [{"lambda_mem": x, "lambda_log": y} for x, y in
                      ((1250, 0.5), (5000, 0.5), (20000, 0.5), (5000, 0.1))],

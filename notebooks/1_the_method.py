@@ -169,6 +169,20 @@ _, S_both = location_mask(both, H, W)
 assert S_both[1, 1] == 1
 assert_close(S_both[in_box].sum().item(), 1 + 5 / 6)
 
+# The odd cases: a box smaller than a cell owns one; padded cells are neither object nor background, and a box shares
+# its weight among its real cells; without objects all is background; f maps the student's channels to the teacher's.
+assert location_mask(torch.tensor([[2.5 / W, 2.5 / H, 0.1 / W, 0.1 / H]]), H, W)[0].nonzero().tolist() == [[2, 2]]
+real = torch.arange(W).expand(H, W) < 3                 # the right half is padding
+_, S_real = location_mask(box, H, W, real)
+assert_close(S_real, torch.where(in_box, 1 / 4, 1 / 8) * real)          # columns 1, 2 of the box; 12 - 4 of the rest
+none = torch.zeros(0, 4)
+assert not location_mask(none, H, W)[0].any()
+no_object = memory_loss(A_S.view(1, H * W, 2), A_T.view(1, H * W, 2), [none], [(H, W)]).item()
+assert_close(no_object, 1e-7 * (18 * 2 + 5 * 5 + 9) / 24)
+wide = memory_loss(A_S.view(1, H * W, 2)[..., :1], A_T.view(1, H * W, 2), [box], [(H, W)],
+                   adapter=lambda tokens: tokens.expand(-1, -1, 2)).item()
+assert_close(wide, loss)
+
 squared = (A_T - A_S).square().sum(2)
 part = torch.where(M, 5e-5, 1e-7) * S * squared
 plots.numbers({"M": (M, "{:.0f}".format), "S": (S, lambda v: f"1/{1 / v:.0f}"),
