@@ -12,6 +12,7 @@ import baselines
 import criterion
 import models
 from baselines import BASELINES, D3ETR, FGD, GKD, MGD, DETRDistill, FitNets, Hinton, KDDETR, View
+from clockdistill import memory_loss
 
 SHAPES = [(6, 8), (3, 4)]                                             # 48 + 12 = 60 tokens
 NAMES = sorted(BASELINES)
@@ -369,6 +370,15 @@ def test_fitnets_by_hand():
     student, teacher = one_map([1., 2., 3., 9.], [2., 2., 1., 0.], 2, 2)
     student.padding[0, 3] = True                                      # squared errors 1, 0, 4
     assert_close(FitNets(1, 1, weight=3.)(student, teacher, [{"boxes": torch.zeros(0, 4)}])["memory"], torch.tensor(5.))
+
+
+def test_fitnets_is_the_memory_loss_without_its_masks():
+    """By the real tokens T and the channels D: weight / (T D) of one is alpha lambda_mem / B of the other."""
+    student, teacher, targets, _ = scene()
+    tokens, channels, images = int((~student.padding).sum()), student.memory.shape[2], len(targets)
+    plain = memory_loss(student.memory, teacher.memory, [t["boxes"] for t in targets], SHAPES, student.padding,
+                        alpha=images / (tokens * channels), location=False, scale=False)
+    assert_close(FitNets(8, 8, weight=3.)(student, teacher, targets)["memory"], 3 * plain)
 
 
 def loops(view, other):
