@@ -216,6 +216,10 @@ def plan(scale, chosen, only=TABLES):
     def taught(table, detector, label, options, method="clockdistill", **job):
         row(table, detector, label, role="student", method=method, options=pairs(options), **job)
 
+    def without_scale(detector):
+        """The memory part as it was tuned without S."""
+        return {name: value for name, value in chosen(detector, "memory_location").items() if name != "lambda_log"}
+
     for detector in scope.others.get("search", ()):
         tune = dict(seeds=scope.tune_seeds, split="tune", steps=scope.tune_steps)
         row("search", detector, "student", role="student", **tune)
@@ -235,6 +239,8 @@ def plan(scale, chosen, only=TABLES):
         taught("rivals", detector, "clockdistill", best)
         if fewer := changed(best, {"random_queries": 0}):            # the chosen ones have KD-DETR's beside them
             taught("rivals", detector, "clockdistill without random queries", best | fewer)
+        if scope.tune_seeds:
+            taught("rivals", detector, "clockdistill without the scale mask", best | without_scale(detector))
     for detector in scope.others["ablation"]:
         best = chosen(detector, "clockdistill")
         logits = best | {"lambda_mem": 0.0}
@@ -258,6 +264,8 @@ def plan(scale, chosen, only=TABLES):
             if not change or (now and detector == scope.others["ablation"][0]):
                 taught("ablation", detector, label, logits | now)
         taught("ablation", detector, "both parts: clockdistill", best)
+        if scope.tune_seeds:
+            taught("ablation", detector, "both parts, without the scale mask", best | without_scale(detector))
     for detector in scope.others["sensitivity"]:
         best = chosen(detector, "clockdistill")
         row("sensitivity", detector, "student", role="student")
@@ -701,8 +709,9 @@ def tuning(site, only=TABLES):
 
     wanted = [(detector, "clockdistill") for table in only if table != "search"
               for detector in (models.DETECTORS if table == "main" else scope.others[table])]
-    wanted += [(detector, what) for table, kinds in (("rivals", RIVALS), ("ablation", MEMORY)) if table in only
-               for detector in scope.others[table] for what in kinds]
+    kinds = {"rivals": (*RIVALS, "memory_location"), "ablation": MEMORY}
+    wanted += [(detector, what) for table in kinds if table in only for detector in scope.others[table]
+               for what in kinds[table]]
     every = [job for detector, what in wanted for job in jobs(detector, what)]
     return list(dict.fromkeys(every)), chosen, done
 
