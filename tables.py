@@ -241,10 +241,15 @@ def plan(scale, chosen, only=TABLES):
             taught("rivals", detector, "clockdistill without random queries", best | fewer)
         if scope.tune_seeds:
             taught("rivals", detector, "clockdistill without the scale mask", best | without_scale(detector))
-    for detector in scope.others["ablation"]:
+    for index, detector in enumerate(scope.others["ablation"]):
         best = chosen(detector, "clockdistill")
-        logits = best | {"lambda_mem": 0.0}
+        memory, logits = best | {"lambda_log": 0.0}, best | {"lambda_mem": 0.0}
         row("ablation", detector, "none", role="student")
+        if index:                                  # a second detector shows what each part adds, not what it is made of
+            taught("ablation", detector, "the memory part, as chosen", memory)
+            taught("ablation", detector, "the logit part, as chosen", logits)
+            taught("ablation", detector, "both parts: clockdistill", best)
+            continue
         for label, variant in (("memory, every token alike", "memory_plain"), ("+ location mask", "memory_location"),
                                ("+ scale mask: the memory part", "memory")):
             if variant == "memory" or scope.tune_seeds:              # without S the sum is another: its weight is tuned
@@ -260,8 +265,7 @@ def plan(scale, chosen, only=TABLES):
             "... no confidence weight": {"confidence": False, "normalise": "queries"}}
         for label, change in variants.items():
             now = changed(logits, change)
-            # No second row for what was chosen already, and a second detector shows the parts, not all their variants.
-            if not change or (now and detector == scope.others["ablation"][0]):
+            if now or not change:                                    # else it is what was chosen, under another name
                 taught("ablation", detector, label, logits | now)
         taught("ablation", detector, "both parts: clockdistill", best)
         if scope.tune_seeds:
@@ -710,8 +714,8 @@ def tuning(site, only=TABLES):
     wanted = [(detector, "clockdistill") for table in only if table != "search"
               for detector in (models.DETECTORS if table == "main" else scope.others[table])]
     kinds = {"rivals": (*RIVALS, "memory_location"), "ablation": MEMORY}
-    wanted += [(detector, what) for table in kinds if table in only for detector in scope.others[table]
-               for what in kinds[table]]
+    wanted += [(detector, what) for table in kinds if table in only
+               for detector in scope.others[table][:1 if table == "ablation" else None] for what in kinds[table]]
     every = [job for detector, what in wanted for job in jobs(detector, what)]
     return list(dict.fromkeys(every)), chosen, done
 
