@@ -274,8 +274,8 @@ plots.dots({"AP on tune, one seed, a third of the steps": blocks},
 #
 # **Claims.** CLoCKDistill gains. It beats the rivals that work on the decoder's answers (of KD-DETR and D3ETR this is
 # undecided). **It does not beat those that copy the memory in another way**: FitNets, a plain squared error, FGD and
-# MGD have no less AP. The ablation says why: on the toy the scale mask costs what the rest gains, and without it
-# CLoCKDistill is among the best.
+# MGD have no less AP. The ablation says why: on the toy the scale mask costs AP. Without it CLoCKDistill has the highest
+# AP of all rows, though not for certain more than FitNets.
 
 # %%
 def history(row):
@@ -319,6 +319,7 @@ if not missing("rivals"):
         assert all(found[name]["gain"]["low"] > 0 for name in ("clockdistill", "fitnets", "fgd", "mgd"))
         assert all(ahead[name]["low"] > 0 for name in ("hinton", "detrdistill"))
         assert all(ahead[name]["mean"] < 0.01 for name in ("fitnets", "fgd", "mgd"))
+        assert ahead["clockdistill without the scale mask"]["high"] < 0
     figure = drawn("rivals")
 figure
 
@@ -327,15 +328,15 @@ figure
 # The memory part is put together mask by mask; each piece is tuned by itself, since a mask changes the size of the
 # sum. The logit part is taken apart without the memory part: which queries, which content, how many groups. The
 # printed pairs are the questions that the method's two ideas pose: do the masks earn their place, do target-aware
-# queries beat others, does each part add to the other? Of DINO only the two parts, with the weights chosen for both.
+# queries beat others, does each part add to the other? (Of DINO, where it was run, only the two parts, with the weights
+# chosen for both.)
 #
 # **Claims.**
-# - Each part alone gains, with both detectors; memory more than logits.
+# - Each part alone gains.
 # - With Deformable DETR **the scale mask S costs AP**: with the location mask alone the memory part is better. What the
 #   location mask is worth against a plain copy is not decided here: of the toy's cells more than a third lie on objects.
-# - With Deformable DETR the logit part adds next to nothing to the memory part. And target-aware queries alone are no
-#   better to ask than the teacher's learned ones, or random ones: its teacher was never trained to answer them
-#   (notebook 2). With DINO's, which was, the two parts together are better than either.
+# - With Deformable DETR the logit part adds next to nothing to the memory part. And target-aware queries alone teach
+#   less than random ones do: its teacher was never trained to answer them (notebook 2).
 
 # %%
 CHOSEN, MEMORY, BOTH = "the logit part, as chosen", "+ scale mask: the memory part", "both parts: clockdistill"
@@ -354,8 +355,7 @@ if not missing("ablation"):
         assert all(row["gain"]["mean"] > 0 for label, row in found.items() if label in (MEMORY, PART, CHOSEN, BOTH))
     found = {label: np.mean(row["AP"]) for label, row in rows("ablation", "deformable_detr").items()}
     assert found[MEMORY] < found["+ location mask"] - 0.01 and abs(found[BOTH] - found[MEMORY]) < 0.015
-    asked = ("logits on random fixed queries", "logits on the teacher's learned queries")
-    assert found["logits on target-aware queries alone"] < min(found[one] for one in asked) + 0.01
+    assert found["logits on target-aware queries alone"] < found["logits on random fixed queries"] - 0.01
     figure = drawn("ablation")
 figure
 
