@@ -425,9 +425,9 @@ plots.curves_and_gains(panels, "AP on val",
 # the gain would shrink towards 0 with more steps, and a student alone with twice the steps would catch up with the
 # distilled one. *More* in the lines with a minus says that it did not.
 #
-# **Claims.** Distilled is better at each length. But the student alone with twice the steps is far above the distilled
-# one with the single, and costs about the same time: on the toy, with these students that are far from converged,
-# distillation saves steps, and whether it raises the ceiling is not shown.
+# **Claims.** Distilled is better at each length, on average by about as much (at twice the steps three seeds do not
+# settle it). But the student alone with twice the steps is on average above the distilled one with the single, and costs
+# about the same time. All are far from converged: whether distillation raises the ceiling is not shown.
 
 # %%
 figure = None
@@ -457,7 +457,7 @@ figure
 #   the same weight; at the coarsest, of 10 cells, all objects are neighbours. On large images that may be different.
 # - **The logit part** has little to add where the teacher was not trained to answer about true boxes.
 # - **Against rivals**: a plain copy of the memory does as well.
-# - **Training twice as long** gains more than distillation does.
+# - **Training twice as long** gains more than distillation does, on average.
 # - **Medium objects** are few. Where the printed verdict on APm says *undecided*, a gain there must not be claimed.
 # - **One teacher for each detector, one set of images.** Intervals are over seeds of the student alone.
 
