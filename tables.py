@@ -86,7 +86,7 @@ class Scale:
     steps: float                       # of the other tables
     others: dict                       # the other tables' detectors
     tune_seeds: tuple                  # () = nothing is tuned: published weights
-    tune_steps: float
+    tune_steps: dict                   # of each detector: where a third tells nothing, more
     arguments: tuple                   # of every run, which change no figure
     images: int                        # of the training split
     image_size: tuple                  # (height, width) where cost is told
@@ -97,14 +97,15 @@ SCALES = {
     "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), 1 / 2,
                  {"search": ("dino", "deformable_detr"), "rivals": ("deformable_detr",),
                   "ablation": ("deformable_detr", "dino"), "sensitivity": ("deformable_detr",),
-                  "schedule": ("deformable_detr",)}, (100,), 1 / 3,
+                  "schedule": ("deformable_detr",)}, (100,),
+                 {"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 2 / 3},
                  ("--eval-every", "400", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
                  "nothing: the images are drawn on first use"),
-    "kitti": Scale((0, 1, 2), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), 1, ("--eval-every", "5000"), 5985,
+    "kitti": Scale((0, 1, 2), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), {}, ("--eval-every", "5000"), 5985,
                    (402, 1333),
                    "KITTI's left colour images (12 GB) and training labels (5 MB) from cvlibs.net/datasets/kitti, into "
                    "ROOT/training/image_2 and label_2; torchvision's ResNet weights come by themselves"),
-    "coco": Scale((0,), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), 1, ("--eval-every", "20000"), 118_287,
+    "coco": Scale((0,), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), {}, ("--eval-every", "20000"), 118_287,
                   (800, 1333),
                   "COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from cocodataset.org, into "
                   "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
@@ -116,11 +117,18 @@ def scaled(options, factors=(1, 4, 16, 64)):
     return [{name: value * factor for name, value in options.items()} for factor in factors]
 
 
+def both_parts(lambda_mem, **switch):
+    """CLoCKDistill's four trials: the memory's weight in steps of four, and the middle one beside lighter answers."""
+    return [switch | {"lambda_mem": memory, "lambda_log": logits} for memory, logits in
+            ((lambda_mem // 4, 0.5), (lambda_mem, 0.5), (lambda_mem * 4, 0.5), (lambda_mem, 0.1))]
+
+
 # What is tuned, by the same budget of four trials for every method: how heavy it is. The lightest trials begin near
 # detection's gradient (memory) or well below it (answers: heavy ones crowd detection out; `train.gradient_report`).
+# CLoCKDistill has two such budgets, with the scale mask S and without: the better one is "clockdistill" (`tuning`).
 TRIALS = {
-    "clockdistill": [{"lambda_mem": x, "lambda_log": y} for x, y in
-                     ((1250, 0.5), (5000, 0.5), (20000, 0.5), (5000, 0.1))],
+    "with_scale": both_parts(5000),
+    "without_scale": both_parts(960, scale=False),
     "fitnets": scaled({"weight": 8}),
     "hinton": scaled({"weight": 0.05}),
     "fgd": scaled({"alpha": 4e-3, "beta": 2e-3, "gamma": 4e-3, "lambda_global": 2e-5}),
@@ -172,7 +180,7 @@ SENSITIVITY = {
                    ("x 4", lambda o: {"lambda_log": o["lambda_log"] * 4})],
     "alpha : beta": [("1 : 0", lambda o: {"beta": 0.0}), ("500 : 1", lambda o: {}),
                      ("5 : 1", lambda o: {"beta": 1e-5}),
-                     ("1 : 8", lambda o: {"beta": 4e-4})],       # as heavy as FitNets has it, on the toy
+                     ("1 : 1", lambda o: {"beta": 5e-5})],       # without S a plain copy of every token
     "temperature": [(f"{t}", lambda o, t=t: {"temperature": t}) for t in (1.0, 3.0, 10.0)],
 }
 PLACES = ("root", "teacher", "init_from")                    # settings that only say where a file lies
@@ -209,6 +217,11 @@ def plan(scale, chosen, only=TABLES):
     """-> [Row] of every table of `only`. chosen(detector, what): the options that tuning found (`tuning`)."""
     scope, rows = SCALES[scale], []
 
+    def detectors(table):
+        if table not in only:
+            return ()
+        return models.DETECTORS if table == "main" else scope.others.get(table, ())
+
     def row(table, detector, label, seeds=scope.seeds, steps=scope.steps, **job):
         rows.append(Row(table, detector, label,
                         tuple(Job(scale, detector, seed=seed, steps=steps, **job) for seed in seeds)))
@@ -216,22 +229,23 @@ def plan(scale, chosen, only=TABLES):
     def taught(table, detector, label, options, method="clockdistill", **job):
         row(table, detector, label, role="student", method=method, options=pairs(options), **job)
 
-    def without_scale(detector):
-        """The memory part as it was tuned without S."""
-        return {name: value for name, value in chosen(detector, "memory_location").items() if name != "lambda_log"}
+    def other(detector):
+        """A name and the options of CLoCKDistill as it was tuned without S; with S, where the chosen one has none."""
+        switch = "with" if chosen(detector, "clockdistill").get("scale") is False else "without"
+        return f"{switch} the scale mask", chosen(detector, f"{switch}_scale")
 
-    for detector in scope.others.get("search", ()):
-        tune = dict(seeds=scope.tune_seeds, split="tune", steps=scope.tune_steps)
+    for detector in detectors("search"):
+        tune = dict(seeds=scope.tune_seeds, split="tune", steps=scope.tune_steps[detector])
         row("search", detector, "student", role="student", **tune)
         for label, change in SEARCH:
             change = {key: LABEL[detector] if value is LABEL else value for key, value in change.items()}
             taught("search", detector, label, LOGITS | change, **tune)
-    for detector in models.DETECTORS:
+    for detector in detectors("main"):
         main = dict(seeds=scope.main_seeds, steps=1)
         row("main", detector, "teacher", (0,), 1, role="teacher")
         row("main", detector, "student", role="student", **main)
         taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), **main)
-    for detector in scope.others["rivals"]:
+    for detector in detectors("rivals"):
         row("rivals", detector, "student", role="student")
         for method in RIVALS:
             taught("rivals", detector, method, chosen(detector, method), method=method)
@@ -240,10 +254,12 @@ def plan(scale, chosen, only=TABLES):
         if fewer := changed(best, {"random_queries": 0}):            # the chosen ones have KD-DETR's beside them
             taught("rivals", detector, "clockdistill without random queries", best | fewer)
         if scope.tune_seeds:
-            taught("rivals", detector, "clockdistill without the scale mask", best | without_scale(detector))
-    for index, detector in enumerate(scope.others["ablation"]):
+            what, options = other(detector)
+            taught("rivals", detector, f"clockdistill {what}", options)
+    for index, detector in enumerate(detectors("ablation")):
         best = chosen(detector, "clockdistill")
         memory, logits = best | {"lambda_log": 0.0}, best | {"lambda_mem": 0.0}
+        logits.pop("scale", None)                                    # of the memory part
         row("ablation", detector, "none", role="student")
         if index:                                  # a second detector shows what each part adds, not what it is made of
             taught("ablation", detector, "the memory part, as chosen", memory)
@@ -251,7 +267,7 @@ def plan(scale, chosen, only=TABLES):
             taught("ablation", detector, "both parts: clockdistill", best)
             continue
         for label, variant in (("memory, every token alike", "memory_plain"), ("+ location mask", "memory_location"),
-                               ("+ scale mask: the memory part", "memory")):
+                               ("+ scale mask", "memory")):
             if variant == "memory" or scope.tune_seeds:              # without S the sum is another: its weight is tuned
                 taught("ablation", detector, label, chosen(detector, variant))
         variants = {
@@ -269,19 +285,20 @@ def plan(scale, chosen, only=TABLES):
                 taught("ablation", detector, label, logits | now)
         taught("ablation", detector, "both parts: clockdistill", best)
         if scope.tune_seeds:
-            taught("ablation", detector, "both parts, without the scale mask", best | without_scale(detector))
-    for detector in scope.others["sensitivity"]:
+            what, options = other(detector)
+            taught("ablation", detector, f"both parts, {what}", options)
+    for detector in detectors("sensitivity"):
         best = chosen(detector, "clockdistill")
         row("sensitivity", detector, "student", role="student")
         for what, changes in SENSITIVITY.items():
             for value, change in changes:
                 taught("sensitivity", detector, f"{what} {value}", best | changed(best, change(best)))
-    for detector in scope.others["schedule"]:
+    for detector in detectors("schedule"):
         for steps in dict.fromkeys((scope.steps, 1, 2)):
             row("schedule", detector, f"student, {steps:g} x the steps", role="student", steps=steps)
             taught("schedule", detector, f"distilled, {steps:g} x the steps", chosen(detector, "clockdistill"),
                    steps=steps)
-    return [row for row in rows if row.table in only]
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -696,28 +713,31 @@ def tuning(site, only=TABLES):
     """-> ([Job], chosen, done): every trial that the tables of `only` need, and chosen(detector, what) -> the options
     of the best one in done {job: result}, or of the first when none has run. Where nothing is tuned, what recipe and
     methods say."""
-    scope, done = site.scope, {}
+    scope, done, asked = site.scope, {}, {}
 
     def trials(detector, what):
-        base = site.defaults(detector) if what == "clockdistill" else MEMORY.get(what, {})
-        return [base | trial for trial in (TRIALS[what] if scope.tune_seeds else [{}])]
+        if not scope.tune_seeds:
+            return [site.defaults(detector) if what == "clockdistill" else MEMORY.get(what, {})]
+        if what == "clockdistill":
+            return trials(detector, "with_scale") + trials(detector, "without_scale")
+        base = MEMORY.get(what, {})
+        if what in ("with_scale", "without_scale"):
+            base = {name: value for name, value in site.defaults(detector).items() if name != "scale"}
+        return [base | trial for trial in TRIALS[what]]
 
     def jobs(detector, what):
-        method = "clockdistill" if what in MEMORY else what
-        return [Job(site.scale, detector, "student", method, pairs(options), seed, "tune", scope.tune_steps)
+        method = what if what in RIVALS else "clockdistill"
+        return [Job(site.scale, detector, "student", method, pairs(options), seed, "tune",
+                    scope.tune_steps[detector])
                 for options in trials(detector, what) for seed in scope.tune_seeds]
 
     def chosen(detector, what):
-        scores = [done[job]["AP"] if done.get(job) else -math.inf for job in jobs(detector, what)]
+        asked[detector, what] = jobs(detector, what)
+        scores = [done[job]["AP"] if done.get(job) else -math.inf for job in asked[detector, what]]
         return trials(detector, what)[int(np.argmax(scores)) if scores else 0]
 
-    wanted = [(detector, "clockdistill") for table in only if table != "search"
-              for detector in (models.DETECTORS if table == "main" else scope.others[table])]
-    kinds = {"rivals": (*RIVALS, "memory_location"), "ablation": MEMORY}
-    wanted += [(detector, what) for table in kinds if table in only
-               for detector in scope.others[table][:1 if table == "ablation" else None] for what in kinds[table]]
-    every = [job for detector, what in wanted for job in jobs(detector, what)]
-    return list(dict.fromkeys(every)), chosen, done
+    plan(site.scale, chosen, only)                               # to hear what it asks for
+    return list(dict.fromkeys(job for some in asked.values() for job in some)), chosen, done
 
 
 def make(site, only, workers, shard, rebuild, dry, tflops):

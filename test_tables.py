@@ -66,6 +66,8 @@ def test_the_plan_compares_every_method_on_the_seeds_of_its_students():
     assert all([job.seed for job in row.jobs] == [0, 1, 2, 3, 4] for row in main if row.label != "teacher")
     rivals = [row.label for row in rows if row.table == "rivals" and row.detector == "deformable_detr"]
     assert rivals == ["student", *tables.RIVALS, "clockdistill", "clockdistill without the scale mask"]
+    tuned = lambda detector, what: no_tuning(detector, what) | ({"scale": False} if what == "clockdistill" else {})
+    assert "clockdistill with the scale mask" in {row.label for row in tables.plan("toy", tuned, ("rivals",))}
     tuned = lambda detector, what: no_tuning(detector, what) | ({"preset": detector} if what == "clockdistill" else {})
     assert "clockdistill without random queries" in {row.label for row in tables.plan("toy", tuned, ("rivals",))}
     assert all(job.split == "tune" and job.seed >= 100 for row in rows if row.table == "search" for job in row.jobs)
@@ -139,9 +141,14 @@ def test_tuning_chooses_by_the_tuning_split_alone(tmp_path):
     assert len(jobs) == 4
     done.update({job: {"AP": score} for job, score in zip(jobs, (0.1, 0.2, 0.4, 0.3))})
     assert chosen("deformable_detr", "fgd") == dict(jobs[2].options)
+    ours = [job for job in trials if (job.detector, job.method) == ("dab_detr", "clockdistill")]
+    assert [dict(job.options).get("scale", True) for job in ours] == [True] * 4 + [False] * 4
+    done.update({job: {"AP": score} for job, score in zip(ours, (.1, .2, .1, .1, .1, .1, .3, .1))})
+    assert chosen("dab_detr", "clockdistill") == chosen("dab_detr", "without_scale") == dict(ours[6].options)
+    assert chosen("dab_detr", "with_scale") == dict(ours[1].options)
     budgets = {job.method for job in trials}
     assert all(sum(job.method == method and job.detector == "deformable_detr" for job in trials) == 4
-               for method in budgets - {"clockdistill"})              # the same budget for all
+               for method in budgets - {"clockdistill"})              # the same budget for each row of the tables
     assert {len(trials) for trials in tables.TRIALS.values()} == {4}
 
 
@@ -295,7 +302,8 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(to
         small, main_seeds=(0,), seeds=(0,), others=dict.fromkeys(small.others, ())))
     monkeypatch.setattr(models, "DETECTORS", ("dino",))
     monkeypatch.setattr(train.data, "make_toy", lambda root: None)
-    monkeypatch.setitem(tables.TRIALS, "clockdistill", [{"lambda_mem": 100}])
+    monkeypatch.setitem(tables.TRIALS, "with_scale", [{"lambda_mem": 100}])
+    monkeypatch.setitem(tables.TRIALS, "without_scale", [])
     command = ["table", "toy", "--root", str(toy), "--work", str(tmp_path / "work"),
                "--results", str(tmp_path / "results"), "--jobs", "1", "--only", "main", "--teacher-floor", "0"]
     changes = ["--", "--steps", "2", "--warmup", "1", "--batch-size", "2", "--workers", "0"]
