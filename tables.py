@@ -33,6 +33,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+import bench
 import models
 import plots
 from checkpoints import set_aside, write_json, write_text
@@ -307,17 +308,18 @@ class Site:
     """Where a table is made: its folders, and how its commands are read."""
 
     def __init__(self, scale, root, work, results, parse, build, measure=None, identify=None, reads=None, changes=(),
-                 floor=None, teachers=None):
+                 floor=None, teachers=None, device=torch.device("cpu"), machine=""):
         """parse: the arguments of train.py -> its settings, as plain values. build: settings -> the model, untrained.
         changes: further arguments of every run. floor: --teacher-floor of those with a teacher. teachers: {detector:
         file} of teachers that need no training, of which measure(file) tells the result, identify(file) the name of
-        the weights, and reads(file) what `looks.reading` finds for each content of the queries."""
+        the weights, and reads(file) what `looks.reading` finds for each content of the queries. device: where images/s
+        is measured, on the machine of that name."""
         self.scale, self.root, self.parse, self.build, self.changes = scale, root, parse, build, list(changes)
         self.identify = functools.cache(identify or (lambda file: None))
         self.work, self.results, self.teachers = Path(work), Path(results), teachers or {}
         self.measure, self.reads, self.measuring = measure, reads, threading.Lock()
         self.of_students = [] if floor is None else ["--teacher-floor", str(floor)]
-        self.scope = SCALES[scale]
+        self.scope, self.device, self.machine = SCALES[scale], device, machine
 
     def model(self, job):
         return self.build(self.parse(self.arguments(job)))
@@ -543,6 +545,7 @@ def markdown(tables, speed, scale):
     for name, lines in tables.items():
         text.append(f"\n## {TITLES[name]}\n" + (f"\n{NOTES[name]}\n" if scale == "toy" and name in NOTES else ""))
         if name == "main":
+            text.append(f"images/s: one at a time, all interleaved; {speed['machine']}.\n")
             # The paper's own figures, for its own scales. Empty where they were not read, as yet everywhere.
             theirs = {} if scale == "toy" else {"AP in the paper": ""}
             columns = ["detector", "model", "AP", *theirs, "AP50", "AP75", "AP small / medium / large", "gain in AP",
@@ -625,27 +628,17 @@ def draw(tables, done, read, folder):
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 
-def images_per_second(rows, site, seconds=2.0):
-    """{detector: {role: images/s}} of the models of the main table: one image at a time, interleaved, median.
+def images_per_second(rows, site):
+    """{"machine": ..., detector: {role: images/s}} of the models of the main table.
 
     Speed does not depend on the weights: the models are built anew, and measured when no run is beside them.
     """
-    networks = {}
-    for row in rows:
-        job = row.jobs[0]
-        if row.table == "main" and not job.method:
-            networks[job.detector, job.role] = site.model(job).eval()
-    image = torch.zeros(1, 3, *site.scope.image_size)
-    nothing, times = torch.zeros_like(image[:, 0], dtype=torch.bool), {key: [] for key in networks}
-    with torch.no_grad():
-        while min(map(len, times.values()), default=3) < 3 or sum(map(sum, times.values())) < seconds * len(times):
-            for key, network in networks.items():
-                start = time.perf_counter()
-                models.postprocess(network(image, nothing).detections, [site.scope.image_size], 100)
-                times[key].append(time.perf_counter() - start)
-    speed = {}
-    for (detector, role), taken in times.items():
-        speed.setdefault(detector, {})[role] = 1 / float(np.median(taken))
+    jobs = {(row.detector, row.jobs[0].role): row.jobs[0] for row in rows if row.table == "main"}
+    networks = {key: site.model(job).to(site.device) for key, job in jobs.items()}
+    rates = bench.images_per_second(networks, torch.zeros(1, 3, *site.scope.image_size, device=site.device))
+    speed = {"machine": site.machine}
+    for (detector, role), rate in rates.items():
+        speed.setdefault(detector, {})[role] = rate
     return speed
 
 

@@ -1,5 +1,6 @@
 """bench.py: that it compares what it says it compares, and that the command ends with every figure."""
 import json
+import math
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def test_repeats_are_interleaved_and_the_median_is_told():
     rows = bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU, "order")
     assert order[2:8] == ["a", "b"] * 3                      # after a first run of each
     assert rows["a"]["seconds"] == sorted(rows["a"]["all"])[1]
+
+
+def test_images_a_second_are_of_interleaved_detectors_in_evaluation_mode():
+    order, networks = [], {}
+    for name in ("a", "b"):
+        networks[name] = models.build("deformable_detr", 3, **bench.Options(quick=True).architecture,
+                                      pretrained_backbone=False)
+        networks[name].register_forward_pre_hook(lambda network, _, name=name: order.append((name, network.training)))
+    networks["a"].eval()
+    rates = bench.images_per_second(networks, torch.zeros(1, 3, 64, 128), seconds=0)
+    assert order == [("a", False), ("b", False)] * 3
+    assert all(0 < rate < math.inf for rate in rates.values()) and rates.keys() == networks.keys()
+    assert not networks["a"].training and networks["b"].training         # as they were
 
 
 def test_peak_memory_is_what_a_run_takes_at_its_highest():

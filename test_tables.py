@@ -243,9 +243,11 @@ def test_rows_hold_the_scores_in_the_order_of_the_seeds_and_gains_against_their_
     assert distilled["seeds"] == [0, 1, 2, 3, 4]
     assert distilled["AP"] == pytest.approx([0.4, 0.41, 0.42, 0.43, 0.44], abs=1e-3)
     assert distilled["gain"]["mean"] == pytest.approx(0.1 + 5e-5)
-    page = tables.markdown({"main": [teacher, student, distilled]}, {"dab_detr": {"student": 50.0}}, "toy")
+    page = tables.markdown({"main": [teacher, student, distilled]},
+                           {"machine": "an abacus", "dab_detr": {"student": 50.0}}, "toy")
     assert "| dab_detr | clockdistill | 0.420 ± 0.016 | 0.420" in page and "+0.100 (+0.100 to +0.100)" in page
-    page = tables.markdown({"main": [teacher, student, distilled]}, {}, "kitti")
+    assert "an abacus" in page and "| 50 |" in page
+    page = tables.markdown({"main": [teacher, student, distilled]}, {"machine": ""}, "kitti")
     assert "| AP in the paper |" in page and "| dab_detr | clockdistill | 0.420 ± 0.016 |  | 0.420" in page
 
 

@@ -855,7 +855,7 @@ def _fit(cfg, run, device, rank, world):
     save(steps, last)
     result = {**scores, "params": count_parameters(student),
               "gflops": models.gflops(evaluated, *reference_size(cfg, val_set)), "minutes": minutes(), "steps": steps,
-              "images_per_second": inference_speed(evaluated, val_set), "history": history,
+              "images_per_second": speed_of(evaluated, val_set), "history": history,
               "weights": fingerprint(evaluated), **provenance}
     if rank == 0:
         write_json(out / "result.json", result)
@@ -931,21 +931,10 @@ def reference_size(cfg, dataset):
     return tuple(dataset[0][0].shape[1:]) if cfg.data == "toy" else (800, 1333)
 
 
-@torch.no_grad()
-def inference_speed(model, dataset, seconds=2.0):
-    """Images a second, one by one, image to detections, pre-processing not counted."""
-    device = next(model.parameters()).device
-    image = dataset[0][0][None].to(device)
-    nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)
-    training, times = model.training, []
-    model.eval()
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
-        found = models.postprocess(model(image, nothing).detections, [tuple(image.shape[2:])], 100)
-        found[0]["scores"].cpu()                      # waits for any device
-        times.append(time.perf_counter() - start)
-    model.train(training)
-    return 1 / sorted(times)[len(times) // 2]
+def speed_of(model, dataset):
+    """Images a second, one by one."""
+    image = dataset[0][0][None].to(next(model.parameters()).device)
+    return bench.images_per_second({"": model}, image)[""]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1126,7 +1115,7 @@ def shipped_teacher(path, root, device):
     say(f"AP {scores['AP']:.3f}")
     return {**scores, "params": count_parameters(model), "gflops": models.gflops(model, *dataset[0][0].shape[1:]),
             "minutes": 0.0, "trained_minutes": payload["minutes"], "steps": payload["step"], "seed": payload["seed"],
-            "images_per_second": inference_speed(model, dataset), "history": [], "machine": payload["machine"],
+            "images_per_second": speed_of(model, dataset), "history": [], "machine": payload["machine"],
             "commit": payload["commit"], "settings": payload["settings"], "weights": fingerprint(model)}
 
 
@@ -1240,7 +1229,7 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
     site = tables.Site(scale, root or "ROOT", work, results, settings_of, build, changes=changes, floor=teacher_floor,
                        teachers=shipped, measure=lambda path: shipped_teacher(path, root, device),
                        identify=lambda path: fingerprint(load_model(path)[0]),
-                       reads=lambda path: what_is_read(path, root))
+                       reads=lambda path: what_is_read(path, root), device=device, machine=machine(device))
     return tables.make(site, only, jobs, shard, rebuild, dry_run, tflops)
 
 
