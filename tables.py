@@ -529,9 +529,10 @@ TITLES = {
 }
 # What a reader of the toy's page has to know; nothing is tuned elsewhere.
 NOTES = {
-    "rivals": "Each method's weights are the best of four trials on the split `tune` (`tuning.json`). Not equal: the "
-              "settings of CLoCKDistill's logit part come from the search below. Last column: CLoCKDistill's AP minus "
-              "the row's, paired by seed; the intervals are not corrected for there being several.",
+    "rivals": "Each row's weights are the best of four trials on the split `tune` (`tuning.json`). Not equal: whether "
+              "CLoCKDistill has the scale mask is also decided there, by four trials with it and four without, and the "
+              "settings of its logit part come from the search below. Last column: CLoCKDistill's AP minus the row's, "
+              "paired by seed; the intervals are not corrected for there being several.",
     "ablation": "The pieces of the memory part are tuned like a rival, each alone. A row with ... is the logit part as "
                 "chosen, alone, with that one change.",
 }
@@ -764,6 +765,9 @@ def write(site):
     site.results.mkdir(parents=True, exist_ok=True)
     trials, chosen, done = tuning(site)
     done.update({job: site.result(job) for job in trials})
+    if absent := [job.name for job in trials if done[job] is None]:
+        print(f"{len(absent)} of {len(trials)} tuning runs have no result ({absent[0]}, ...): chosen is the best of the "
+              "others")
     rows = plan(site.scale, chosen)
     done.update({job: site.result(job) for row in rows for job in (*row.jobs, *plain_students(row)) if job not in done})
     tables = summarise(rows, done)
