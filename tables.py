@@ -766,8 +766,8 @@ def write(site):
     trials, chosen, done = tuning(site)
     done.update({job: site.result(job) for job in trials})
     if absent := [job.name for job in trials if done[job] is None]:
-        print(f"{len(absent)} of {len(trials)} tuning runs have no result ({absent[0]}, ...): the best of the others is "
-              "chosen")
+        print(f"{len(absent)} of {len(trials)} tuning runs have no result ({absent[0]}, ...): chosen is the best of "
+              "the others")
     rows = plan(site.scale, chosen)
     done.update({job: site.result(job) for row in rows for job in (*row.jobs, *plain_students(row)) if job not in done})
     tables = summarise(rows, done)
