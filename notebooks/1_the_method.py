@@ -553,8 +553,8 @@ assert train.fingerprint(teacher) == before and all(p.grad is None for p in teac
 # every 200 steps. A term without gradient is off; one with by far the largest drives the step alone.
 #
 # **Claim.** With the default lambdas of 1 every term is on, but the memory's hardly moves the toy's student: the value
-# alpha = 5e-5 belongs to 256 channels and images of 800 x 1333. The toy's recipe raises it. As the student learns, its
-# share falls.
+# alpha = 5e-5 belongs to 256 channels and images of 800 x 1333. The toy's recipe raises it (and leaves S out:
+# [notebook 3](3_ablations.ipynb) says why). As the student learns, its share falls.
 
 # %%
 reports, lines = {}, ["gradient norm of each term (and its share of the total)"]
