@@ -314,7 +314,7 @@ class CLoCKDistill(nn.Module):
                  alpha=5e-5,                # [T] objects
                  beta=1e-7,                 # [T] background
                  location=True,             # [A] objects apart from background; off for ablation
-                 scale=True,                # [T] small objects count as much as big ones; off for ablation
+                 scale=True,                # [T] small objects count as much as big ones; the toy goes without
                  # queries
                  content="label",           # [T, P] what a query asks with: "label", the teacher's label embedding |
                                             # "own", its learned contents | frozen random numbers, "random_label" [P] (a

@@ -698,8 +698,8 @@ def losses(history, top=4, always=("memory", "cls", "l1", "giou")):
 def first(image, truth, mask, student, distilled, classes, min_score=0.4, min_iou=0.5):
     """The README's first picture: one scene, where the student must copy its teacher, and what that changes.
 
-    truth: of the scene. mask: (inside, scale) of ONE level, over the whole image. student, distilled: results of the
-    student trained alone and of the distilled one, judged as in `detections`.
+    truth: of the scene. mask: (inside, weight) of the cells of ONE level, over the whole image. student, distilled:
+    results of the student trained alone and of the distilled one, judged as in `detections`.
     """
     pixels = _pixels(image)
     figure = _figure(PAGE_INCHES * pixels.shape[0] / pixels.shape[1] + 0.8)
@@ -708,10 +708,10 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4, min_io
     written = classes if len(classes) > len(MARKERS) else None
     _boxes(scene, truth["boxes"], TRUTH, labels=truth["labels"], names=written)
     scene.set_title(f"a street scene with {_objects(len(truth['labels']))}", fontsize=9, color=INK)
-    inside, scale = _array(mask[0]) > 0, _array(mask[1])
-    _cells(_show(copy, pixels), scale, pixels, _log_norm([scale]))
+    inside, weight = _array(mask[0]) > 0, _array(mask[1])
+    _cells(_show(copy, pixels), weight, pixels, _log_norm([weight]))
     _boxes(copy, truth["boxes"], TRUTH, width=0.7)
-    copy.set_title(f"where to copy the teacher: {scale[inside].sum() / (scale.sum() or 1):.0%} of the weight "
+    copy.set_title(f"where to copy the teacher: {weight[inside].sum() / (weight.sum() or 1):.0%} of the weight "
                    f"on {inside.mean():.1%} of the cells", fontsize=9, color=INK)
     for axes, name, result, color in ((alone, "student trained alone", student, STUDENT),
                                       (taught, "the same student, distilled", distilled, DISTILLED)):

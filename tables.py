@@ -267,10 +267,12 @@ def plan(scale, chosen, only=TABLES):
             taught("ablation", detector, "the logit part, as chosen", logits)
             taught("ablation", detector, "both parts: clockdistill", best)
             continue
-        for label, variant in (("memory, every token alike", "memory_plain"), ("+ location mask", "memory_location"),
-                               ("+ scale mask", "memory")):
-            if variant == "memory" or scope.tune_seeds:              # without S the sum is another: its weight is tuned
+        if scope.tune_seeds:                       # each mask changes the size of the sum: each row's weight is tuned
+            for label, variant in (("memory, every token alike", "memory_plain"),
+                                   ("+ location mask", "memory_location"), ("+ scale mask", "memory")):
                 taught("ablation", detector, label, chosen(detector, variant))
+        else:
+            taught("ablation", detector, "the memory part, as chosen", memory)
         variants = {
             "logits on the teacher's learned queries": {"target": False, "learned": True, "random_queries": 0},
             "logits on random fixed queries": {"target": False, "random_queries": 24},
@@ -364,7 +366,7 @@ class Site:
             differ = [key for key, value in found["settings"].items() if wanted.get(key) != value]
             differ += ["teacher"] if job.method and taught_by not in (None, found["taught_by"]) else []
         if differ:
-            tqdm.write(f"{path} was made with other settings ({', '.join(differ)}): it is made again")
+            tqdm.write(f"{path} does not count, it was made with other settings ({', '.join(differ)})")
             return None
         return found
 
@@ -383,7 +385,7 @@ class Site:
             with self.measuring:                             # in this process, where FLOPs are counted by global hooks
                 self.file(facts | self.measure(self.teachers[job.detector]))
             return
-        folder = self.work / job.name
+        folder = (self.work / job.name).resolve()             # the command runs from where train.py lies
         set_aside(folder, self.parse(self.arguments(job)), self.taught_by(job) if job.method else None, tqdm.write)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HERE / "train.py"), *self.arguments(job), "--out", str(folder), "--resume"]
@@ -529,10 +531,10 @@ TITLES = {
 }
 # What a reader of the toy's page has to know; nothing is tuned elsewhere.
 NOTES = {
-    "rivals": "Each row's weights are the best of four trials on the split `tune` (`tuning.json`). Not equal: whether "
-              "CLoCKDistill has the scale mask is also decided there, by four trials with it and four without, and the "
-              "settings of its logit part come from the search below. Last column: CLoCKDistill's AP minus the row's, "
-              "paired by seed; the intervals are not corrected for there being several.",
+    "rivals": "Each rival's weights are the best of four trials on the split `tune` (`tuning.json`). Not equal: "
+              "CLoCKDistill's are the best of eight, four with the scale mask and four without, and its logit part has "
+              "the settings that won in the search below. Last column: CLoCKDistill's AP minus the row's, paired by "
+              "seed; the intervals are not corrected for there being several.",
     "ablation": "The pieces of the memory part are tuned like a rival, each alone. A row with ... is the logit part as "
                 "chosen, alone, with that one change.",
 }
@@ -728,7 +730,8 @@ def tuning(site, only=TABLES):
     def chosen(detector, what):
         asked[detector, what] = jobs(detector, what)
         scores = [done[job]["AP"] if done.get(job) else -math.inf for job in asked[detector, what]]
-        return trials(detector, what)[int(np.argmax(scores)) if scores else 0]
+        means = np.reshape(scores, (-1, max(1, len(scope.tune_seeds)))).mean(1)
+        return trials(detector, what)[int(means.argmax()) if len(means) else 0]
 
     plan(site.scale, chosen, only)                               # to hear what it asks for
     return list(dict.fromkeys(job for some in asked.values() for job in some)), chosen, done
@@ -766,8 +769,8 @@ def write(site):
     trials, chosen, done = tuning(site)
     done.update({job: site.result(job) for job in trials})
     if absent := [job.name for job in trials if done[job] is None]:
-        print(f"{len(absent)} of {len(trials)} tuning runs have no result ({absent[0]}, ...): chosen is the best of "
-              "the others")
+        print(f"{len(absent)} of all tables' {len(trials)} tuning runs have no result ({absent[0]}, ...): their rows "
+              "take the best of the others, or the first trial")
     rows = plan(site.scale, chosen)
     done.update({job: site.result(job) for row in rows for job in (*row.jobs, *plain_students(row)) if job not in done})
     tables = summarise(rows, done)

@@ -157,7 +157,7 @@ class Run:
 
 # The toy: 160 x 48 pixels, so narrow models, all trained from scratch. One recipe for each detector and role.
 # Scale mask and lambdas are each detector's best of eight trials (tables.TRIALS) on the split "tune", which no table
-# reports. They are better without the mask: with it the coarsest level, of ten cells, is as heavy as the finest.
+# reports. Perhaps the mask loses because with it the coarsest level, of ten cells, is as heavy as the finest.
 TOY = dict(data="toy", backbone="resnet18", pretrained_backbone="none", hidden_dim=64, heads=8, num_queries=24,
            batch_size=16, warmup=150, schedule="cosine", ema=0.99)
 TOY_STUDENT = TOY | dict(backbone_width=12, ffn_dim=128, encoder_layers=1, decoder_layers=2, steps=1200, lr=3e-3,
@@ -1186,8 +1186,12 @@ def draw_demo(out, teacher_path, results, plan, device):
     skip = ("step", "loss", "grad_norm", "lr", "images", "seconds", "report")
     pictures["losses"] = plots.losses({name: [(line["step"], line[name]) for line in log if name in line]
                                        for name in log[-1] if name not in skip})
-    pictures["first"] = plots.first(images[0], truths[0], masks[0], found["student"][0], found["distilled"][0],
-                                    dataset.classes, min_score=0.3)
+    inside, scale = masks[0]
+    part = method.memory_options                                            # how this student was taught
+    scale = scale if part["scale"] else torch.ones_like(scale)
+    weight = torch.where(inside | (not part["location"]), part["alpha"] * scale, part["beta"] * scale)
+    pictures["first"] = plots.first(images[0], truths[0], (inside, weight), found["student"][0],
+                                    found["distilled"][0], dataset.classes, min_score=0.3)
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
     say(f"pictures   {', '.join(f'{name}.png' for name in pictures)} in {out}/")
@@ -1217,6 +1221,7 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
     if scale != "toy" or teachers == "scratch" or changes:
         shipped = {}
     root = root or ("datasets/toy" if scale == "toy" else None)
+    root = root and str(Path(root).resolve())                # the runs start where this file lies, not where we are
     if root is None and not dry_run:
         raise ValueError(f"table {scale} needs --root, the folder of the data ({tables.SCALES[scale].download})")
     results = results or (f"runs/table-{scale}-changed/results" if changes else f"results/{scale}")

@@ -61,8 +61,8 @@ print({name: f"{len(found)} rows" for name, found in TABLES.items()}, f"{len(RUN
 # %% [markdown]
 # ## How the tables were made
 # **Claims.**
-# - Every row of a table is tuned by four trials, on images (`tune`) and with a seed that no table uses. The tables are
-#   measured on `val`, 500 images that no choice about distillation was made on.
+# - Every rival, and every piece of the memory part, is tuned by four trials, on images (`tune`) and with a seed that no
+#   table uses. The tables are measured on `val`, 500 images that no choice about distillation was made on.
 # - What stands in the main table is what tuning chose.
 # - All students of a detector have the same teacher. So an interval is about seeds of the student, and not about
 #   another teacher or another set of images.
