@@ -99,7 +99,7 @@ SCALES = {
                  {"search": ("dino", "deformable_detr"), "rivals": ("deformable_detr",),
                   "ablation": ("deformable_detr", "dino"), "sensitivity": ("deformable_detr",),
                   "schedule": ("deformable_detr",)}, (100,),
-                 {"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 2 / 3},
+                 {"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 1 / 2},
                  ("--eval-every", "400", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
                  "nothing: the images are drawn on first use"),
     "kitti": Scale((0, 1, 2), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), {}, ("--eval-every", "5000"), 5985,

@@ -240,7 +240,7 @@ plots.dots(panels, "15 settings of the logit part, alone: many cannot be told fr
 # %% [markdown]
 # ## The tuning of the scale mask and the two lambdas
 # Four pairs of lambdas were tried for each detector with the scale mask S, and four without, again with one seed, on a
-# third of the steps (DAB-DETR two thirds; after one third its AP is still near 0). The logit part has the preset's
+# third of the steps (DAB-DETR half; after a third its AP is still near 0). The logit part has the preset's
 # setting.
 #
 # **Claim.** TUNING_CLAIM
