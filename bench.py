@@ -179,12 +179,14 @@ def images_per_second(networks, image, seconds=2.0):
     """
     nothing, size = torch.zeros_like(image[:, 0], dtype=torch.bool), tuple(image.shape[2:])
     modes, times = {name: network.training for name, network in networks.items()}, {name: [] for name in networks}
+    for network in networks.values():
+        network.eval()
     with torch.no_grad():
         while min(map(len, times.values()), default=3) < 3 or sum(map(sum, times.values())) < seconds * len(times):
             for name, network in networks.items():
                 wait(image.device)
                 start = time.perf_counter()
-                models.postprocess(network.eval()(image, nothing).detections, [size], 100)
+                models.postprocess(network(image, nothing).detections, [size], 100)
                 wait(image.device)
                 times[name].append(time.perf_counter() - start)
     for name, network in networks.items():
