@@ -247,10 +247,10 @@ def machine(device):
 
 
 def commit():
-    """The commit that ran, with a '+' when files differ from it; 'unknown' outside a git checkout."""
+    """The commit that ran, with a '+' when its code was changed since; 'unknown' outside a git checkout."""
     try:
         git = lambda *words: subprocess.check_output(["git", "-C", HERE, *words], text=True, stderr=subprocess.DEVNULL)
-        changed = git("status", "--porcelain", "-uno").strip()
+        changed = git("status", "--porcelain", "-uno", "--", "*.py").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
