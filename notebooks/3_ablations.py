@@ -91,8 +91,8 @@ for kind in ("commit", "machine"):
         print(f"{kind}, {which} runs:", "; ".join(f"{name} ({n})" for name, n in count.most_common()))
 
 # %% [markdown]
-# A `+` after a commit: files were changed but not yet committed. DINO's teacher was trained elsewhere, before the runs
-# wrote their commit down ("unknown").
+# A `+` after a commit: a file was changed, if only a table, and not yet committed. DINO's teacher was trained
+# elsewhere, before the runs wrote their commit down ("unknown").
 #
 # ## How to read a gain
 # Seed 0 with a teacher is compared with seed 0 without: same initial student, same order of images. The gain of a
@@ -243,7 +243,10 @@ plots.dots(panels, "15 settings of the logit part, alone: many cannot be told fr
 # third of the steps (DAB-DETR half; after a third its AP is still near 0). The logit part has the preset's
 # setting.
 #
-# **Claim.** TUNING_CLAIM
+# **Claims.** The best pair without S is above the best with it, for all three detectors: so all go without. Only with
+# Deformable DETR is that beyond doubt: every pair without S is above every pair with it. With the other two the pairs
+# overlap, and what decides may be luck. DINO's memory weight matters, a quarter of the best is too little; Deformable
+# DETR's hardly does. Both have their best pair far above the best logit part alone.
 
 # %%
 blocks = {}
@@ -261,10 +264,12 @@ for detector, trials in tried.items():
     for mask, some in scores.items():
         print(f"{DETECTORS[detector]} {mask}: {min(some):.3f} to {max(some):.3f}; seeds of the main table spread by "
               f"{seeds_sd[detector]:.3f}")
-best = {detector: max(one["AP"] for one in trials) for detector, trials in tried.items()}
-assert best["dino"] > max(alone["dino"].values()) + 0.03 and best["dab_detr"] < 0.06
-plots.dots({"AP on tune, one seed, a third of the steps": blocks},
-           "The lambdas: they matter for DINO, hardly for Deformable DETR, and DAB-DETR was tuned too briefly")
+    assert max(scores["without S"]) > max(scores["with S"])
+    apart = min(scores["without S"]) > max(scores["with S"])
+    assert apart == (detector == "deformable_detr")
+    assert detector == "dab_detr" or max(scores["without S"]) > max(alone[detector].values()) + 0.03
+plots.dots({"AP on tune, one seed": blocks},
+           "The scale mask S and the lambdas: Deformable DETR is better without S, the others perhaps")
 
 
 # %% [markdown]
@@ -450,7 +455,7 @@ if not missing("schedule", lengths=2):
     against(found, [(names[0].format(a), names[1].format(b)) for a, b in (("0.5", 1), (1, 2))])
     mean = {label: np.mean(row["AP"]) for label, row in found.items()}
     assert all(mean[names[0].format(x)] > mean[names[1].format(x)] for x in ("0.5", 1, 2))
-    assert mean["student, 2 x the steps"] > mean["distilled, 1 x the steps"] + 0.02
+    assert mean["student, 2 x the steps"] > mean["distilled, 1 x the steps"] + 0.01
     figure = plots.curves(tables.final_scores(TABLES["schedule"], RUNS), "AP on val",
                           "Deformable DETR: each point a finished run")
 figure
@@ -461,14 +466,14 @@ figure
 #   minutes: one that starts from pretrained weights may have less to gain.
 # - **Not free.** The same number of steps takes longer with a teacher, see above. Where minutes are what is scarce,
 #   compare at equal minutes.
-# - **DAB-DETR** gains, but weakly founded: its lambdas are not tuned, its teacher barely reads the target-aware
-#   queries, its student is far from converged. Its gain may be speed more than ceiling.
+# - **DAB-DETR** gains, but weakly founded: it was tuned where its AP is some .05, its teacher barely reads the
+#   target-aware queries, its student is far from converged. Its gain may be speed more than ceiling.
 # - **The scale mask** of the memory part costs AP, on the toy with Deformable DETR. It gives each of the three levels
 #   the same weight; at the coarsest, of 10 cells, all objects are neighbours. On large images that may be different.
 # - **The logit part** adds nothing that can be seen to the memory part, neither with Deformable DETR, whose teacher was
 #   not trained to answer about true boxes, nor with DINO, whose teacher was.
 # - **Against rivals**: that CLoCKDistill beats a plain copy of the memory is not settled.
-# - **Training twice as long** gains more than distillation does, on average.
+# - **Training twice as long** gains about as much as distillation does: what is more is undecided.
 # - **Medium objects** are few. Where the printed verdict on APm says *undecided*, a gain there must not be claimed.
 # - **One teacher for each detector, one set of images.** Intervals are over seeds of the student alone.
 
