@@ -246,6 +246,9 @@ def plan(scale, chosen, only=TABLES):
         row("main", detector, "teacher", (0,), 1, role="teacher")
         row("main", detector, "student", role="student", **main)
         taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), **main)
+        if scope.tune_seeds and detector in scope.others["ablation"]:
+            what, options = other(detector)
+            taught("main", detector, f"clockdistill {what}", options, **main)
     for detector in detectors("rivals"):
         row("rivals", detector, "student", role="student")
         for method in RIVALS:

@@ -61,8 +61,9 @@ def test_the_plan_compares_every_method_on_the_seeds_of_its_students():
     rows = tables.plan("toy", no_tuning)
     assert {row.table for row in rows} == set(tables.TABLES)
     main = [row for row in rows if row.table == "main"]
-    assert [(row.detector, row.label) for row in main] == [
+    assert [(row.detector, row.label) for row in main if "mask" not in row.label] == [
         (detector, label) for detector in models.DETECTORS for label in ("teacher", "student", "clockdistill")]
+    assert {row.detector for row in main if "mask" in row.label} == {"deformable_detr", "dino"}
     assert all([job.seed for job in row.jobs] == [0, 1, 2, 3, 4] for row in main if row.label != "teacher")
     rivals = [row.label for row in rows if row.table == "rivals" and row.detector == "deformable_detr"]
     assert rivals == ["student", *tables.RIVALS, "clockdistill", "clockdistill without the scale mask"]
