@@ -256,8 +256,8 @@ memory_picture(SCENE, readings, bases, ("untrained", "student", "distilled, as i
 # **Claim.** The distilled memory needs no map: as it is, it explains most of the variance of the teacher's on
 # objects. That of a student trained alone is unrelated as it is (below 0, worse than the mean: it is printed, and left
 # of the picture), and mapped it explains less. The floor is what knowing a token's place explains. On the background,
-# which weighs little in the memory loss, the distilled memory follows less closely: as it is, with DAB-DETR less than a
-# token's place alone, with DINO no more than a lone student's that is mapped.
+# which weighs little in the memory loss, the distilled memory follows less closely: as it is, with DAB-DETR hardly
+# better than a token's place alone.
 
 
 # %%
@@ -278,8 +278,7 @@ for detector, found in readings.items():
     assert objects["student, as it is"] < 0 < 0.5 < objects["distilled, as it is"]
     assert objects["distilled, as it is"] > objects["student"] + 0.05 > objects["untrained"]
     assert background["distilled, as it is"] < objects["distilled, as it is"]
-    assert detector != "dab_detr" or background["distilled, as it is"] < background["place alone"]
-    assert detector != "dino" or abs(background["distilled, as it is"] - background["student"]) < 0.1
+    assert detector != "dab_detr" or background["distilled, as it is"] < background["place alone"] + 0.1
 
 drawn = ("untrained", "student", "distilled", "distilled, as it is", "place alone")
 figure = plots.dots(
@@ -414,7 +413,7 @@ for detector, found in gazes.items():
 # the object best: nobody told it where to look.
 #
 # **Claims.** In DAB-DETR and Deformable DETR a distilled student looks more like its teacher than one trained alone,
-# by both kinds of queries. In DINO it does not, though its AP gains as much: the distilled student agrees even a little
+# by both kinds of queries. In DINO it does not, though its AP gains as much: by its own queries it agrees even a little
 # less (the interval is over images, of one seed, and does not hold the seed's luck). Asked the same, the untrained, the
 # lone and the distilled student all agree about as much as an even look does, and on finer cells less. There the number
 # says that the queries start from the right box, and nothing of what was learned.
