@@ -609,7 +609,7 @@ def draw(tables, done, read, folder):
     for detector in models.DETECTORS:
         lines = [line for line in tables.get("main", []) if line["detector"] == detector]
         if len(lines) > 1:
-            curves = learning_curves(lines, by_name)
+            curves = learning_curves([line for line in lines if line["method"] in ("student", "clockdistill")], by_name)
             for line in lines:
                 if line["method"] == "teacher":                  # its schedule is another: a level, not a curve
                     curves["teacher"] = line["AP"][0]
