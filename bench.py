@@ -162,11 +162,7 @@ def interleaved(runs, repeats, device, title):
         run()                                                # allocates, compiles, fills caches
     for _ in tqdm(range(repeats), title, leave=False):
         for name, run in runs.items():
-            wait(device)
-            start = time.perf_counter()
-            run()
-            wait(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(run, device))
     return {name: {"seconds": statistics.median(each), "all": each, "peak_gb": peak_of(runs[name], device)}
             for name, each in times.items()}
 
@@ -184,14 +180,19 @@ def images_per_second(networks, image, seconds=2.0):
     with torch.no_grad():
         while min(map(len, times.values()), default=3) < 3 or sum(map(sum, times.values())) < seconds * len(times):
             for name, network in networks.items():
-                wait(image.device)
-                start = time.perf_counter()
-                models.postprocess(network(image, nothing).detections, [size], 100)
-                wait(image.device)
-                times[name].append(time.perf_counter() - start)
+                detect = lambda: models.postprocess(network(image, nothing).detections, [size], 100)
+                times[name].append(seconds_of(detect, image.device))
     for name, network in networks.items():
         network.train(modes[name])
     return {name: 1 / statistics.median(each) for name, each in times.items()}
+
+
+def seconds_of(run, device):
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start
 
 
 def wait(device):

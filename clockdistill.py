@@ -111,16 +111,25 @@ def memory_loss(student, teacher, boxes, shapes, padding=None, alpha=5e-5, beta=
                          "pass an adapter that maps the first to the second")
 
     valid = torch.ones_like(student[..., 0], dtype=torch.bool) if padding is None else ~padding        # (B, S)
+    weight = memory_weights(boxes, shapes, valid, alpha, beta, location, scale)                        # (B, S)
+    error = (teacher - student).square().sum(2)                                                        # (B, S)
+    return (weight * error).sum() / (B if normaliser is None else normaliser)
+
+
+def memory_weights(boxes, shapes, valid, alpha=5e-5, beta=1e-7, location=True, scale=True):
+    """What L_mem multiplies each token's squared error by: alpha S on objects, beta S on the background -> (B, S).
+
+    valid: (B, S) bool, False at padded tokens, which weigh 0; everything else as in memory_loss.
+    """
     # Rows that only fill up an image with fewer boxes than the others lie far outside of it and own no cell.
     boxes = pad_sequence([b.reshape(-1, 4) for b in boxes], batch_first=True, padding_value=-1.0)      # (B, K, 4)
+    levels = valid.split([height * width for height, width in shapes], 1)
     masks = [_location_masks(boxes, level.unflatten(1, tuple(shape)))                                  # (B, H_l, W_l)
-             for shape, level in zip(shapes, valid.split(sizes, 1))]
+             for shape, level in zip(shapes, levels)]
     M, S = (torch.cat([m.flatten(1) for m in kind], 1) for kind in zip(*masks))                        # (B, S) each
     if not scale:
         S = valid.to(S)
-    weight = torch.where(M, alpha * S, beta * S) if location else alpha * S
-    error = (teacher - student).square().sum(2)                                                        # (B, S)
-    return (weight * error).sum() / (B if normaliser is None else normaliser)
+    return torch.where(M, alpha * S, beta * S) if location else alpha * S
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -230,10 +230,11 @@ def plan(scale, chosen, only=TABLES):
     def taught(table, detector, label, options, method="clockdistill", **job):
         row(table, detector, label, role="student", method=method, options=pairs(options), **job)
 
-    def other(detector):
-        """A name and the options of CLoCKDistill as it was tuned without S; with S, where the chosen one has none."""
-        switch = "with" if chosen(detector, "clockdistill").get("scale") is False else "without"
-        return f"{switch} the scale mask", chosen(detector, f"{switch}_scale")
+    def other_mask(table, detector, label, **job):
+        """CLoCKDistill as tuned without S, or with S where the chosen one has none; no row where nothing is tuned."""
+        if scope.tune_seeds:
+            switch = "with" if chosen(detector, "clockdistill").get("scale") is False else "without"
+            taught(table, detector, f"{label} {switch} the scale mask", chosen(detector, f"{switch}_scale"), **job)
 
     for detector in detectors("search"):
         tune = dict(seeds=scope.tune_seeds, split="tune", steps=scope.tune_steps[detector])
@@ -246,9 +247,8 @@ def plan(scale, chosen, only=TABLES):
         row("main", detector, "teacher", (0,), 1, role="teacher")
         row("main", detector, "student", role="student", **main)
         taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), **main)
-        if scope.tune_seeds and detector in scope.others["ablation"]:
-            what, options = other(detector)
-            taught("main", detector, f"clockdistill {what}", options, **main)
+        if detector in scope.others["ablation"]:
+            other_mask("main", detector, "clockdistill", **main)
     for detector in detectors("rivals"):
         row("rivals", detector, "student", role="student")
         for method in RIVALS:
@@ -257,9 +257,7 @@ def plan(scale, chosen, only=TABLES):
         taught("rivals", detector, "clockdistill", best)
         if fewer := changed(best, {"random_queries": 0}):            # the chosen ones have KD-DETR's beside them
             taught("rivals", detector, "clockdistill without random queries", best | fewer)
-        if scope.tune_seeds:
-            what, options = other(detector)
-            taught("rivals", detector, f"clockdistill {what}", options)
+        other_mask("rivals", detector, "clockdistill")
     for index, detector in enumerate(detectors("ablation")):
         best = chosen(detector, "clockdistill")
         memory, logits = best | {"lambda_log": 0.0}, best | {"lambda_mem": 0.0}
@@ -290,9 +288,7 @@ def plan(scale, chosen, only=TABLES):
             if now or not change:                                    # else it is what was chosen, under another name
                 taught("ablation", detector, label, logits | now)
         taught("ablation", detector, "both parts: clockdistill", best)
-        if scope.tune_seeds:
-            what, options = other(detector)
-            taught("ablation", detector, f"both parts, {what}", options)
+        other_mask("ablation", detector, "both parts,")
     for detector in detectors("sensitivity"):
         best = chosen(detector, "clockdistill")
         row("sensitivity", detector, "student", role="student")
@@ -388,7 +384,7 @@ class Site:
             with self.measuring:                             # in this process, where FLOPs are counted by global hooks
                 self.file(facts | self.measure(self.teachers[job.detector]))
             return
-        folder = (self.work / job.name).resolve()             # the command runs from where train.py lies
+        folder = self.work / job.name
         set_aside(folder, self.parse(self.arguments(job)), self.taught_by(job) if job.method else None, tqdm.write)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HERE / "train.py"), *self.arguments(job), "--out", str(folder), "--resume"]

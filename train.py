@@ -42,7 +42,7 @@ import plots
 import tables
 from baselines import BASELINES, View
 from checkpoints import write_json, write_text
-from clockdistill import PRESETS, CLoCKDistill, location_mask
+from clockdistill import PRESETS, CLoCKDistill, location_mask, memory_weights
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"clockdistill": CLoCKDistill} | BASELINES       # name on the command line -> class, its arguments: options
@@ -1188,11 +1188,10 @@ def draw_demo(out, teacher_path, results, plan, device):
     skip = ("step", "loss", "grad_norm", "lr", "images", "seconds", "report")
     pictures["losses"] = plots.losses({name: [(line["step"], line[name]) for line in log if name in line]
                                        for name in log[-1] if name not in skip})
-    inside, scale = masks[0]
-    part = method.memory_options                                            # how this student was taught
-    scale = scale if part["scale"] else torch.ones_like(scale)
-    weight = torch.where(inside | (not part["location"]), part["alpha"] * scale, part["beta"] * scale)
-    pictures["first"] = plots.first(images[0], truths[0], (inside, weight), found["student"][0],
+    inside, _ = masks[0]                                                    # the finest level, as this student had it
+    everywhere = torch.ones_like(memory.tokens[..., 0], dtype=torch.bool)   # nothing is padded
+    weight = memory_weights([boxes], memory.shapes, everywhere, **method.memory_options)[0, :inside.numel()]
+    pictures["first"] = plots.first(images[0], truths[0], (inside, weight.view_as(inside)), found["student"][0],
                                     found["distilled"][0], dataset.classes, min_score=0.3)
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
@@ -1223,11 +1222,11 @@ def table(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflop
     if scale != "toy" or teachers == "scratch" or changes:
         shipped = {}
     root = root or ("datasets/toy" if scale == "toy" else None)
-    root = root and str(Path(root).resolve())                # the runs start where this file lies, not where we are
     if root is None and not dry_run:
         raise ValueError(f"table {scale} needs --root, the folder of the data ({tables.SCALES[scale].download})")
     results = results or (f"runs/table-{scale}-changed/results" if changes else f"results/{scale}")
     work = work or (f"runs/table-{scale}-changed" if changes else f"runs/table-{scale}")
+    root, work = (path and str(Path(path).resolve()) for path in (root, work))    # the runs start where this file lies
     device = pick_device()
     if jobs is None:
         jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
