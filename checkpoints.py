@@ -28,17 +28,66 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 # --------------------------------------------------------------------------------------------------------------- files
 
 class Ignored:
-    """Stands for what a file holds and nobody needs: made of anything, does nothing."""
+    """Placeholder for pickled objects that are not needed: accepts any arguments and does nothing."""
     def __init__(self, *args):
         pass
 
 
+class Refused(ValueError):
+    """A file holds something that is not read, although the file is whole."""
+
+
+class Dtype:
+    """Stands for numpy.dtype in a file: only numbers, and only the byte order as its state.
+
+    numpy's own would also take types with Python objects in them, whose addresses then come out of the file.
+    """
+    def __init__(self, code, *flags):
+        if not re.fullmatch(r"[?bB]|[biuf][1248]|c8|c16", code if isinstance(code, str) else ""):
+            raise Refused(f"holds a numpy array or number of type {code!r}; only numbers are read")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        if not (isinstance(state, tuple) and state[2:] == (None, None, None, -1, -1, 0) and state[1] in ("<", ">", "|")):
+            raise Refused("holds a numpy type with a state of its own")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class Array(np.ndarray):
+    """Stands for numpy.ndarray in a file: begins empty, see `empty_array`, and is filled once, from exactly its bytes."""
+    def __new__(cls, *args):
+        raise Refused("calls numpy.ndarray, which takes any memory for an array")
+
+    def __setstate__(self, state):
+        if hasattr(self, "filled"):                              # a second time would free memory that others look at
+            raise Refused("holds a numpy array that changes while it is read")
+        version, shape, kind, fortran, content = state
+        whole = isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int and n >= 0 for n in shape)
+        if not (whole and isinstance(kind, Dtype) and isinstance(content, bytes)
+                and math.prod(shape) * kind.dtype.itemsize == len(content)):
+            raise Refused("holds a numpy array whose bytes do not fit its shape")
+        super().__setstate__((1, shape, kind.dtype, bool(fortran), content))
+        self.filled = True
+
+
+def empty_array(*args):
+    """Stands for numpy's `_reconstruct`, which makes an array without elements."""
+    return np.ndarray.__new__(Array, (0,), np.uint8)
+
+
+def numpy_number(kind, content):
+    """Stands for numpy's `scalar`, which makes one number from its bytes."""
+    if not (isinstance(kind, Dtype) and isinstance(content, bytes) and len(content) == kind.dtype.itemsize):
+        raise Refused("holds a numpy number whose bytes do not fit its type")
+    return np.frombuffer(content, kind.dtype)[0]
+
+
 # What published .pth files hold beside tensors, and what cannot execute anything when it is unpickled: the arguments of
 # official programs, numpy's numbers and arrays (numpy 1 says core, numpy 2 _core), MMEngine's log of the training.
-INERT = [argparse.Namespace, np.dtype, np.ndarray,
-         *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
-         *[(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")
-           for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])],     # scalar, _reconstruct
+INERT = [argparse.Namespace, (Dtype, "numpy.dtype"), (Array, "numpy.ndarray"),
+         *[(stand_in, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
+           for stand_in, name in ((numpy_number, "scalar"), (empty_array, "_reconstruct"))],
+         (lambda: b"", "builtins.bytes"),                         # of an array without elements
          (lambda *factory: {}, "collections.defaultdict"),        # into which torch's unpickler refuses to put anything
          *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],    # its factories
          (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"), (Ignored, "builtins.getattr")]
@@ -49,15 +98,19 @@ def save(path: str | Path, payload: dict, half: bool = False) -> None:
 
     A name ending in .safetensors holds payload["model"] alone as tensors and the rest, which must be plain values, as
     JSON in its metadata; half: floating-point weights as float16. Any other name: torch.save of the whole payload.
+    Raises ValueError, and leaves the old file, when weights are not finite.
     """
     path = Path(path)
+    if half:
+        payload = payload | {"model": {key: value.half() if value.is_floating_point() else value
+                                       for key, value in payload["model"].items()}}
+    check_finite(weights_of(payload), path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         if path.suffix == ".safetensors":
-            weights = {key: (value.half() if half and value.is_floating_point() else value).contiguous()
-                       for key, value in payload["model"].items()}
+            weights = {key: value.contiguous() for key, value in payload["model"].items()}
             rest = {key: value for key, value in payload.items() if key != "model"}
             save_file(weights, temporary, metadata={"payload": json.dumps(rest)})
         else:
@@ -73,7 +126,8 @@ def save(path: str | Path, payload: dict, half: bool = False) -> None:
 def load(path: str | Path, map_location="cpu") -> dict:
     """Read what `save` wrote, or any .pth / .safetensors file; float16 weights stay float16. Never executes code.
 
-    Raises FileNotFoundError or ValueError with one line: a missing or cut-off file, a pickle that holds more than data.
+    Raises FileNotFoundError or ValueError with one line: a missing or cut-off file, a pickle that holds more than data,
+    weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,18 +137,40 @@ def load(path: str | Path, map_location="cpu") -> dict:
         try:
             with safe_open(path, "pt", device=str(map_location)) as file:
                 rest = json.loads((file.metadata() or {}).get("payload", "{}"))
-                return {"model": {key: file.get_tensor(key) for key in file.keys()}, **rest}
+                payload = {**rest, "model": {key: file.get_tensor(key) for key in file.keys()}}
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{broken} ({error})") from None
+        check_finite(payload["model"], path)
+        return payload
     try:
         with torch.serialization.safe_globals(INERT):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            payload = torch.load(path, map_location=map_location, weights_only=True)
+    except Refused as error:
+        raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None
     except Exception as error:                               # torch raises many kinds for a damaged file
         text = " ".join(str(error).split())
         if found := re.search(r"GLOBAL ([\w.]+)", text):
             raise ValueError(f"{path} holds a {found[1]}, which could execute code when loaded: refused; save tensors "
                              "where it was made, torch.save({'model': model.state_dict()}, FILE)") from None
         raise ValueError(f"{broken} ({text[:120]})") from None
+    check_finite(weights_of(payload), path)
+    return payload
+
+
+def weights_of(payload) -> dict[str, Tensor]:
+    """The state_dict in a payload, or the payload itself where it is one."""
+    if not isinstance(payload, dict):
+        return {}
+    state = next((payload[key] for key in ("model", "state_dict") if isinstance(payload.get(key), dict)), payload)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
+    """Raises ValueError with the first tensor that holds NaN or infinity: a broken model answers with nonsense."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{origin}: {name} is not finite: weights of a run that blew up, or too large for their "
+                             "precision; take an earlier checkpoint")
 
 
 def load_from_hub(name: str) -> dict:
@@ -327,8 +403,8 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         payload = load_from_hub(origin.removeprefix("hf:"))
     else:
         payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
-    state = next((payload[key] for key in ("model", "state_dict") if isinstance(payload.get(key), dict)), payload)
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = weights_of(payload)
+    check_finite(state, origin)
     if source == "auto":
         source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
     if source not in FORMATS:

@@ -664,6 +664,13 @@ def coco_object(dataset, annotations):
     return coco
 
 
+def check_finite(found, what):
+    """Raises FloatingPointError when detections, {"scores", "boxes"}, are not finite. what: "image 7", for its line."""
+    if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all()):
+        raise FloatingPointError(f"{what}: the model's detections are not finite: its weights are broken, or the "
+                                 "precision is too low for it")
+
+
 def evaluate(predictions, dataset):
     """COCO's box AP, by pycocotools, silently.
 
@@ -671,7 +678,8 @@ def evaluate(predictions, dataset):
         original pixels. An image without one counts as without detections. The best 100 an image count, as in COCO.
     Returns AP, AP50, AP75; APs, APm, APl (areas below 32^2, to 96^2, above, in original pixels); per_class {name: {AP,
         AP50}}: fractions 0..1, NaN where there is no object to find. Detections on ignored regions count neither way.
-    Raises ValueError for an image twice or not in the data set, and for a label that is no class.
+    Raises ValueError for an image twice or not in the data set, and for a label that is no class; FloatingPointError
+    for scores or boxes that are not finite: pycocotools takes a box of NaN for a perfect hit.
     """
     annotations, seen, known = [], set(), set(dataset.ids)
     for one in predictions:
@@ -680,6 +688,7 @@ def evaluate(predictions, dataset):
             why = "there twice" if image_id in seen else "not in the data set"
             raise ValueError(f"predictions: image {image_id} is {why}; give each image of the data set once")
         seen.add(image_id)
+        check_finite(one, f"image {image_id}")
         scores, labels = one["scores"].tolist(), one["labels"].tolist()
         if labels and not 0 <= min(labels) <= max(labels) < len(dataset.classes):
             raise ValueError(f"predictions: image {image_id} has a label outside 0..{len(dataset.classes) - 1}")

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, box_iou, nms
 
+import data
 import models
 import plots
 
@@ -61,6 +62,7 @@ def watch(model, image, picture, best=4, layer=None, wanted=None):
     boxes, start = pixels(found.boxes[:, 0]), pixels(learned.boxes[0])     # (L, Q, 4), (Q, 4) or (Q, 2)
     chances = found.logits[-1, 0].sigmoid().cpu()                          # (Q, C)
     scores, labels = chances.max(1)
+    data.check_finite({"scores": chances, "boxes": boxes}, "look")
     if wanted is None:
         queries = nms(boxes[-1], scores, 0.5)[:best]
         wanted = {"labels": labels[queries], "boxes": boxes[-1, queries]}

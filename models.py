@@ -68,11 +68,16 @@ class Output:
 def normed(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(convolution(x)). A frozen norm is a scale and a shift, so they go into weight and bias: a pass over the map
     instead of three."""
+    weight, bias, stride = convolution.weight, convolution.bias, convolution.stride
+    if weight.shape[2:] == (1, 1) and weight.shape[1] < 16:
+        # torch's CPU kernel for the weight gradient of a strided 1x1 convolution with 2 to 15 input channels in
+        # channels_last writes past its memory (2.14 and 2.15, large maps of even sides). Without stride it is sound.
+        x, stride = x[..., ::stride[0], ::stride[1]], 1
     if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(convolution(x))
+        return norm(F.conv2d(x, weight, bias, stride, convolution.padding))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()                           # (outputs,)
-    weight, bias = convolution.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+    weight, bias = weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, bias, stride, convolution.padding)
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -925,9 +930,8 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
         body = backbone
     elif backbone not in RESNETS:
         raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(RESNETS)}, or pass your own module")
-    elif backbone_width < 8:
-        # Strided 1x1 convolutions of 2 to 7 channels in channels_last damage memory in torch's CPU build (2.15).
-        raise ValueError(f"backbone_width {backbone_width} is too narrow: use 8 or more")
+    elif backbone_width < 1:
+        raise ValueError(f"backbone_width {backbone_width}: want at least 1")
     else:
         if pretrained_backbone is True and backbone_width != 64:
             raise ValueError(f"no ImageNet weights exist for backbone_width {backbone_width}: "

@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import re
+import subprocess
 import sys
 import types
 import zlib
@@ -142,6 +143,117 @@ def test_numbers_of_numpy_1_are_read(tmp_path):
     assert b"numpy.core.multiarray" in old
     path.write_bytes(old)
     assert checkpoints.load(path) == {"best": 0.5}
+
+
+@pytest.mark.parametrize("kind", ["?", "b", "u1", "<i2", ">i4", "<u8", "e", "<f4", ">f8", "c8", "c16"])
+def test_numbers_and_arrays_of_numpy_are_read(tmp_path, kind):
+    array = np.arange(6).astype(kind).reshape(2, 3)
+    torch.save({"array": array, "fortran": np.asfortranarray(array), "number": array[1, 0], "none": array[:, :0]},
+               tmp_path / "x.pth")
+    loaded = checkpoints.load(tmp_path / "x.pth")
+    for name, wanted in (("array", array), ("fortran", array), ("number", array[1, 0]), ("none", array[:, :0])):
+        assert loaded[name].dtype.type == np.dtype(kind).type and np.array_equal(loaded[name], wanted), name
+
+
+class Array:
+    """Pickled as numpy's arrays are, with any state."""
+    def __init__(self, kind, *state):
+        self.kind, self.state = kind, state
+
+    def __reduce__(self):
+        make, arguments, _ = np.zeros(0).__reduce__()
+        return make, arguments, (1, self.state[0], self.kind, False, *self.state[1:])
+
+
+class Dtype:
+    """Pickled as numpy's types are, with any code and state."""
+    def __init__(self, code, *state):
+        self.code, self.state = code, state
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), self.state or (3, "<", None, None, None, -1, -1, 0)
+
+
+POINTER = (1 << 40).to_bytes(8, "little")
+OBJECT_FIELD = (3, "|", None, ("f0",), {"f0": (np.dtype("O"), 1 << 40)}, 8, 1, 63)
+FORGED = {
+    "an array of pointers": Calls(np.ndarray, (1,), "O", POINTER),
+    "a type of objects": Calls(np.dtype, "O"),
+    "a number of objects": Calls(np.float64(0).__reduce__()[0], Dtype("O8"), POINTER),
+    "objects by their state": Array(Dtype("O8"), (1,), POINTER),
+    "a type with a field of objects": Array(Dtype("f8", *OBJECT_FIELD), (1,), POINTER),
+    "a type of bytes with fields": Array(Dtype("V8", *OBJECT_FIELD), (1,), POINTER),
+    "fewer bytes than elements": Array(Dtype("f8"), (1 << 30,), POINTER),
+    "a negative shape": Array(Dtype("f8"), (-1, -1), POINTER),
+    "no bytes": Array(Dtype("f8"), (1,), [POINTER]),
+    "a foreign type": Array("O", (1,), POINTER),
+    "words": np.array(["word"]),
+    "objects": np.array([{}, {}], dtype=object),
+}
+
+
+READ_ALL = """
+import checkpoints, pathlib
+for path in sorted(pathlib.Path(FOLDER).iterdir()):
+    print(path.stem, end=": ", flush=True)
+    try:
+        print(repr(checkpoints.load(path)["classes"]))
+    except ValueError as error:
+        print(str(error).removeprefix(f"{path} "))
+"""
+
+
+def test_forged_arrays_are_refused_and_nothing_crashes(tmp_path):
+    """numpy's own array and type, called as a file says, take any bytes for addresses of objects: a way to run code.
+
+    A child process reads the files, so that a crash is seen as what it is."""
+    for name, classes in FORGED.items():
+        torch.save({"model": {"x": torch.zeros(1)}, "classes": classes}, tmp_path / f"{name}.pth")
+    program = READ_ALL.replace("FOLDER", repr(str(tmp_path)))
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                           cwd=Path(checkpoints.__file__).parent)
+    assert child.returncode == 0, (child.stdout, child.stderr[-300:])
+    said = dict(line.split(": ", 1) for line in child.stdout.splitlines())
+    assert said.keys() == FORGED.keys()
+    assert not [name for name, line in said.items() if not re.match("(holds|calls) .*numpy.*refused", line)], said
+
+
+def test_an_array_is_filled_once(tmp_path):
+    """A second filling would free memory that a tensor made of the array still looks at."""
+    array = checkpoints.empty_array()
+    array.__setstate__((1, (1,), checkpoints.Dtype("f8"), False, bytes(8)))
+    with pytest.raises(checkpoints.Refused, match="changes"):
+        array.__setstate__((1, (1,), checkpoints.Dtype("f8"), False, bytes(8)))
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, name, value):
+    model = toy(seed=0)
+    checkpoints.save(tmp_path / name, payload(model))
+    good = (tmp_path / name).read_bytes()
+    with torch.no_grad():
+        model.decoder.norm.bias[1] = value
+    with pytest.raises(ValueError, match="decoder.norm.bias is not finite"):
+        checkpoints.save(tmp_path / name, payload(model))
+    assert (tmp_path / name).read_bytes() == good and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="decoder.norm.bias is not finite"):
+        checkpoints.load_weights(toy(seed=1), model.state_dict())
+    if name == "x.pth":
+        torch.save(payload(model), tmp_path / name)
+    else:
+        save_file(model.state_dict(), tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: decoder.norm.bias is not finite"):
+        checkpoints.load(tmp_path / name)
+
+
+def test_half_precision_that_overflows_is_not_written(tmp_path):
+    model = toy(seed=0)
+    with torch.no_grad():
+        model.decoder.norm.bias[1] = 1e6
+    with pytest.raises(ValueError, match="decoder.norm.bias is not finite"):
+        checkpoints.save(tmp_path / "x.safetensors", payload(model), half=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_getattr_in_a_file_gets_nothing(tmp_path):

@@ -496,3 +496,18 @@ def test_real_kitti_and_coco():
     assert data.evaluate(truth(coco), coco)["AP"] == pytest.approx(1)
     batch = next(iter(data.eval_loader(coco, 2)))
     assert batch.images.shape[0] == 2 and batch.images.shape[2:].numel() <= 1333 * 1333
+
+
+@pytest.mark.parametrize("what, where", [("boxes", (0, 0)), ("boxes", slice(None)), ("scores", 0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_are_an_error_that_names_the_image(toy, what, where, value):
+    """pycocotools takes a box of NaN for a perfect hit: AP 1.000 of a model that is broken."""
+    dataset = data.build("toy", toy, "val")
+    perfect = [{"image_id": image_id, "scores": torch.ones(len(raw["labels"])), "labels": raw["labels"],
+                "boxes": raw["boxes"].clone()} for image_id, (_, raw) in
+               ((dataset.ids[i], dataset.raw(i)) for i in range(len(dataset)))]
+    assert data.evaluate(perfect, dataset)["AP"] == pytest.approx(1)
+    broken = next(one for one in perfect if len(one["labels"]))
+    broken[what][where] = value
+    with pytest.raises(FloatingPointError, match=f"image {broken['image_id']}: .*not finite"):
+        data.evaluate(perfect, dataset)

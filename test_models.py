@@ -1,7 +1,11 @@
 """models.py, all three detectors: against the official implementations' vectors where ../shared is at hand, and by
 hand-worked numbers, oracles and invariants everywhere. Attention has test_attention.py, losses test_criterion.py."""
 import copy
+import ctypes.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 import checkpoints
 import models
@@ -287,11 +292,49 @@ def test_pretrained_backbone_from_a_file_freezes_stem_and_norms(tmp_path):
     assert all(p.requires_grad for p in fresh("dab").parameters())
 
 
+NARROW_SHORTCUTS = """
+import torch, models
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+for inputs in (1, 2, 3, 4, *range(8, 25)):
+    for height, width in ((46, 46), (45, 45), (46, 45), (40, 132), (12, 40), (94, 310)):
+        for norm in (nn.BatchNorm2d(24), FrozenBatchNorm2d(24)):
+            convolution = nn.Conv2d(inputs, 24, 1, stride=2, bias=False)
+            x = torch.randn(8, inputs, height, width).contiguous(memory_format=torch.channels_last)
+            models.normed(convolution, norm, x.requires_grad_()).square().sum().backward()
+for width in (3, 8, 12):
+    maps = models.ResNet("resnet18", width)(torch.randn(8, 3, 184, 184))
+    sum(x.sum() for x in maps).backward()
+print("sound")
+"""
+
+
+def test_no_narrow_backbone_writes_past_its_memory():
+    """torch's CPU kernel for the weight gradient of a strided 1x1 convolution of 2 to 15 channels does.
+
+    A child process looks: with glibc's checks on, it dies where an allocation was overrun."""
+    checked = {"MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "85", "OMP_NUM_THREADS": "1"}
+    if library := ctypes.util.find_library("c_malloc_debug"):          # glibc 2.34 and newer keep the checks there
+        checked["LD_PRELOAD"] = library
+    child = subprocess.run([sys.executable, "-c", NARROW_SHORTCUTS], env=os.environ | checked, cwd=models.__file__[:-9],
+                           capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (0, "sound\n"), child.stderr[-500:]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_narrow_shortcuts_compute_what_a_strided_convolution_does(frozen):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(12, 24, 1, stride=2, bias=False).double()
+    norm = (FrozenBatchNorm2d if frozen else nn.BatchNorm2d)(24).double()
+    x = torch.randn(2, 12, 7, 10, dtype=torch.double)
+    torch.testing.assert_close(models.normed(convolution, norm, x), norm(convolution(x)))
+
+
 @pytest.mark.parametrize("variant, overrides, message", [
     ("dab", {"pretrained_backbone": True}, "backbone_width 8"),
     ("dab", {"pretrained_backbone": "missing.pth"}, "pretrained_backbone=False"),
     ("dab", {"backbone": "resnet20"}, "resnet18"),
-    ("dab", {"backbone_width": 4}, "too narrow"),
+    ("dab", {"backbone_width": 0}, "backbone_width 0"),
     ("dino", {"num_querys": 3}, "dino has no option num_querys: it has .*num_queries"),
     ("dino", {"two_stage": True}, "dino has no option two_stage"),
     ("dab", {"feature_levels": 4}, "dab_detr has no option feature_levels"),

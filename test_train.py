@@ -405,6 +405,56 @@ def test_fit_distill_eval_predict_export_from_the_command_line(toy, tmp_path, ca
     assert (tmp_path / "seen" / listed[0]["drawn"]).exists()
 
 
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_run_whose_answers_are_not_finite_keeps_its_last_good_checkpoint(toy, tmp_path, monkeypatch, every):
+    out = tmp_path / "run"
+    cfg = Config(root=toy, **{**TINY, "steps": 2})
+    train.fit(dataclasses.replace(cfg, steps=1), Run(out=str(out), workers=0))
+    good = {name: (out / name).read_bytes() for name in ("last.pt", "best.pt")}
+    after_two = models.postprocess
+
+    def broken(detections, *rest):
+        detections.boxes[..., 0, 2] = float("nan")
+        return after_two(detections, *rest)
+    monkeypatch.setattr(models, "postprocess", broken)
+    for name in ("config.json", "result.json"):
+        (out / name).unlink()
+    monkeypatch.setattr(train, "restore", lambda path, *rest: checkpoints.load(path))
+    with pytest.raises(FloatingPointError, match="image .*not finite"):
+        train.fit(cfg, Run(out=str(out), workers=0, resume=True, eval_every=every))
+    assert good == {name: (out / name).read_bytes() for name in good}
+
+
+def test_a_learning_rate_that_breaks_the_model_is_no_good_result(toy, tmp_path, capsys):
+    out = tmp_path / "run"
+    common = ["--workers", "0", "--eval-every", "1", *flags({**TINY, "root": toy, "steps": 6, "lr": 1e6})]
+    assert train.main(["fit", "--out", str(out), *common]) == 2
+    assert "finite" in capsys.readouterr().err
+    assert not (out / "result.json").exists()
+    for kept in out.glob("*.pt"):
+        train.load_model(kept)
+
+
+def test_a_teacher_that_is_broken_does_not_pass_the_floor(toy, teacher, tmp_path):
+    payload = checkpoints.load(teacher / "last.pt")
+    payload["model"]["decoder.norm.bias"][0] = float("nan")
+    torch.save(payload, tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match="decoder.norm.bias is not finite"):
+        train.fit(Config(root=toy, **TINY, teacher=str(tmp_path / "broken.pt"), method="clockdistill", teacher_floor=0),
+                  Run(out=str(tmp_path / "run"), workers=0))
+
+
+def test_a_checkpoint_names_no_file_to_open(toy, teacher, tmp_path, capsys):
+    payload = checkpoints.load(teacher / "last.pt")
+    payload["config"]["pretrained_backbone"] = str(tmp_path / "none.pth")
+    payload["settings"]["root"] = str(tmp_path / "elsewhere")
+    checkpoints.save(tmp_path / "forged.pt", payload)
+    train.load_model(tmp_path / "forged.pt")
+    assert train.main(["eval", "--checkpoint", str(tmp_path / "forged.pt")]) == 2
+    assert f"eval needs --root, the folder of the toy images; {tmp_path}/forged.pt was trained on" in (
+        capsys.readouterr().err)
+
+
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
     result = train.fit(Config(root=toy, **{**TINY, "steps": 0}), Run(out=str(tmp_path / "run"), workers=0))
     assert result["steps"] == 0 and checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 0

@@ -307,7 +307,9 @@ def load_payload(path):
 
 def rebuild(payload):
     """-> the model in eval mode, on the CPU."""
-    model = models.build(payload["detector"], len(payload["classes"]), **payload["config"])
+    # A checkpoint never names a file to open.
+    config = payload["config"] | {"pretrained_backbone": False}
+    model = models.build(payload["detector"], len(payload["classes"]), **config)
     try:
         model.load_state_dict(payload["model"])
     except RuntimeError as error:
@@ -592,21 +594,27 @@ def image_ids(batch):
 
 
 @torch.no_grad()
+def answer(model, batch):
+    """A batch through the model in eval mode -> what `detect` returns of its images. Raises FloatingPointError, naming
+    the image, when a detection is not finite."""
+    training, results = model.training, []
+    output = model.eval()(batch.images, batch.padding)
+    model.train(training)
+    sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])      # (B, 2) h, w
+    for target, found in zip(batch.targets, models.postprocess(output.detections, sizes, 100)):
+        results.append({"image_id": int(target["image_id"]), **{k: v.cpu() for k, v in found.items()}})
+        data.check_finite(results[-1], f"image {results[-1]['image_id']}")
+    return results
+
+
 def detect(model, dataset, run, batch_size=1, progress=True):
     """Every image of the data set through the model -> list of {"image_id", "scores", "labels", "boxes"} on the CPU,
     boxes xyxy in original pixels, best first. Each of several processes does its share and gets everybody's."""
-    device, was_training = next(model.parameters()).device, model.training
+    device, results = next(model.parameters()).device, []
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.eval()
-    results = []
     batches = data.eval_loader(dataset, batch_size, workers=run.workers, rank=rank, world=world)
     for batch in tqdm(batches, "evaluate", leave=False, disable=not progress or rank > 0, mininterval=quiet_interval()):
-        batch = batch.to(device)
-        sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])      # (B, 2) h, w
-        output = model(batch.images, batch.padding)
-        for target, found in zip(batch.targets, models.postprocess(output.detections, sizes, 100)):
-            results.append({"image_id": int(target["image_id"]), **{k: v.cpu() for k, v in found.items()}})
-    model.train(was_training)
+        results += answer(model, batch.to(device))
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, results)
@@ -786,9 +794,12 @@ def _fit(cfg, run, device, rank, world):
         return earlier + (time.monotonic() - began) / 60
 
     def save(step, path, resumable=True):
-        """The weights as evaluated; with `resumable` also what `restore` needs."""
+        """The weights as evaluated; with `resumable` also what `restore` needs. A student that blew up is not saved
+        over a good one: what it answers to one image is looked at first."""
         if rank > 0:
             return
+        for model in {student, evaluated}:
+            answer(model, data.collate([val_set[0]]).to(device))
         payload = {"model": evaluated.state_dict(), "detector": cfg.detector, "config": student.config,
                    "classes": list(train_set.classes), "category_ids": list(train_set.category_ids), "data": cfg.data,
                    "metrics": history[-1] if history else {}, "minutes": minutes(), "step": step, "history": history,
@@ -852,7 +863,6 @@ def _fit(cfg, run, device, rank, world):
         bar.close()
         if log_file:
             log_file.close()
-    save(steps, last)                             # before the evaluation, which may be long
     scores = evaluate(steps)
     save(steps, last)
     result = {**scores, "params": count_parameters(student),
@@ -950,7 +960,12 @@ def evaluate_checkpoint(checkpoint, given):
     """
     payload, out = load_payload(checkpoint), given.pop("out")
     stored = {name: value for name, value in payload["settings"].items()
-              if name in EVALUATION and name not in ("limit", "val_split")}
+              if name in EVALUATION and name not in ("root", "limit", "val_split")}
+    name, there = given.get("data", stored["data"]), payload["settings"].get("root")
+    # A checkpoint never says which files are opened.
+    if "root" not in given and (name != "toy" or there not in (None, Config.root)):
+        raise ValueError(f"eval needs --root, the folder of the {name} images"
+                         + (f"; {checkpoint} was trained on {there}" if there else ""))
     cfg, run = configure(stored | given, "fit")
     device = pick_device(run.device)
     with processes(device) as (rank, world):
@@ -993,6 +1008,7 @@ def predict(checkpoint, images, out, min_score, size, device):
             detections = model(tensor, nothing).detections
         result = models.postprocess(detections, torch.tensor([picture.shape[1:]], device=device), 100)[0]
         result = {k: v.cpu() for k, v in result.items()}
+        data.check_finite(result, name)
         drawn = out / f"{index:03d}_{Path(name).stem}.png"      # numbered: never the input itself, or a name twice
         plots.predictions(picture, result, payload["classes"], min_score).savefig(drawn)
         keep = result["scores"] >= min_score
@@ -1358,7 +1374,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
             p.set_defaults(method="clockdistill")
 
     p = commands.add_parser("eval", parents=[debug], help="COCO AP of a checkpoint on a split",
-                            epilog="--data, --root, --class-map and --size are those of the training when not given")
+                            epilog="--data, --class-map and --size are those of the training when not given")
     p.add_argument("--checkpoint", required=True, help="last.pt, best.pt, exported safetensors, or a run's folder")
     p.add_argument("--out", help="also write the figures to this JSON file")
     add_options(p, Config, only=EVALUATION)
