@@ -301,7 +301,7 @@ PER_QUERY = re.compile(r"(content|anchors|queries)\.")           # a row for eac
 # (position_temperature, position_offset, logit_eps) of models.build with which a program's model was made: neither
 # names nor shapes give them away, and with others the same weights compute other numbers. Read in the sources named.
 PUBLISHED = {
-    # util/misc.py, models/**/position_encoding.py, config/; DAB-DETR by what it computes, see test_golden.py
+    # util/misc.py, models/**/position_encoding.py, config/; DAB-DETR by what it computes, see tests/test_golden.py
     ("official", "dab_detr"): (20., 0., 1e-3),
     ("official", "deformable_detr"): (10000., -0.5, 1e-5),
     ("official", "dino"): (20., 0., 1e-3),

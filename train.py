@@ -33,14 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import bench
+from experiments import bench
 import checkpoints
 import data
-import looks
+from experiments import look as looks
 import models
-import plots
-import tables
-from baselines import BASELINES, View
+from experiments import plots
+from experiments import tables
+from experiments.baselines import BASELINES, View
 from checkpoints import write_json, write_text
 from clockdistill import PRESETS, CLoCKDistill, location_mask, memory_weights
 

@@ -35,7 +35,7 @@ from torchvision.ops import box_convert, box_iou
 
 import data
 import models
-import plots
+from experiments import plots
 import train
 from clockdistill import CLoCKDistill, location_mask, logit_loss, memory_loss, target_queries
 

@@ -36,7 +36,7 @@ from torchvision.ops import box_convert, box_iou
 
 import data
 import models
-import plots
+from experiments import plots
 import train
 from clockdistill import PRESETS, CLoCKDistill, location_mask
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-import plots
-import tables
+from experiments import plots
+from experiments import tables
 
 # %matplotlib inline
 

@@ -35,8 +35,8 @@ from torchvision.ops import box_convert, box_iou
 import checkpoints
 import data
 import models
-import plots
-import tables
+from experiments import plots
+from experiments import tables
 import train
 from clockdistill import CLoCKDistill, location_mask
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import plots
+from experiments import plots
 from clockdistill import CLoCKDistill
 
 # %matplotlib inline

@@ -8,10 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import attention
-import baselines
+from experiments import baselines
 import criterion
 import models
-from baselines import BASELINES, D3ETR, FGD, GKD, MGD, DETRDistill, FitNets, Hinton, KDDETR, View
+from experiments.baselines import BASELINES, D3ETR, FGD, GKD, MGD, DETRDistill, FitNets, Hinton, KDDETR, View
 from clockdistill import memory_loss
 
 SHAPES = [(6, 8), (3, 4)]                                             # 48 + 12 = 60 tokens

@@ -31,10 +31,9 @@ from torchvision.models.resnet import Bottleneck
 
 import checkpoints
 import models
+from official import VECTORS, needs_vectors
 from test_golden import golden
 
-VECTORS = Path(__file__).parent.parent / "shared" / "vectors"
-needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the official vectors are not here")
 REFINE, TWO_STAGE = {"box_refine": True}, {"box_refine": True, "two_stage": True}
 
 

@@ -12,10 +12,10 @@ from torch import nn
 import checkpoints
 import data
 import models
-import tables
+from experiments import tables
 import train
 from clockdistill import PRESETS
-from tables import Job
+from experiments.tables import Job
 
 
 def no_tuning(detector, what):

@@ -24,7 +24,7 @@ import models
 import train
 from train import Config, Learner, Run
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 TINY = dict(data="toy", backbone="resnet18", backbone_width=8, pretrained_backbone="none", hidden_dim=16, heads=2,
             ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries=10, feature_levels=3, points=2, denoising=6,
             steps=3, batch_size=2, lr=1e-3, backbone_lr=1e-3, warmup=1, schedule="cosine", ema=0.9)

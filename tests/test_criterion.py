@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import criterion
 import models
-from test_attention import VECTORS, close, needs_vectors, under, vectors
+from official import VECTORS, close, needs_vectors, under, vectors
 from test_models import (OFFICIAL, VARIANTS, every, fresh, official, official_layers, random_batch, random_extra, total,
                          toy)
 

@@ -1,8 +1,6 @@
 """attention.py: against the official implementations' primitives where ../shared is at hand, and by hand-worked
 numbers, slow twins and invariants everywhere."""
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,22 +8,7 @@ from torch import nn
 
 import attention
 from attention import ConditionalCrossAttention, ConditionalSelfAttention, DeformableAttention, SelfAttention
-
-VECTORS = Path(os.environ.get("SHARED", Path(__file__).parent.parent / "shared")) / "vectors"
-needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason="the official vectors are not here")
-
-
-def vectors(name):
-    from safetensors.torch import load_file
-    return load_file(VECTORS / f"{name}.safetensors")
-
-
-def close(ours, theirs, atol):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
-
-
-def under(tensors, prefix):
-    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+from official import close, needs_vectors, under, vectors
 
 
 # --------------------------------------------------------------------------------------------------- position encodings

@@ -16,7 +16,7 @@ from torchvision.ops import box_convert, box_iou, nms
 
 import data
 import models
-import plots
+from experiments import plots
 
 FILES = """writes for each image and checkpoint, named after the file or the folder of its run:
   000_NAME_MODEL_layers.png   where the queries of the best detections look, decoder layer by layer

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import checkpoints
 import models
-from test_attention import VECTORS, close, needs_vectors, under, vectors
+from official import VECTORS, close, needs_vectors, under, vectors
 
 TINY = dict(hidden_dim=64, heads=8, ffn_dim=96, encoder_layers=2, decoder_layers=2, num_queries=30, dropout=0.)
 OFFICIAL = {"dab_detr": ("dab_detr", dict(num_queries=20)),

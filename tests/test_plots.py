@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import attention
-import plots
+from experiments import plots
 
 CLASSES = ["Car", "Pedestrian", "Cyclist"]
 SHAPES = [(6, 20), (3, 10), (2, 5)]                                      # of a 48 x 160 image

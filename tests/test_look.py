@@ -7,7 +7,7 @@ from torchvision.utils import save_image
 
 import checkpoints
 import data
-import looks
+from experiments import look
 import models
 import train
 from clockdistill import CLoCKDistill
@@ -32,12 +32,12 @@ def picture(seed=0):
 @pytest.mark.parametrize("detector", models.DETECTORS)
 def test_watch_shows_the_best_detections_that_are_different_objects(detector):
     model = tiny(detector)
-    one = looks.watch(model, picture()[None], picture(), best=3)
+    one = look.watch(model, picture()[None], picture(), best=3)
     found = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool)).detections
     scores, labels = found.logits[-1, 0].sigmoid().max(1)
     assert one["queries"][0] == scores.argmax() and 1 <= len(one["queries"]) <= 3
     assert torch.equal(one["scores"], scores[one["queries"]]) and torch.equal(one["labels"], labels[one["queries"]])
-    overlap = looks.box_iou(one["boxes"], one["boxes"])
+    overlap = look.box_iou(one["boxes"], one["boxes"])
     assert (overlap - torch.eye(len(overlap))).max() <= 0.5
     (cx, cy, w, h), box = found.boxes[-1, 0, one["queries"][0]], one["boxes"][0]
     torch.testing.assert_close(box, torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
@@ -47,7 +47,7 @@ def test_watch_shows_the_best_detections_that_are_different_objects(detector):
 @pytest.mark.parametrize("detector", models.DETECTORS)
 def test_watch_records_the_queries_shown_and_the_tokens_in_their_middle(detector):
     model = tiny(detector)
-    one = looks.watch(model, picture()[None], picture(), best=3, layer=0)
+    one = look.watch(model, picture()[None], picture(), best=3, layer=0)
     with torch.no_grad(), models.record(model) as seen:
         model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool))
     cross, encoder, queries = seen["decoder.0.cross"].weights[0], seen["encoder.1"].weights[0], one["queries"]
@@ -71,21 +71,21 @@ def test_of_queries_with_one_box_the_best_is_shown_and_the_one_of_the_wanted_cla
     with torch.no_grad():
         model.anchors.weight.zero_()
         logits = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool)).detections.logits[-1, 0]    # (12, 3)
-    best = looks.watch(model, picture()[None], picture())
+    best = look.watch(model, picture()[None], picture())
     assert best["queries"].tolist() == [logits.amax(1).argmax()]
     wanted = {"boxes": best["boxes"].expand(3, 4), "labels": torch.arange(3)}
-    assert torch.equal(looks.watch(model, picture()[None], picture(), wanted=wanted)["queries"], logits.argmax(0))
+    assert torch.equal(look.watch(model, picture()[None], picture(), wanted=wanted)["queries"], logits.argmax(0))
 
 
 def test_a_detector_beside_itself_agrees_and_finds_the_same():
     model = tiny("dino")
-    first = looks.watch(model, picture()[None], picture())
-    again = looks.watch(model, picture()[None], picture(), wanted=first)
+    first = look.watch(model, picture()[None], picture())
+    again = look.watch(model, picture()[None], picture(), wanted=first)
     assert torch.equal(first["queries"], again["queries"]) and torch.equal(first["boxes"], again["boxes"])
-    seen = looks.compare({"teacher": first, "student": again})
+    seen = look.compare({"teacher": first, "student": again})
     torch.testing.assert_close(seen["student"]["agreement"], torch.ones(len(first["queries"])))
     assert (seen["student"]["elsewhere"] < 0.999).all() and (seen["teacher"]["even"] < 0.999).all()
-    assert "agrees 1.00" in looks.beside(picture(), seen, CLASSES).axes[1].get_title()
+    assert "agrees 1.00" in look.beside(picture(), seen, CLASSES).axes[1].get_title()
 
 
 def test_what_is_compared_by_hand():
@@ -95,14 +95,14 @@ def test_what_is_compared_by_hand():
         return {"queries": torch.tensor([0, 1]), "labels": torch.tensor([0, 1]), "scores": torch.tensor([.5, .25]),
                 "boxes": torch.tensor([[0., 0, 80, 48], [80, 0, 160, 48]]), "iou": torch.tensor([1, .25]),
                 "look": look, "grid": (1, 2), "side": (160, 48)}
-    found = looks.compare({"teacher": seen([.75, .25], [0., 1.]), "student": seen([1., 0.], [1., 0.])})
+    found = look.compare({"teacher": seen([.75, .25], [0., 1.]), "student": seen([1., 0.], [1., 0.])})
     assert found["teacher"]["even"].tolist() == [.75, 1] and found["student"]["agreement"].tolist() == [.75, 0]
     assert found["student"]["elsewhere"].tolist() == [.75, 0]
-    objects = looks.listed(found, CLASSES)
+    objects = look.listed(found, CLASSES)
     assert objects[1] == {"class": "Pedestrian", "teacher": {
         "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "even": 1}, "student": {
         "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "agreement": 0, "elsewhere": 0}}
-    text = " ".join(looks.summary(objects, "teacher", ["student"]))
+    text = " ".join(look.summary(objects, "teacher", ["student"]))
     assert "1 of the 2 objects" in text and "0.75 on the same" in text         # not the one whose boxes differ
     assert "0.38 on different" in text and "0.88 with a look spread evenly" in text
 
@@ -155,6 +155,6 @@ def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
     found = {}
     for content in ("label", "own"):
         method = CLoCKDistill(64, 64, content=content, box_noise=0.4)
-        found[content] = looks.reading(teacher, method, train.content_of(teacher, method), batches)
+        found[content] = look.reading(teacher, method, train.content_of(teacher, method), batches)
         assert found[content]["own"] > 0.8 and found[content]["own"] > found[content]["another's"] + 0.1
     assert found["label"]["noise"] > 0.55 > 0.45 > found["own"]["noise"]

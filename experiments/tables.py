@@ -33,13 +33,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-import bench
+from experiments import bench
 import models
-import plots
+from experiments import plots
 from checkpoints import set_aside, write_json, write_text
 from clockdistill import PRESETS, CLoCKDistill
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 TABLES = ("search", "main", "rivals", "ablation", "sensitivity", "schedule")
 RIVALS = ("fitnets", "hinton", "fgd", "mgd", "gkd", "kd_detr", "detrdistill", "d3etr")
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.tv_tensors import BoundingBoxes
 
 import data
+from official import SHARED
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).parent.parent / "shared"))
 SPLITS = Path(data.__file__).parent / "splits"
 COUNTS = {"train": 6, "val": 4, "tune": 2}
 REST = "-1 -1 -1 -1000 -1000 -1000 -10"                             # KITTI's columns for an unknown 3D box

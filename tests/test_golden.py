@@ -3,7 +3,7 @@
 No weights are stored: each is a function of its official name, by a rule that the official code was filled with too.
 golden/golden.safetensors holds the padded input batch, every layer's logits and boxes, every eighth memory token as the
 official repositories computed them on a CPU, and in its metadata the official names and shapes. It was packed by
-    python test_golden.py FOLDER_OF_THE_FULL_VECTORS
+    python tests/test_golden.py FOLDER_OF_THE_FULL_VECTORS
 """
 import json
 import sys

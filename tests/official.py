@@ -1,0 +1,27 @@
+"""The official implementations' outputs, found in one place, and what tests against them share.
+
+SHARED names the folder that holds vectors/ (and real/, a few real images); without it, `shared` beside the checkout.
+"""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SHARED", ROOT.parent / "shared"))
+VECTORS = SHARED / "vectors"
+needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the official vectors are not here")
+
+
+def vectors(name):
+    return load_file(VECTORS / f"{name}.safetensors")
+
+
+def close(ours, theirs, atol):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def under(tensors, prefix):
+    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
