@@ -517,13 +517,16 @@ def denoising_queries(targets: criterion.Targets, embedding: Tensor, noise: dict
 # ------------------------------------------------------------------------------------------------ what detectors share
 
 class Queries(NamedTuple):
-    """A group of decoder queries."""
+    """A group of decoder queries, whoever made them."""
     content: Tensor                    # (B, Q, D)
     boxes: Tensor                      # (B, Q, 4) reference boxes; (B, Q, 2) points in a one-stage Deformable DETR
+    attend: Tensor | None = None       # (B, Q, Q) bool, True where the row may look at the column; None: everywhere
+    valid: Tensor | None = None        # (B, Q) bool, False in padding rows: only the caller's loss reads it
     position: Tensor | None = None     # (B, Q, D), where the detector does not make it from the boxes
 
 
-def attention_groups(learned: int, extra: tuple | None, device, groups: int = 0, objects: int = 0) -> Tensor | None:
+def attention_groups(learned: int, extra: Queries | None, device, groups: int = 0,
+                     objects: int = 0) -> Tensor | None:
     """(Q, Q) or (B, Q, Q) bool mask of a joint pass, True where the row may look at the column; None: everywhere.
 
     Queries come in the order [denoising, learned, extra]. Denoising groups, of 2 * objects queries, see themselves and
@@ -537,10 +540,9 @@ def attention_groups(learned: int, extra: tuple | None, device, groups: int = 0,
     attend = (group[:, None] == group) | (group == groups)                                # (Q, Q)
     if extra is None:
         return attend
-    content, _, among = extra[:3]
-    batch, count = content.shape[:2]
+    batch, count = extra.content.shape[:2]
     attend = F.pad(attend.expand(batch, -1, -1), (0, count, 0, count))                    # (B, Q + E, Q + E), False
-    attend[:, len(group):, len(group):] = True if among is None else among
+    attend[:, len(group):, len(group):] = True if extra.attend is None else extra.attend
     return attend
 
 
@@ -554,7 +556,6 @@ class Detector(nn.Module):
     loss_scales = {"ce": 1., "bbox": 5., "giou": 2.}
     eps = 1e-6                                           # of the GIoU
     label_embedding = None                               # (C, D) content of a query that is told its class, if there is
-    rates = {"lr": 1e-4, "backbone_lr": 1e-5}            # official, for 16 images a step
     slow = ()                                            # parts of names of parameters with a tenth of the rate
 
     def __init__(self, num_classes: int, backbone: nn.Module, num_queries: int, decoder_layers: int):
@@ -572,38 +573,54 @@ class Detector(nn.Module):
 
         Q = 0 is fine. position: (B, Q, D), only for a detector that does not make it from boxes (Deformable DETR).
         """
-        if position is not None:
-            raise ValueError(f"{type(self).__name__} makes its positional queries from boxes: pass position=None")
-        return self.decoder(memory, content, boxes, attend)
+        queries = self.placed(Queries(content, boxes, position=position))
+        return self.decoder(memory, queries.content, queries.boxes, attend)
 
     def learned_queries(self, memory: Memory) -> tuple[Queries, Detections | None]:
         """The detector's own queries for this memory, and the encoder's detections that they come from, if any."""
         raise NotImplementedError
 
-    def caller_queries(self, extra: tuple) -> Queries:
-        """The caller's queries, see `forward`, in the form in which the learned ones are decoded."""
-        if len(extra) > 4 and extra[4] is not None:
-            raise ValueError(f"{type(self).__name__} makes its positional queries from boxes: pass no position")
-        return Queries(extra[0], extra[1])
+    def placed(self, queries: Queries) -> Queries:
+        """The queries with all that the decoder reads: here their boxes say where they are."""
+        if queries.position is not None:
+            raise ValueError(f"{type(self).__name__} makes its positional queries from boxes: pass position=None")
+        return queries
+
+    def with_learned(self, queries: Queries, memory: Memory) -> Queries:
+        """The queries and, after them, this detector's learned ones for this memory, a group of their own.
+
+        Another detector of this kind can read them too: every position is written out.
+        """
+        queries, learned = self.placed(queries), self.placed(self.learned_queries(memory)[0])
+        batch, count = learned.content.shape[:2]
+        asked = queries.content.shape[1]
+        attend = F.pad(queries.attend, (0, count, 0, count))                              # (B, Q + N, Q + N), False
+        attend[:, asked:, asked:] = True
+        valid = F.pad(queries.valid, (0, count), value=True)                              # (B, Q + N)
+        position = None if learned.position is None else torch.cat([queries.position, learned.position], 1)
+        return Queries(torch.cat([queries.content, learned.content], 1), torch.cat([queries.boxes, learned.boxes], 1),
+                       attend, valid, position)
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None,
                 extra: tuple | None = None) -> Output:
         """All queries in one decoder pass: learned ones, and the caller's, the two groups unseen by each other.
 
         targets: per image "labels" (K_b,) and "boxes" (K_b, 4); only denoising queries (DINO) are made of them.
-        extra: (content (B, E, D), boxes (B, E, 4), attend (B, E, E) or None, valid), decoded unseen by and not seeing
-        the other queries; valid (B, E) only matters to the caller's loss. Or with a fifth, position (B, n, D): of the
-        last n of them, for a one-stage Deformable DETR, which makes the others' from the boxes.
+        extra: `Queries`, or a tuple in their order (content, boxes, attend, valid): decoded unseen by and not seeing
+        the other queries.
         """
         memory = self.encode(images, padding)
         learned, proposals = self.learned_queries(memory)
+        extra = None if extra is None else Queries(*extra)
         attend = attention_groups(learned.content.shape[1], extra, images.device)
-        found = self.decode_together(memory, [learned] + ([self.caller_queries(extra)] if extra else []), attend)
+        found = self.decode_together(memory, [learned] + ([extra] if extra else []), attend)
         return Output(memory, found[0], proposals, None, found[1] if extra else None)
 
     def decode_together(self, memory: Memory, groups: list[Queries], attend: Tensor | None) -> list[Detections]:
         """One pass for several groups, then each group's own detections."""
-        content, boxes, position = (None if x[0] is None else torch.cat(x, 1) for x in zip(*groups))
+        groups = [self.placed(group) for group in groups]
+        content, boxes, position = (None if x[0] is None else torch.cat(x, 1) for x in
+                                    ([getattr(g, part) for g in groups] for part in ("content", "boxes", "position")))
         found = self.decode(memory, content, boxes, attend, position)
         sizes = [group.content.shape[1] for group in groups]
         return [Detections(l, b) for l, b in zip(found.logits.split(sizes, 2), found.boxes.split(sizes, 2))]
@@ -639,11 +656,9 @@ class Detector(nn.Module):
         query, matched = criterion.match(logits, boxes, wanted, self.matcher_weights, self.eps)
         return criterion.set_losses(logits, boxes, wanted, query, matched, count, self.eps)
 
-    def parameter_groups(self, lr: float | None = None, backbone_lr: float | None = None) -> list[dict]:
+    def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict]:
         """For AdamW, as official: the backbone slower, in Deformable DETR also the reference points and the sampling
-        offsets; weight decay on everything, no frozen parameters. None: the official rates (`rates`)."""
-        lr = self.rates["lr"] if lr is None else lr
-        backbone_lr = self.rates["backbone_lr"] if backbone_lr is None else backbone_lr
+        offsets; weight decay on everything, no frozen parameters."""
         groups = [{"params": [], "lr": rate} for rate in (lr, backbone_lr, 0.1 * lr)]
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -691,7 +706,6 @@ class DeformableDetr(Detector):
     """
     eps = 0.
     loss_scales = {"ce": 2., "bbox": 5., "giou": 2.}
-    rates = {"lr": 2e-4, "backbone_lr": 2e-5}            # official, for 32 images a step
     slow = ("reference.", "sampling_offsets.")
 
     def __init__(self, num_classes, backbone, *, hidden_dim=256, heads=8, ffn_dim=1024, encoder_layers=6,
@@ -727,17 +741,21 @@ class DeformableDetr(Detector):
         if self.two_stage:
             proposals, boxes = self.proposals(memory, self.num_queries)
             position, content = self.position(boxes)
-            return Queries(content, boxes, position), proposals
+            return Queries(content, boxes, position=position), proposals
         position, content = self.queries.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)
-        return Queries(content, self.reference(position).sigmoid(), position), None
+        return Queries(content, self.reference(position).sigmoid(), position=position), None
 
-    def caller_queries(self, extra: tuple) -> Queries:
-        content, boxes, position = extra[0], extra[1], extra[4] if len(extra) > 4 else None
+    def placed(self, queries: Queries) -> Queries:
+        """A position of every query, from its box where the caller gives none; a one-stage model looks from the boxes'
+        centres, as its first layer was trained to. Raises ValueError on points where boxes are needed."""
+        boxes, position = queries.boxes, queries.position
         if position is None:
+            if boxes.shape[-1] != 4:
+                raise ValueError("points have no extent to make a position from: pass boxes (B, Q, 4), or a position")
             position = self.box_position(boxes)
-        elif position.shape[1] < boxes.shape[1]:
-            position = torch.cat([self.box_position(boxes[:, :-position.shape[1]]), position], 1)
-        return Queries(content, boxes if self.two_stage else boxes[..., :2], position)
+        if self.two_stage and boxes.shape[-1] != 4:
+            raise ValueError("the first layer of two stages was trained on boxes: pass (B, Q, 4), not points")
+        return queries._replace(boxes=boxes if self.two_stage else boxes[..., :2], position=position)
 
     def box_position(self, boxes: Tensor) -> Tensor:
         """(B, Q, 4) -> (B, Q, D): the two-stage model's own position, or a fixed random map of the sine encoding.
@@ -752,18 +770,10 @@ class DeformableDetr(Detector):
 
     def decode(self, memory: Memory, content: Tensor, boxes: Tensor, attend: Tensor | None = None,
                position: Tensor | None = None) -> Detections:
-        """Decode any queries, see Detector.decode. boxes: (B, Q, 4), or points (B, Q, 2) with a position of your own.
-
-        A one-stage model looks from the boxes' centres, as its first layer was trained to. position: None makes it
-        from the boxes by `box_position`.
-        """
-        if position is None:
-            if boxes.shape[-1] != 4:
-                raise ValueError("points have no extent to make a position from: pass boxes (B, Q, 4), or a position")
-            position = self.box_position(boxes)
-        if self.two_stage and boxes.shape[-1] != 4:
-            raise ValueError("the first layer of two stages was trained on boxes: pass (B, Q, 4), not points")
-        return self.decoder(memory, content, position, boxes if self.two_stage else boxes[..., :2], attend)
+        """Decode any queries, see Detector.decode. boxes: (B, Q, 4), or points (B, Q, 2) with a position of your own;
+        position: None makes it from the boxes by `box_position`."""
+        queries = self.placed(Queries(content, boxes, position=position))
+        return self.decoder(memory, content, queries.position, queries.boxes, attend)
 
     @property
     def suffixes(self) -> list[str]:
@@ -798,10 +808,11 @@ class Dino(Detector):
     """
     def __init__(self, num_classes, backbone, *, hidden_dim=256, heads=8, ffn_dim=2048, encoder_layers=6,
                  decoder_layers=6, num_queries=900, feature_levels=4, points=4, dropout=0., shared_heads=True,
-                 denoising=100, box_noise=0.4, label_noise=0.5, position_temperature=20., position_offset=0.,
+                 denoising=100, denoising_box_noise=0.4,
+                 denoising_label_noise=0.5, position_temperature=20., position_offset=0.,
                  logit_eps=1e-3):
         super().__init__(num_classes, backbone, num_queries, decoder_layers)
-        self.denoising, self.box_noise, self.label_noise = denoising, box_noise, label_noise
+        self.denoising, self.box_noise, self.label_noise = denoising, denoising_box_noise, denoising_label_noise
         self.encoder = DeformableEncoder(backbone.channels, hidden_dim, heads, ffn_dim, encoder_layers, feature_levels,
                                          points, dropout, position_temperature, position_offset)
         self.decoder = DinoDecoder(num_classes, hidden_dim, heads, ffn_dim, decoder_layers, feature_levels, points,
@@ -837,6 +848,7 @@ class Dino(Detector):
             return super().forward(images, padding, targets, extra)
         memory = self.encode(images, padding)
         learned, proposals = self.learned_queries(memory)
+        extra = None if extra is None else Queries(*extra)
         # label_embed stays in the graph without denoising queries: distributed training waits for every gradient.
         learned = learned._replace(content=learned.content + 0. * self.label_embed.weight[0, 0])
         padded, noised = criterion.pad_targets(targets), []
@@ -847,7 +859,7 @@ class Dino(Detector):
             noised.append(Queries(*denoising_queries(padded, self.label_embed.weight, noise, self.label_noise,
                                                      self.box_noise, self.decoder.eps)))
         attend = attention_groups(learned.content.shape[1], extra, images.device, groups, objects)
-        queries = [*noised, learned] + ([self.caller_queries(extra)] if extra else [])
+        queries = [*noised, learned] + ([extra] if extra else [])
         found = self.decode_together(memory, queries, attend)
         known = Denoising(found[0].logits, found[0].boxes, groups, objects) if noised else None
         return Output(memory, found[len(noised)], proposals, known, found[-1] if extra else None)
@@ -882,6 +894,7 @@ class Dino(Detector):
 # ----------------------------------------------------------------------------------- build, postprocess, record, gflops
 
 CLASSES = dict(zip(DETECTORS, (DabDetr, DeformableDetr, Dino)))
+RENAMED = {"box_noise": "denoising_box_noise", "label_noise": "denoising_label_noise"}       # in checkpoints of before
 
 
 def options_of(name: str) -> dict:
@@ -905,7 +918,8 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     num_patterns, feature_stride: DAB-DETR. Contents that each anchor is asked with, 0 for none; the backbone's map of
         stride 8, 16 or 32 that is read: the first, second or last one of your own module.
     box_refine, two_stage: Deformable DETR. Each layer refines the boxes; they start from the encoder's own.
-    denoising, box_noise, label_noise: DINO. Number of queries, see `denoising_groups`, 0 for none; their noise.
+    denoising, denoising_box_noise, denoising_label_noise: DINO. Number of queries, see `denoising_groups`, 0 for none;
+        the part of half a box that a corner moves, and twice the chance of a random class.
     position_temperature, position_offset, logit_eps; shared_heads (DINO): the official values differ between detectors;
         other programs' models of the same name want others (see checkpoints.py).
 
@@ -915,6 +929,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     if name not in DETECTORS:
         raise ValueError(f"unknown detector {name!r}: choose one of {', '.join(DETECTORS)}")
     options = options_of(name)
+    overrides = {RENAMED.get(key, key): value for key, value in overrides.items()}
     if unknown := sorted(overrides.keys() - options):
         raise ValueError(f"{name} has no option {', '.join(unknown)}: it has {', '.join(options)}")
     options |= overrides

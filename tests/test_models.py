@@ -372,11 +372,15 @@ def test_defaults_are_the_official_recipes():
     wanted = {"dab_detr": dict(dropout=0., position_temperature=20., position_offset=0., logit_eps=1e-3),
               "deformable_detr": dict(dropout=0.1, position_temperature=10000., position_offset=-0.5, logit_eps=1e-5),
               "dino": dict(dropout=0., position_temperature=20., position_offset=0., logit_eps=1e-3, denoising=100,
-                           label_noise=0.5, box_noise=0.4, shared_heads=True)}
+                           denoising_label_noise=0.5, denoising_box_noise=0.4, shared_heads=True)}
     for name, options in wanted.items():
         assert models.options_of(name).items() >= options.items()
-    rates = {name: (kind.rates["lr"], kind.rates["backbone_lr"]) for name, kind in models.CLASSES.items()}
-    assert rates == {"dab_detr": (1e-4, 1e-5), "deformable_detr": (2e-4, 2e-5), "dino": (1e-4, 1e-5)}
+
+
+def test_names_of_options_in_older_checkpoints_are_understood():
+    model = fresh("dino", box_noise=0.3, label_noise=0.2)
+    assert (model.config["denoising_box_noise"], model.config["denoising_label_noise"]) == (0.3, 0.2)
+    assert "box_noise" not in model.config
 
 
 @every
@@ -538,13 +542,13 @@ def test_attend_is_obeyed_and_padded_extra_rows_reach_no_other_row(variant):
 
 def test_attention_groups_by_hand():
     """2 groups of 2 * 1 slots, 2 learned, 1 extra: who may look at whom."""
-    extra = torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), None, None
+    extra = models.Queries(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
     attend = models.attention_groups(2, extra, "cpu", 2, 1)[0].int().tolist()
     assert attend == [[1, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 0],
                       [0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 1]]
     assert models.attention_groups(2, None, "cpu") is None
     among = torch.tensor([[[True, False], [True, True]]])
-    extra = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), among, None
+    extra = models.Queries(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), among)
     assert models.attention_groups(1, extra, "cpu")[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
@@ -701,21 +705,38 @@ def test_points_need_a_position_and_one_stage():
             toy(variant).decode(memory, content, boxes, position=torch.zeros(2, 5, 32))
 
 
-def test_extra_queries_may_bring_the_positions_of_their_last_ones():
-    """The first three get theirs from their boxes, as all do without; detectors that make their own refuse."""
+def test_extra_queries_may_bring_their_positions():
+    """Without, they get them from their boxes; detectors that make their own refuse."""
     model = toy("plain").eval()
     images, padding, _ = random_batch()
     content, boxes, attend, valid = random_extra()
-    position = torch.randn(2, 2, 32)
+    position = torch.randn(2, 5, 32)
     with torch.no_grad():
         out = model(images, padding, extra=(content, boxes, attend, valid, position))
-        made = torch.cat([model.box_position(boxes[:, :3]), position], 1)
-        close(out.extra.logits, model.decode(out.memory, content, boxes, attend, made).logits, 1e-5)
+        close(out.extra.logits, model.decode(out.memory, content, boxes, attend, position).logits, 1e-5)
         none = model(images, padding, extra=(content, boxes, attend, valid, None)).extra
         assert torch.equal(none.logits, model(images, padding, extra=(content, boxes, attend, valid)).extra.logits)
     for variant in ("dab", "dino"):
-        with pytest.raises(ValueError, match="pass no position"):
+        with pytest.raises(ValueError, match="pass position=None"):
             toy(variant)(images, padding, extra=(content, boxes, attend, valid, position))
+
+
+@every
+def test_learned_queries_beside_others_are_a_group_of_their_own(variant):
+    """Each group is answered as if it were alone, and another model of the kind can read them all."""
+    model, images, padding = toy(variant).eval(), *random_batch()[:2]
+    asked = models.Queries(*random_extra())
+    with torch.no_grad():
+        memory = model.encode(images, padding)
+        learned, _ = model.learned_queries(memory)
+        both = model.with_learned(asked, memory)
+        answers = model.decode(memory, both.content, both.boxes, both.attend, both.position)
+        alone = model.decode(memory, *asked[:3])
+        own = model.decode(memory, learned.content, learned.boxes, None, learned.position)
+        close(answers.logits, torch.cat([alone.logits, own.logits], 2), 1e-5)
+        close(model(images, padding, extra=both).extra.logits, answers.logits, 1e-5)
+    assert both.valid.shape == both.content.shape[:2] and both.valid[:, 5:].all()
+    assert both.attend[:, 5:, 5:].all() and not both.attend[:, 5:, :5].any() and not both.attend[:, :5, 5:].any()
 
 
 # --------------------------------------------------------------------------------------- postprocess, record and gflops
