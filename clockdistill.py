@@ -15,7 +15,10 @@ Everything is computed in float32 (or the inputs' float64), also under autocast;
 Where a choice comes from: [A] the paper's abstract, [T] a third party's restatement of the paper, [P] the authors'
 earlier public code for a DETR distiller, [O] our own. Only [A] is certain; nearly all the others are switches.
 """
+import warnings
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -75,11 +78,11 @@ def _touches(centre, size, cells):
 
 
 def memory_loss(student, teacher, boxes, shapes, padding=None, alpha=5e-5, beta=1e-7, adapter=None,
-                location=True, scale=True, normaliser=None):
+                location=True, scale=True):
     """L_mem [T]: the student's memory imitates the teacher's, objects (alpha) apart from background (beta).
 
         alpha * sum_p M_p S_p |A^T_p - f(A^S_p)|^2  +  beta * sum_p (1 - M_p) S_p |A^T_p - f(A^S_p)|^2
-    |.|^2 sums over channels, as in FGD [O]; M and S are made level by level, levels are summed [O].
+    over B. |.|^2 sums over channels, as in FGD [O]; M and S are made level by level, levels are summed [O].
 
     student: (B, S, D), teacher: (B, S, D') encoder outputs, the levels one after the other, each row by row.
     boxes: list of B tensors (K_b, 4), fractions of the PADDED image.  shapes: list of (H_l, W_l), sum H_l W_l = S.
@@ -88,7 +91,6 @@ def memory_loss(student, teacher, boxes, shapes, padding=None, alpha=5e-5, beta=
     adapter: f, a module or function (B, S, D) -> (B, S, D'); None = identity.
     location: False = M is ignored, every token gets alpha.  scale: False = S is 1 at every token that is not padded,
         so that big objects and the background outweigh small ones (and alpha, beta should be chosen anew).
-    normaliser: what the sum is divided by; None = B [O].
     Returns a scalar. An image without objects is all background. Raises ValueError when shapes do not fit.
     """
     B, tokens, _ = student.shape
@@ -113,7 +115,7 @@ def memory_loss(student, teacher, boxes, shapes, padding=None, alpha=5e-5, beta=
     valid = torch.ones_like(student[..., 0], dtype=torch.bool) if padding is None else ~padding        # (B, S)
     weight = memory_weights(boxes, shapes, valid, alpha, beta, location, scale)                        # (B, S)
     error = (teacher - student).square().sum(2)                                                        # (B, S)
-    return (weight * error).sum() / (B if normaliser is None else normaliser)
+    return (weight * error).sum() / B
 
 
 def memory_weights(boxes, shapes, valid, alpha=5e-5, beta=1e-7, location=True, scale=True):
@@ -136,15 +138,15 @@ def memory_weights(boxes, shapes, valid, alpha=5e-5, beta=1e-7, location=True, s
 # 2. Target-aware consistent logit distillation
 # ---------------------------------------------------------------------------------------------------------------------
 
-def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_noise=0.0, content="label",
-                   random_queries=0, random_seed=None, generator=None):
+def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_noise=0.0, rows="label",
+                   random_queries=0, random_seed=None, at_least=0, generator=None):
     """Decoder queries made from the ground truth [A]: teacher and student both look where the objects are.
 
         q_k = embedding[class_k] as content,  box_k as reference box                               [T, P; the box: O]
 
     labels: list of B tensors (K_b,).  boxes: list of B tensors (K_b, 4), fractions of each image's own size.
     embedding: (N, D), the contents that can be asked with, or (D,), one for every query.
-    content: "label" = query k reads row class_k (with a single row: that one). Mind that such a query contains its
+    rows: "label" = query k reads row class_k (with a single row: that one). Mind that such a query contains its
         answer: a decoder can name the class without looking at the memory.
         "slot" = the j-th query of an image reads row j mod N whatever its class: a model's own learned contents.
     groups: each object is asked for that often, in groups that do not see one another [P]; query j asks for object
@@ -154,16 +156,18 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     random_queries: so many more queries with random boxes and contents, the same for all images of the batch, after
         the others and as a group of their own: KD-DETR's "general" points. random_seed: a number draws the same ones
         at every call (the precursor's fixed queries [P]), None new ones from `generator`.
+    at_least: slots for so many objects, also when no image has them: nn.MultiheadAttention fails on 0 queries, which
+        would leave the other processes of a distributed run waiting.
     generator: torch.Generator of all random numbers, on any device; None = torch's global one. Nothing is drawn when
         both noises and random_queries are 0.
 
-    Returns, with Q = groups * max_b K_b + random_queries, 0 when there is nothing to ask:
+    Returns, with Q = groups * max(max_b K_b, at_least) + random_queries, 0 when there is nothing to ask:
         content (B, Q, D), boxes (B, Q, 4)
         attend (B, Q, Q) bool, True where the row may attend to the column: within a group, and every row to itself
-        valid (B, Q) bool, False in rows that only fill up: they see themselves, nobody sees them, drop their answers
-    Raises ValueError on noise outside 0..1, groups below 1, an unknown `content`.
+        valid (B, Q) bool, False in padding rows, which attend only to themselves and whose outputs must be ignored
+    Raises ValueError on noise outside 0..1, groups below 1, an unknown value of `rows`.
     """
-    _check_choice("content", content, ("label", "slot"))
+    _check_choice("rows", rows, ("label", "slot"))
     if not (0 <= box_noise <= 1 and 0 <= label_noise <= 1 and groups >= 1):
         raise ValueError(f"want noise in 0..1 and groups >= 1, got box_noise={box_noise}, label_noise={label_noise}, "
                          f"groups={groups}")
@@ -176,16 +180,18 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     N, B = len(embedding), len(labels)
     labels = pad_sequence([l.reshape(-1).long() for l in labels], batch_first=True, padding_value=-1)      # (B, K)
     boxes = pad_sequence([_full(b).reshape(-1, 4) for b in boxes], batch_first=True, padding_value=0.5)    # (B, K, 4)
+    short = max(at_least - labels.shape[1], 0)
+    labels, boxes = F.pad(labels, (0, short), value=-1), F.pad(boxes, (0, 0, 0, short), value=0.5)
     labels, boxes = labels.repeat_interleave(groups, 1), boxes.repeat_interleave(groups, 1)        # K -> K * groups
     valid = labels >= 0
     index = torch.arange(labels.shape[1], device=labels.device)                                    # (K * groups,)
 
-    if content == "slot" or N == 1:
-        rows = (index % N).expand_as(labels)
+    if rows == "slot" or N == 1:
+        row = (index % N).expand_as(labels)
     else:
-        rows = labels.clamp(min=0)
+        row = labels.clamp(min=0)
         if label_noise:
-            rows = torch.where(uniform(*rows.shape) < label_noise, (uniform(*rows.shape) * N).long(), rows)
+            row = torch.where(uniform(*row.shape) < label_noise, (uniform(*row.shape) * N).long(), row)
     if box_noise:
         move = (2 * uniform(*boxes.shape) - 1) * box_noise * boxes[..., 2:].repeat(1, 1, 2) / 2    # of x0, y0, x1, y1
         boxes = box_convert((box_convert(boxes, "cxcywh", "xyxy") + move).clamp(0, 1), "xyxy", "cxcywh")
@@ -193,17 +199,17 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     if random_queries:
         fixed = generator if random_seed is None else torch.Generator().manual_seed(random_seed)
         random = uniform(random_queries, 5, generator=fixed).expand(B, -1, -1)                     # (B, R, 4 + 1)
-        rows = torch.cat([rows, (random[..., 4] * N).long()], 1)                                   # (B, Q)
+        row = torch.cat([row, (random[..., 4] * N).long()], 1)                                     # (B, Q)
         boxes = torch.cat([boxes, random[..., :4].to(boxes)], 1)                                   # (B, Q, 4)
         valid = torch.cat([valid, valid.new_ones(B, random_queries)], 1)                           # (B, Q)
         group = torch.cat([group, group.new_full((random_queries,), groups)])                      # (Q,)
     itself = torch.eye(len(group), dtype=torch.bool, device=group.device)
     attend = (group[:, None] == group) & valid[:, :, None] & valid[:, None, :] | itself            # (B, Q, Q)
-    return embedding[rows], boxes, attend, valid
+    return embedding[row], boxes, attend, valid
 
 
 def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, valid, temperature=10.0,
-               classes="bernoulli", confidence=True, normalise="queries", layers="all", normaliser=None):
+               classes="bernoulli", confidence=True, normalise="queries", layers="all"):
     """L_log [T, P], term by term: the student answers the target-aware queries as the teacher does.
 
         sum over layers and queries of  w_k * cls,  w_k * l1,  w_k * giou,      w_k = max_c sigmoid(teacher logit), over
@@ -211,19 +217,21 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
 
     student_logits: (L_s, B, Q, C), student_boxes: (L_s, B, Q, 4), a decoder layer each; teacher_*: with L_t layers.
         Layer i = 1..L_s learns from layer round(i * L_t / L_s), at least 1, so that the last learns from the last [O].
+        Mind that some detectors answer in one layer only in eval mode: a teacher of one layer is warned of.
     valid: (B, Q) bool; the other queries have no loss and no gradient, whatever they hold, NaN included.
     temperature: T; both logits are divided by it. Not used in w.
     classes: "bernoulli" = a yes or no for each class, summed over classes, for sigmoid detectors [O];
-        "softmax" = one distribution over the classes.
+        "softmax" = one distribution, for detectors whose last column is "no object": w_k is then the largest softmax
+        probability of the other columns; "softmax_of_sigmoid" = one distribution over the classes of a sigmoid detector.
     confidence: False = w is 1.
     normalise: divide by "queries", the number of valid ones [O], "batch", B, or "confidence", each layer's summed w.
-    normaliser: a number or tensor to divide by instead. With several processes, the valid queries of all of them over
-        the number of processes (at least 1) makes their mean gradient that of the whole batch.
+        The number of queries is that of all processes over their number, so that the mean of the processes' gradients
+        is the gradient of the whole batch: every process has to call this.
     layers: "all" or "last".
     Returns {"cls", "l1", "giou"}, unweighted scalars; without valid queries 0, still attached to the student's graph.
     Raises ValueError when student and teacher answer different questions, or on an unknown choice.
     """
-    _check_choice("classes", classes, ("bernoulli", "softmax"))
+    _check_choice("classes", classes, ("bernoulli", "softmax", "softmax_of_sigmoid"))
     _check_choice("normalise", normalise, ("queries", "batch", "confidence"))
     _check_choice("layers", layers, ("all", "last"))
     shapes = [tuple(x.shape) for x in (student_logits, teacher_logits, valid)]
@@ -231,6 +239,9 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
         raise ValueError("student and teacher must answer the same queries about the same classes, but their logits "
                          f"(L, B, Q, C) are {shapes[0]} and {shapes[1]}, valid (B, Q) is {shapes[2]}")
     L_s, L_t = len(student_logits), len(teacher_logits)
+    if L_t == 1 < L_s and layers == "all":
+        warnings.warn(f"the teacher answered in one decoder layer, the student in {L_s}, which all learn from it: let "
+                      'the teacher return every layer, or pass layers="last"')
     pairs = [(i - 1, max(round(i * L_t / L_s), 1) - 1) for i in range(1, L_s + 1)]
     s_layers, t_layers = map(list, zip(*(pairs if layers == "all" else pairs[-1:])))
 
@@ -240,11 +251,16 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
     s, s_boxes = take(student_logits, s_layers, 0), take(student_boxes, s_layers, 0.5)     # (L, B, Q, C), (L, B, Q, 4)
     t, t_boxes = take(teacher_logits.detach(), t_layers, 0), take(teacher_boxes.detach(), t_layers, 0.5)
 
-    w = (t.sigmoid().amax(3) if confidence else torch.ones_like(t[..., 0])) * valid                # (L, B, Q)
-    if normaliser is None:
-        normaliser = {"queries": valid.sum().clamp(min=1), "batch": valid.shape[0],
-                      "confidence": w.sum((1, 2), keepdim=True).clamp(min=1e-6)}[normalise]
-    w = w / normaliser
+    w = torch.ones_like(t[..., 0])                                                                 # (L, B, Q)
+    if confidence:
+        w = t.softmax(3)[..., :-1].amax(3) if classes == "softmax" else t.sigmoid().amax(3)
+    w = w * valid
+    if normalise == "queries":
+        w = w / _mean_over_processes(valid.sum())
+    elif normalise == "batch":
+        w = w / valid.shape[0]
+    else:
+        w = w / w.sum((1, 2), keepdim=True).clamp(min=1e-6)
 
     if classes == "bernoulli":                                        # KL = cross entropy - the teacher's own entropy
         p = (t / temperature).sigmoid()
@@ -282,27 +298,12 @@ def _giou_distance(a, b):
 # 3. Both parts
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Options by name: CLoCKDistill(student_dim, teacher_dim, **PRESETS["dino"]). "paper" is the nearest reading of
-# what is known of it, the defaults. A detector's is the setting of the logit part that won of 15 tried alone, one
-# change at a time, on images and a seed that no other table reports (results/toy/tables.md, "search"; one seed, so the
-# margins are thin):
-#   groups          won on DINO: with box_noise, three different questions about each object
-#   random_queries  won on Deformable DETR, which has no denoising queries to learn from: what is not an object
-# Set beforehand, each for a reason; for or against them the search, with its one seed, decides nothing:
-#   content         "label" holds the answer, a decoder need not look (results/toy/reading.png)
-#   box_noise       leaves something to correct
-#   normalise       of other contents the teacher is unsure: divided by their number, they would weigh next to nothing
-# DAB-DETR takes Deformable DETR's, the other one without denoising queries.
-_LOOKING = dict(content="own", box_noise=0.4, normalise="confidence")
-PRESETS = {"paper": {}, "dab_detr": _LOOKING | dict(random_queries=24),
-           "deformable_detr": _LOOKING | dict(random_queries=24), "dino": _LOOKING | dict(groups=3)}
-
-
 class CLoCKDistill(nn.Module):
     """The method: what to add to the student's detection loss.
 
         lambda_mem * L_mem + lambda_log * (cls_weight * cls + l1_weight * l1 + giou_weight * giou)
-    Two linear maps, where the models' widths differ, are learned with the student: give them to its optimizer.
+    Two linear maps, where the models' widths differ, are learned with the student: give them to its optimizer, and with
+    several processes wrap student and method as one module in DDP, or the maps drift apart between the processes.
 
         with torch.no_grad():                                         # the teacher: eval mode, encoder once, and the
             t_memory = ...encode(images)                              # decoder on these queries alone
@@ -336,11 +337,12 @@ class CLoCKDistill(nn.Module):
                  label_noise=0.0,           # [P] 0..1
                  random_queries=0,          # [O] 300 in [P]; they look away from the objects, this paper at them
                  random_fixed=True,         # [P] the same random queries at every step; False: new ones (KD-DETR)
-                 learned=False,             # [O] on in [P]: the teacher's own queries too, see with_learned
+                 learned=False,             # [O] on in [P]: the teacher's own queries too; the caller appends them
+                 at_least=0,                # [O] slots for so many objects, see target_queries
                  # logit part
                  cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,            # [T, P]
                  temperature=10.0,          # [P]
-                 classes="bernoulli",       # [O] the detectors are trained with sigmoids; "softmax"
+                 classes="bernoulli",       # [O] these detectors are trained with sigmoids; others: "softmax"
                  confidence=True,           # [T, P] w = the teacher's confidence
                  normalise="queries",       # [O] "batch" | "confidence"
                  layers="all",              # [T, P] "last"
@@ -354,10 +356,12 @@ class CLoCKDistill(nn.Module):
         self.memory_options = dict(alpha=alpha, beta=beta, location=location, scale=scale)
         self.query_options = dict(groups=groups, box_noise=box_noise, label_noise=label_noise,
                                   random_queries=random_queries, random_seed=seed if random_fixed else None,
-                                  content="label" if content in ("label", "random_label") else "slot")
+                                  at_least=at_least,
+                                  rows="label" if content in ("label", "random_label") else "slot")
         self.logit_options = dict(temperature=temperature, classes=classes, confidence=confidence, normalise=normalise,
                                   layers=layers)
         self.content, self.target, self.learned = content, target, learned
+        self.checked = False                                          # whether a batch with objects was looked at
         # Drawn from their own seed: a student's first weights and its data order are the same with and without us.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -368,11 +372,6 @@ class CLoCKDistill(nn.Module):
             self.student_reads = nn.Linear(teacher_dim, student_dim) if differ and lambda_log else None     # [O]
         # A buffer, saved with the module: what the student learned to read must not change with torch's version.
         self.register_buffer("frozen_content", None if content in ("label", "own") else frozen)
-
-    @property
-    def reads_queries(self):
-        """False when no decoder needs to read target-aware queries."""
-        return self.lambda_log != 0
 
     @torch.no_grad()
     def queries(self, labels, boxes, embedding=None, generator=None):
@@ -390,29 +389,13 @@ class CLoCKDistill(nn.Module):
             labels, boxes = [l[:0] for l in labels], [b[:0] for b in boxes]
         return target_queries(labels, boxes, embedding, generator=generator, **self.query_options)
 
-    @staticmethod
-    def with_learned(queries, content, boxes):
-        """Queries that both decoders read, and beside them, as a group of their own, the teacher's learned ones.
-
-        queries: content (B, Q, D), boxes (B, Q, 4), attend, valid.  content (B, N, D), boxes (B, N, 4), or points
-        (B, N, 2), which become boxes without extent: those of the teacher for these images.  Returns the same four,
-        (B, Q + N).
-        """
-        B, N = content.shape[:2]
-        Q = queries[0].shape[1]
-        attend = F.pad(queries[2], (0, N, 0, N))                      # (B, Q + N, Q + N), False in what is new
-        attend[:, Q:, Q:] = True
-        boxes = F.pad(boxes, (0, 4 - boxes.shape[-1]))
-        return (torch.cat([queries[0], content], 1), torch.cat([queries[1], boxes.to(queries[1])], 1), attend,
-                torch.cat([queries[3], queries[3].new_ones(B, N)], 1))
-
     def student_content(self, content):
         """The same contents (or positions, which are added to contents) for the student: (B, Q, teacher_dim) ->
         (B, Q, student_dim), unchanged if widths agree."""
         return content if self.student_reads is None else self.student_reads(content)
 
     def forward(self, student_memory, teacher_memory, student_logits, student_boxes, teacher_logits, teacher_boxes,
-                labels, boxes, shapes, padding, valid, extent=None, normaliser=None):
+                labels, boxes, shapes, padding, valid, extent=None):
         """-> {"memory", "cls", "l1", "giou"}, weighted scalars; their sum is the distillation loss.
 
         student_memory (B, S, D), teacher_memory (B, S, D'), shapes, padding (B, S) or None: see memory_loss.
@@ -420,10 +403,14 @@ class CLoCKDistill(nn.Module):
         labels, boxes: lists of B tensors (K_b,), (K_b, 4), fractions of each image's OWN size.
         extent: (B, 2), (w_i / W, h_i / H), the part of the padded W x H batch image that image i fills. None reads it
             off `padding`, which knows it to a cell of the first level: exact when images end where cells do.
-        normaliser: of the logit part, for several processes; see logit_loss.
+        Raises ValueError, with the remedy, when the first batch with objects gives itself away as boxes in pixels or as
+        corners, an inverted padding, shapes as (W, H).
         """
         if any(len(l) != len(b) for l, b in zip(labels, boxes, strict=True)):
             raise ValueError(f"labels of {[len(l) for l in labels]} objects, boxes of {[len(b) for b in boxes]}")
+        if not (self.checked or torch.compiler.is_compiling()):       # once: a look at values makes a GPU wait
+            _check_conventions(boxes, padding, shapes)
+            self.checked = any(map(len, boxes))
         given = student_logits if student_memory is None else student_memory
         zero = torch.zeros(()) if given is None else given.new_zeros((), dtype=torch.float32)
         losses = dict.fromkeys(("memory", *self.logit_weights), zero)
@@ -435,7 +422,7 @@ class CLoCKDistill(nn.Module):
                                                              adapter=self.adapter, **self.memory_options)
         if self.lambda_log:
             terms = logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, valid,
-                               normaliser=normaliser, **self.logit_options)
+                               **self.logit_options)
             losses |= {k: self.lambda_log * weight * terms[k] for k, weight in self.logit_weights.items() if weight}
         return losses
 
@@ -450,6 +437,33 @@ def _extent(padding, shape):
 def _full(x):
     """x in float32, or in float64 as it is: half precision is for networks, not for losses and masks."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mean_over_processes(count):
+    """A count summed over all processes, over their number, at least 1; the count itself without torch.distributed."""
+    count = count.float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)
+
+
+def _check_conventions(boxes, padding, shapes):
+    """Raises ValueError on inputs whose numbers give away that they are meant otherwise, as far as that is seen."""
+    boxes = torch.cat([b.reshape(-1, 4) for b in boxes])              # (K, 4) of all images
+    if (boxes.abs() > 2).any():
+        raise ValueError("boxes must be fractions of their images, these hold numbers over 2: divide pixels by (w, h, w, h)")
+    corners = box_convert(boxes, "cxcywh", "xyxy")
+    if ((corners < -0.1) | (corners > 1.1)).any():
+        raise ValueError("boxes reach far beyond their images: give (cx, cy, w, h), not corners, and clip them")
+    if padding is None:
+        return
+    if padding[:, 0].any():
+        raise ValueError("the first token of an image is padded: padding must be True where padded, ~ turns it round")
+    for level, (height, width) in zip(padding.split([h * w for h, w in shapes], 1), shapes):
+        real = ~level.view(-1, height, width)                         # an image fills the upper left part of its map
+        if (real != real.any(2)[:, :, None] & real.any(1)[:, None]).any():
+            raise ValueError("padding is no margin on the right and below: give shapes as (height, width)")
 
 
 def _check_choice(name, value, choices):

@@ -1,5 +1,6 @@
 """What clockdistill.py promises: each test is a claim, checked by a hand-worked number, a slow twin or an invariant."""
 import math
+import warnings
 
 import pytest
 import torch
@@ -281,17 +282,17 @@ def test_attention_with_the_mask_keeps_groups_and_padding_apart():
     assert x.grad.abs().sum(2).nonzero().tolist() == [[2, 0], [2, 2], [2, 4]]
 
 
-@pytest.mark.parametrize("content", ["label", "slot"])
-def test_batch_mates_do_not_change_an_images_queries(content):
-    embedding = torch.randn(3 if content == "label" else 5, 4, generator=gen())
-    batch = target_queries(LABELS, BOXES, embedding, groups=2, content=content)
-    alone = target_queries(LABELS[:1], BOXES[:1], embedding, groups=2, content=content)
+@pytest.mark.parametrize("rows", ["label", "slot"])
+def test_batch_mates_do_not_change_an_images_queries(rows):
+    embedding = torch.randn(3 if rows == "label" else 5, 4, generator=gen())
+    batch = target_queries(LABELS, BOXES, embedding, groups=2, rows=rows)
+    alone = target_queries(LABELS[:1], BOXES[:1], embedding, groups=2, rows=rows)
     assert torch.equal(batch[0][0, :4], alone[0][0]) and torch.equal(batch[1][0, :4], alone[1][0])
     assert torch.equal(batch[2][0, :4, :4], alone[2][0]) and not batch[2][0, :4, 4:].any()
 
 
 def test_slots_read_the_contents_one_after_the_other_and_one_row_serves_all():
-    content, *_ = target_queries(LABELS, BOXES, torch.arange(5.)[:, None], groups=2, content="slot")
+    content, *_ = target_queries(LABELS, BOXES, torch.arange(5.)[:, None], groups=2, rows="slot")
     assert content[2, :, 0].tolist() == [0, 1, 2, 3, 4, 0]
     for one in (torch.tensor([7., 8.]), torch.tensor([[7., 8.]])):
         assert (target_queries(LABELS, BOXES, one)[0] == torch.tensor([7., 8.])).all()
@@ -343,7 +344,7 @@ def test_random_queries_are_shared_by_all_images_and_fixed_by_a_seed():
     assert torch.equal(other[1][0, -4:], boxes[0, -4:]) and torch.equal(other[0][0, -4:], content[0, -4:])
 
 
-@pytest.mark.parametrize("bad", [dict(box_noise=1.5), dict(label_noise=-.1), dict(groups=0), dict(content="labels")])
+@pytest.mark.parametrize("bad", [dict(box_noise=1.5), dict(label_noise=-.1), dict(groups=0), dict(rows="labels")])
 def test_target_queries_refuse(bad):
     with pytest.raises(ValueError):
         target_queries(LABELS, BOXES, EMBEDDING, **bad)
@@ -364,7 +365,11 @@ def slow_logit_loss(s, s_boxes, t, t_boxes, valid, T=10.0, classes="bernoulli", 
         layer, weights = dict(cls=0.0, l1=0.0, giou=0.0), 0.0
         for b, q in valid.nonzero().tolist():
             z, y = s[i, b, q].tolist(), t[j, b, q].tolist()
-            w = max(map(sigmoid, y)) if confidence else 1.0
+            w = 1.0
+            if confidence and classes == "softmax":                      # the last column is "no object"
+                w = max(math.exp(a) for a in y[:-1]) / sum(map(math.exp, y))
+            elif confidence:
+                w = max(map(sigmoid, y))
             if classes == "bernoulli":
                 pairs = [(sigmoid(u * a / T), sigmoid(u * c / T)) for a, c in zip(y, z) for u in (1, -1)]
             else:
@@ -386,8 +391,8 @@ def slow_logit_loss(s, s_boxes, t, t_boxes, valid, T=10.0, classes="bernoulli", 
 
 
 @pytest.mark.parametrize("options", [
-    {}, dict(classes="softmax"), dict(confidence=False), dict(normalise="batch"), dict(normalise="confidence"),
-    dict(layers="last"), dict(confidence=False, normalise="confidence", classes="softmax")], ids=str)
+    {}, dict(classes="softmax"), dict(classes="softmax_of_sigmoid"), dict(confidence=False), dict(normalise="batch"),
+    dict(normalise="confidence"), dict(layers="last"), dict(confidence=False, normalise="confidence", classes="softmax")], ids=str)
 @pytest.mark.parametrize("L_s, L_t", [(2, 2), (2, 3), (3, 6), (4, 3)])
 def test_logit_loss_equals_its_slow_twin(options, L_s, L_t):
     args = answers(L_s, L_t, dtype=torch.float64)
@@ -469,13 +474,60 @@ def test_filled_up_queries_count_for_nothing_whatever_they_hold():
     assert all(x.grad.isfinite().all() and (x.grad.masked_select(hole) == 0).all() for x in nan[:2])
 
 
-def test_batch_mates_add_up_and_a_normaliser_takes_the_place_of_the_count():
+def test_batch_mates_add_up():
     args = answers()
-    both = logit_loss(*args, normaliser=4.)
-    alone = [logit_loss(*(x[:, b:b + 1] for x in args[:4]), args[4][b:b + 1], normaliser=4.) for b in range(2)]
+    both = logit_loss(*args, normalise="batch")
+    alone = [logit_loss(*(x[:, b:b + 1] for x in args[:4]), args[4][b:b + 1], normalise="batch") for b in range(2)]
     for name in both:
-        assert_close(both[name], alone[0][name] + alone[1][name])
-        assert_close(both[name] * 4 / args[4].sum(), logit_loss(*args)[name])
+        assert_close(both[name] * 2, alone[0][name] + alone[1][name])
+        assert_close(both[name] * 2 / args[4].sum(), logit_loss(*args)[name])
+
+
+def test_a_softmax_teacher_that_is_sure_of_no_object_weighs_little():
+    """By hand: probabilities .1, .2 and .7 of "no object"; w = .2. Boxes differ by .2, so l1 = .2 * .2."""
+    teacher = torch.tensor([.1, .2, .7]).log().view(1, 1, 1, 3)
+    t_box, s_box = torch.tensor([.3, .5, .2, .2]).view(1, 1, 1, 4), torch.tensor([.5, .5, .2, .2]).view(1, 1, 1, 4)
+    loss = logit_loss(teacher, s_box, teacher, t_box, torch.ones(1, 1, dtype=torch.bool), classes="softmax")
+    assert loss["l1"].item() == pytest.approx(.04)
+
+
+def test_a_teacher_that_answers_in_one_layer_is_told():
+    s, s_boxes, t, t_boxes, valid = answers(L_s=2, L_t=1)
+    with pytest.warns(UserWarning, match="answered in one decoder layer, the student in 2"):
+        logit_loss(s, s_boxes, t, t_boxes, valid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logit_loss(s, s_boxes, t, t_boxes, valid, layers="last")
+        logit_loss(*answers(L_s=1, L_t=1))
+
+
+def test_slots_can_be_asked_for_where_there_are_no_objects():
+    """nn.MultiheadAttention fails on 0 queries. The slots are padding rows and count for nothing."""
+    content, boxes, attend, valid = target_queries([NO_LABELS], [NO_BOXES], EMBEDDING, groups=2, at_least=1)
+    assert content.shape == (1, 2, 4) and not valid.any() and torch.equal(attend[0], torch.eye(2, dtype=torch.bool))
+    attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+    attention(content, content, content, attn_mask=(~attend).repeat_interleave(2, 0))
+    more, none = (target_queries(LABELS, BOXES, EMBEDDING, at_least=n) for n in (9, 1))
+    assert more[3].shape == (3, 9) and more[3].sum() == sum(map(len, LABELS)) and none[3].shape == (3, 3)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(boxes=[torch.tensor([[40., 30., 10., 5.]])]), "pixels"),
+    (dict(boxes=[torch.tensor([[.1, .5, .9, .9]])]), "not corners"),
+    (dict(padding=torch.ones(1, 60, dtype=torch.bool)), "~ turns it round"),
+    (dict(shapes=[(8, 6), (4, 3)]), "height, width")])
+def test_inputs_meant_otherwise_are_told_with_the_remedy(wrong, message):
+    padding = torch.cat([torch.arange(w).ge(w - 2).expand(h, w).flatten() for h, w in SHAPES])[None]
+    given = dict(boxes=[torch.tensor([[.5, .5, .2, .2]])], padding=padding, shapes=SHAPES)
+    distill = CLoCKDistill(8, 8, lambda_log=0)
+
+    def losses(boxes, padding, shapes):
+        memory = torch.zeros(1, 60, 8)
+        return distill(memory, memory, None, None, None, None, [torch.zeros(1).long()], boxes, shapes, padding, None)
+
+    with pytest.raises(ValueError, match=message):
+        losses(**given | wrong)
+    losses(**given)
 
 
 @pytest.mark.parametrize("Q", [0, 3])
@@ -571,7 +623,7 @@ def test_switched_off_it_computes_nothing_holds_nothing_and_draws_nothing():
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
     off = CLoCKDistill(8, 12, lambda_mem=0, lambda_log=0)
-    assert not list(off.parameters()) and not off.reads_queries
+    assert not list(off.parameters())
     nan = torch.full((2, 60, 8), math.nan)
     losses = off(nan, None, None, None, None, None, LABELS[:2], BOXES[:2], SHAPES, None, None)
     assert list(losses) == ["memory", "cls", "l1", "giou"]
@@ -669,6 +721,7 @@ def test_everything_runs_on_a_gpu_without_a_gpu():
         for options in ({}, dict(location=False), dict(scale=False, normalise="confidence", classes="softmax")):
             with torch.device(device):
                 distill = CLoCKDistill(8, 12, groups=2, box_noise=.4, label_noise=.2, random_queries=5, **options)
+            distill.checked = True                                       # the one look at values, of the first batch
             content, reference, attend, valid = distill.queries(labels, boxes, torch.randn(3, 12, device=device))
             assert distill.student_content(content).shape == (3, 11, 8) and attend.device.type == device
             logits = [torch.randn(L, 3, 11, 3, device=device) for L in (2, 3)]
