@@ -374,12 +374,13 @@ class CLoCKDistill(nn.Module):
         self.register_buffer("frozen_content", None if content in ("label", "own") else frozen)
 
     @torch.no_grad()
-    def queries(self, labels, boxes, embedding=None, generator=None):
+    def queries(self, labels, boxes, embedding=None, generator=None, **changes):
         """target_queries with this module's switches -> content (B, Q, teacher_dim), boxes, attend, valid.
 
         With target=False as if there were no objects: only the random queries, if any.
         embedding: the teacher's, for content="label" (C, D) its label embedding, for "own" (N, D) or (D,) its learned
-            contents; the others need none.  Everything else, and what comes back: see target_queries.
+            contents; the others need none.
+        changes: of target_queries' arguments, for a picture without noise.  All else: see target_queries.
         """
         embedding = embedding if self.frozen_content is None else self.frozen_content
         if embedding is None:
@@ -387,12 +388,12 @@ class CLoCKDistill(nn.Module):
                              'asked with content="own", "random_label", "random" or "zero"')
         if not self.target:
             labels, boxes = [l[:0] for l in labels], [b[:0] for b in boxes]
-        return target_queries(labels, boxes, embedding, generator=generator, **self.query_options)
+        return target_queries(labels, boxes, embedding, generator=generator, **self.query_options | changes)
 
     def student_content(self, content):
         """The same contents (or positions, which are added to contents) for the student: (B, Q, teacher_dim) ->
-        (B, Q, student_dim), unchanged if widths agree."""
-        return content if self.student_reads is None else self.student_reads(content)
+        (B, Q, student_dim), unchanged if widths agree. None stays None."""
+        return content if content is None or self.student_reads is None else self.student_reads(content)
 
     def forward(self, student_memory, teacher_memory, student_logits, student_boxes, teacher_logits, teacher_boxes,
                 labels, boxes, shapes, padding, valid, extent=None):

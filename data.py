@@ -88,6 +88,7 @@ from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
 KITTI_IDS = [f"{number:06d}" for number in range(7481)]
 CLASS_MAPS = {
@@ -109,6 +110,32 @@ class Batch:
     images: torch.Tensor
     padding: torch.Tensor
     targets: list
+
+    @property
+    def labels(self):
+        """B tensors (K_b,)."""
+        return [target["labels"] for target in self.targets]
+
+    @property
+    def boxes(self):
+        """B tensors (K_b, 4), (cx, cy, w, h) as fractions of each image's own size."""
+        return [target["boxes"] for target in self.targets]
+
+    @property
+    def image_ids(self):
+        return [int(target["image_id"]) for target in self.targets]
+
+    @property
+    def extent(self):
+        """(B, 2), (w_i / W, h_i / H): the part of the padded batch that each image fills, exact."""
+        real = (~self.padding).float()                                   # (B, H, W)
+        return torch.stack([real[:, 0].mean(1), real[:, :, 0].mean(1)], 1)
+
+    def split(self, count):
+        """The batch cut into `count` smaller ones (fewer, when it has fewer images)."""
+        size = math.ceil(len(self.targets) / count)
+        return [Batch(self.images[i:i + size], self.padding[i:i + size], self.targets[i:i + size])
+                for i in range(0, len(self.targets), size)]
 
     def _map(self, move):
         targets = [{k: move(v) if torch.is_tensor(v) else v for k, v in t.items()} for t in self.targets]

@@ -635,6 +635,11 @@ class Detector(nn.Module):
         """Official, the same for every layer: class 1 (Deformable DETR 2), L1 5, GIoU 2."""
         return {f"loss_{kind}{suffix}": weight for suffix in self.suffixes for kind, weight in self.loss_scales.items()}
 
+    def weighted_losses(self, output: Output, targets: list[dict]) -> dict[str, Tensor]:
+        """`loss`, each times its official weight: their sum is what plain training minimises."""
+        weights = self.loss_weights
+        return {name: weights[name] * value for name, value in self.loss(output, targets).items()}
+
     def loss(self, output: Output, targets: list[dict]) -> dict[str, Tensor]:
         """Unweighted losses by their official names: loss_ce, loss_bbox, loss_giou of the last layer, _0, _1, .. of the
         others; of the encoder's detections _enc (Deformable DETR) or _interm (DINO), of DINO's denoising queries _dn,
@@ -897,10 +902,48 @@ CLASSES = dict(zip(DETECTORS, (DabDetr, DeformableDetr, Dino)))
 RENAMED = {"box_noise": "denoising_box_noise", "label_noise": "denoising_label_noise"}       # in checkpoints of before
 
 
+# What `build` takes in addition to a detector's name and number of classes, a line for each. Types and official values
+# stand in the signatures; the command line's flags are made of both.
+OPTIONS = {
+    "backbone": "resnet18 | resnet34 | resnet50 | resnet101",
+    "backbone_width": "channels of the ResNet's first stage; 64 is the standard one",
+    "pretrained_backbone": "imagenet (downloads) | none | a file with torchvision's names",
+    "hidden_dim": "width of the transformer",
+    "heads": "attention heads",
+    "ffn_dim": "hidden width of the feed-forward blocks",
+    "encoder_layers": "transformer encoder layers",
+    "decoder_layers": "transformer decoder layers",
+    "num_queries": "object queries, the most objects an image can be given",
+    "feature_levels": "feature maps the encoder reads, the coarsest of the backbone (3: strides 8, 16, 32) and, beyond "
+                      "them, maps made by strided convolutions; not DAB-DETR",
+    "points": "sampling points per head and level; not DAB-DETR",
+    "dropout": "dropout in the transformer",
+    "num_patterns": "DAB-DETR: contents that each anchor is asked with, 0 = none",
+    "feature_stride": "DAB-DETR: 8 | 16 | 32, the one feature map it reads (first, second or last of your own module)",
+    "box_refine": "Deformable DETR: each decoder layer refines the boxes",
+    "two_stage": "Deformable DETR: start from the encoder's own boxes (with box_refine)",
+    "denoising": "DINO: denoising queries, 0 = none; below 50 official DINO makes more, see denoising_groups",
+    "denoising_box_noise": "DINO: part of half the box that a corner of a denoising query may move",
+    "denoising_label_noise": "DINO: twice the chance that a denoising query has a random class",
+    "shared_heads": "DINO: one head for all layers (detrex, MMDetection: one each)",
+    "position_temperature": "of the image position encoding; other programs' models want other values (checkpoints.py)",
+    "position_offset": "of the image position encoding, in cells",
+    "logit_eps": "of the inverse sigmoid of a box",
+}
+
+
 def options_of(name: str) -> dict:
-    """The overrides that detector `name` takes beside the backbone's, with their official values."""
+    """The overrides that detector `name` takes in addition to the backbone's, with their official values."""
     parameters = inspect.signature(CLASSES[name].__init__).parameters
     return {key: p.default for key, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
+def described_options() -> dict[str, tuple[type, str]]:
+    """{option: (type, what it is)} of all detectors, for a command line; pretrained_backbone is a word there."""
+    defaults = {"backbone": "", "backbone_width": 64, "pretrained_backbone": ""}
+    for name in DETECTORS:
+        defaults |= options_of(name)
+    return {name: (type(defaults[name]), text) for name, text in OPTIONS.items()}
 
 
 def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50", backbone_width: int = 64,
@@ -910,18 +953,8 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     backbone: "resnet18|34|50|101", or your own module: images -> list of maps, finest first, with .channels.
     backbone_width: 64 is the standard ResNet. pretrained_backbone: True (torchvision's ImageNet weights, downloaded),
     False, or a local file with torchvision's names; ignored for your own module. frozen_backbone: see `ResNet`; by
-    default True exactly with pretrained weights. Further overrides and their official values: `options_of(name)`.
-
-    hidden_dim, heads, ffn_dim, encoder_layers, decoder_layers, num_queries, dropout: all detectors.
-    feature_levels, points: not DAB-DETR. Up to 3 levels are the coarsest maps of the backbone (3: strides 8, 16, 32),
-        more are made by strided convolutions.
-    num_patterns, feature_stride: DAB-DETR. Contents that each anchor is asked with, 0 for none; the backbone's map of
-        stride 8, 16 or 32 that is read: the first, second or last one of your own module.
-    box_refine, two_stage: Deformable DETR. Each layer refines the boxes; they start from the encoder's own.
-    denoising, denoising_box_noise, denoising_label_noise: DINO. Number of queries, see `denoising_groups`, 0 for none;
-        the part of half a box that a corner moves, and twice the chance of a random class.
-    position_temperature, position_offset, logit_eps; shared_heads (DINO): the official values differ between detectors;
-        other programs' models of the same name want others (see checkpoints.py).
+    default True exactly with pretrained weights; ignored for your own module. Further overrides: OPTIONS says what they
+    are, `options_of(name)` which of them a detector takes, with the official values.
 
     model.config holds the resolved overrides as plain values: build(name, num_classes, **model.config) gives the same
     architecture, without downloading pretrained weights again. Raises ValueError on unknown names and values.

@@ -19,7 +19,7 @@ never reach the teacher; padded tokens do not count, whatever they hold. A proce
 Where a choice comes from: [C] the method's public code, [A] its abstract, [O] our own adaptation or reading. The
 default weights are for 256 channels and 800 x 1333 pixels; other scales need their own.
 """
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
+
+import criterion
+import models
 
 
 class View(NamedTuple):
@@ -72,18 +75,18 @@ class Baseline(nn.Module):
     def queries(self, learned, generator=None):
         """What the teacher, and with "queries" in `needs` also the student, is asked: here the teacher's own queries.
 
-        learned: the teacher's (content (B, Q, D), boxes (B, Q, 4) or points (B, Q, 2), position (B, Q, D) or None).
-        Returns content, boxes, attend (B, Q, Q) bool or None (all see all), valid (B, Q), position. A position is only
-        handed over with points; from a box, each model makes its own.
+        learned: the teacher's, with .content (B, Q, D), .boxes (B, Q, 4) or points (B, Q, 2), .position (B, Q, D) or
+        None. Returns content, boxes, attend (B, Q, Q) bool or None (all see all), valid (B, Q), position. A position is
+        only handed over with points; from a box, each model makes its own.
         """
-        content, boxes, position = learned
+        content, boxes, position = learned.content, learned.boxes, learned.position
         valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
         return content, boxes, None, valid, None if boxes.shape[-1] == 4 else position
 
     def student_content(self, content):
         """The contents (or positions, which are added to them) of the same queries for the student: (B, Q, teacher_dim)
-        -> (B, Q, student_dim), unchanged if widths agree."""
-        return self.student_reads(content)
+        -> (B, Q, student_dim), unchanged if widths agree. None stays None."""
+        return None if content is None else self.student_reads(content)
 
     def forward(self, student, teacher, targets, extras=None):
         """-> {name: weighted scalar}, named as `terms`; 0 with its graph intact when there is nothing to learn.
@@ -468,6 +471,96 @@ class D3ETR(Baseline):
             across = across + ((a - b).square() * ~student.padding[:, None]).sum(2).mean()              # (B, P, S)
         answers = answer_losses(student.logits, student.boxes, teacher.logits, teacher.boxes, mine, theirs)
         return torch.stack([*answers, among, across])
+
+
+# -------------------------------------------------------------------------------------------------------- the rivals' step
+
+def rival_step(student, teacher, batch, method, generator=None):
+    """The losses of one step of a rival -> {name: weighted scalar}, as train.clockdistill_step for CLoCKDistill.
+
+    student: a detector in training mode.  teacher: a frozen one in eval mode.  method: a `Baseline`.
+    batch: data.Batch on their device.  generator: draws the method's random numbers; None = torch's own.
+    """
+    needs = method.needs
+
+    # 1. The frozen teacher's view of the images. Its decoder answers the method's queries alone, if it is needed.
+    with torch.no_grad():
+        memory = teacher.encode(batch.images, batch.padding)
+    t, queries = view_of(memory, batch), None
+    if needs:
+        memory.tokens.requires_grad_("gradient" in needs)
+        with torch.set_grad_enabled("gradient" in needs), looking(teacher, "attention" in needs) as seen, \
+                decoder_states(teacher, "states" in needs) as states:
+            learned, proposals = teacher.learned_queries(memory)
+            queries = models.Queries(*method.queries(learned, generator))
+            answers = teacher.decode(memory, queries.content, queries.boxes, queries.attend, queries.position)
+        t = t._replace(logits=answers.logits, boxes=answers.boxes, states=torch.stack(states) if states else None,
+                       attention=attention_of(teacher, seen, slice(None)) if seen else None)
+        if "matches" in needs:
+            t = t._replace(matches=matches_of(teacher, answers, batch.targets))
+        if "gradient" in needs:
+            output = models.Output(memory, answers, proposals, None, None)
+            loss = sum(teacher.weighted_losses(output, batch.targets).values())
+            t = t._replace(gradient=torch.autograd.grad(loss, memory.tokens)[0])
+
+    # 2. The student decodes its own queries and, if the method wants it, the teacher's, in one pass.
+    extra = None
+    if "queries" in needs:
+        extra = queries._replace(content=method.student_content(queries.content),
+                                 position=method.student_content(queries.position))
+    with looking(student, "attention" in needs, graph=True) as seen:
+        output = student(batch.images, batch.padding, batch.targets, extra)
+    own = output.detections
+    s = view_of(output.memory, batch)._replace(logits=own.logits, boxes=own.boxes)
+    if "matches" in needs:
+        s = s._replace(matches=matches_of(student, own, batch.targets))
+    asked = None if extra is None else s._replace(logits=output.extra.logits, boxes=output.extra.boxes)
+    if seen:                                                     # queries come in the order denoising, learned, extra
+        first = 0 if output.denoising is None else output.denoising.logits.shape[2]
+        last = first + own.logits.shape[2]
+        s = s._replace(attention=attention_of(student, seen, slice(first, last)))
+        asked = asked._replace(attention=attention_of(student, seen, slice(last, None)))
+
+    # 3. Detection losses of the student, and the method's.
+    losses = student.weighted_losses(output, batch.targets)
+    return losses | method(s, t, batch.targets, {"queries": asked, "generator": generator})
+
+
+def view_of(memory, batch):
+    return View(memory.tokens, memory.padding, memory.shapes, batch.extent)
+
+
+def matches_of(model, answers, targets):
+    """Which query the detector's own matching gives to each object, layer by layer."""
+    return criterion.match(answers.logits, answers.boxes, criterion.pad_targets(targets), model.matcher_weights,
+                           model.eps)
+
+
+def looking(model, wanted, graph=False):
+    """models.record where attention is wanted; else a context that records nothing."""
+    return models.record(model, graph=graph) if wanted else nullcontext()
+
+
+@contextmanager
+def decoder_states(model, wanted):
+    """A list that fills up with what each decoder layer hands to the next, where that is wanted."""
+    states = []
+    hooks = [layer.register_forward_hook(lambda layer, inputs, state: states.append(state))
+             for layer in model.decoder.layers if wanted]
+    yield states
+    for hook in hooks:
+        hook.remove()
+
+
+def attention_of(model, seen, part):
+    """Attention of a part of the queries, among themselves and to the memory, layer by layer, as a View holds it."""
+    pairs = []
+    for i in range(model.decoder_layers):
+        among, across = seen[f"decoder.{i}.self"], seen[f"decoder.{i}.cross"]
+        dense = across.points is None
+        pairs.append((among.weights[:, :, part, part],
+                      across.weights[:, :, part] if dense else (across.points[:, part], across.weights[:, part])))
+    return pairs
 
 
 BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd": GKD, "kd_detr": KDDETR,

@@ -5,9 +5,11 @@ machine that gets slower gets slower for all of them. Compared is with Hugging F
 it has one, holding the same weights, with the same parameters trainable, no dropout and its own loss; and a
 distillation step with its parts. Weights are random: they change nothing about speed.
 """
+import argparse
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import gc
 import importlib.util
 import io
@@ -24,6 +26,7 @@ from tqdm import tqdm
 import checkpoints
 import data
 import models
+import train
 from clockdistill import CLoCKDistill
 
 # Million parameters and GFLOPs as published (READMEs of the official repositories), R50, 91 classes.
@@ -127,8 +130,8 @@ def loss_of(model, batch):
     """() -> the weighted loss."""
     if hasattr(model, "detector"):
         def ours():
-            losses = model.loss(model(batch.images, batch.padding, batch.targets), batch.targets)
-            return sum(model.loss_weights[name] * value for name, value in losses.items())
+            output = model(batch.images, batch.padding, batch.targets)
+            return sum(model.weighted_losses(output, batch.targets).values())
         return ours
     mask = (~batch.padding).long()
     labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in batch.targets]
@@ -246,31 +249,20 @@ def sizes(options):
     return found
 
 
-def distillation(detector, options, device, learner, teach):
-    """A distillation step beside what it is made of: an R50 teaches an R18 of the same detector.
-
-    learner, teach: train.Learner and train.teach, which know how a step is made.
-    """
+def distillation(detector, options, device):
+    """A distillation step and its parts: an R50 teaches an R18 of the same detector."""
     teacher = build(detector, options).to(device).eval().requires_grad_(False)
     student = build(detector, options, backbone="resnet18").to(device).train()
     twin = copy.deepcopy(student)
     batch = batch_of(options, device)
     width = teacher.config["hidden_dim"]
     method = CLoCKDistill(width, width, content="label" if detector == "dino" else "random").to(device)
-    alone, taught = learner(student), learner(twin, method)
-
-    def lesson_and_loss():
-        lesson = teach(teacher, method, batch)
-        return sum(taught(batch.images, batch.padding, batch.targets, lesson).values())
-
-    def student_loss():
-        return sum(alone(batch.images, batch.padding, batch.targets).values())
+    taught, alone = train.Learner(student, method), train.Learner(twin)
 
     memory = no_grad(lambda: teacher.encode(batch.images, batch.padding))()
-    asked = method.queries([t["labels"] for t in batch.targets], [t["boxes"] for t in batch.targets],
-                           teacher.label_embedding)
-    runs = {"distillation step": training_step(taught, lesson_and_loss),
-            "student step": training_step(alone, student_loss),
+    asked = method.queries(batch.labels, batch.boxes, teacher.label_embedding)
+    runs = {"distillation step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
+            "student step": training_step(alone, lambda: sum(alone(None, batch).values())),
             "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
             "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3]))}
     rows = interleaved(runs, options.repeats, device, f"{detector}, distillation")
@@ -279,7 +271,7 @@ def distillation(detector, options, device, learner, teach):
     return rows | {"whole_over_parts": ratio}
 
 
-def run(options, device, learner, teach):
+def measure(options, device):
     """All that options.only asks for, printed as it comes -> the same as a dict."""
     told = {"size": sizes(options)} if "size" in options.only else {}
     batch = batch_of(options, device)
@@ -303,5 +295,36 @@ def run(options, device, learner, teach):
                  "ours")
             told.setdefault(part, {})[detector] = rows | {"logits_differ_by": agree}
         if "distill" in options.only:
-            told.setdefault("distill", {})[detector] = distillation(detector, options, device, learner, teach)
+            told.setdefault("distill", {})[detector] = distillation(detector, options, device)
     return told
+
+
+def add_options(parser):
+    """The options of `train.py bench`."""
+    for name, default, text in (("height", 640, "of the images"), ("width", 640, "of the images"),
+                                ("batch", 2, "images at once"), ("repeats", 5, "of everything, interleaved")):
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
+    parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS, default=models.DETECTORS,
+                        help="(default: all)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny models and images: that everything runs, not how fast")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+    parser.add_argument("--out", help="also write all figures to this JSON file")
+
+
+def run(device, threads, out, **given):
+    """The command `bench`."""
+    device = train.pick_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    if given["quick"]:
+        given = dict(height=64, width=96, repeats=2) | given
+    options = Options(**given)
+    print(train.machine(device))
+    told = measure(options, device)
+    if out:
+        checkpoints.write_json(out, {"machine": train.machine(device), "commit": train.commit(),
+                                     "options": dataclasses.asdict(options)} | told)

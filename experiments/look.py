@@ -9,13 +9,17 @@ The drawing itself is in plots.py, the recording in models.record; a notebook ma
 """
 import dataclasses
 import math
+from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, box_iou, nms
+from tqdm import tqdm
 
+import checkpoints
 import data
 import models
+import train
 from experiments import plots
 
 FILES = """writes for each image and checkpoint, named after the file or the folder of its run:
@@ -190,3 +194,54 @@ def reading(teacher, method, embedding, batches, seed=0):
             found = teacher.decode(dataclasses.replace(own, tokens=tokens), *queries[:3])
             right[name] += int((found.logits[-1].argmax(-1) == wanted)[valid].sum())
     return {name: count / max(asked, 1) for name, count in right.items()}
+
+
+def add_options(parser):
+    """The options of `train.py look`."""
+    parser.epilog = FILES
+    parser.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
+                        help="last.pt, best.pt, exported safetensors, or a run's folder; given several times, the first "
+                             "one (the teacher) says which objects are shown")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--out", default="runs/look", help="folder of the output (default: %(default)s)")
+    parser.add_argument("--best", type=int, default=4, help="how many of the best detections (default: %(default)s)")
+    parser.add_argument("--layer", type=int, help="decoder layer of the heads and of the comparison; default: the last")
+    parser.add_argument("--size", help="resize to SHORT,MAX pixels; default: as each checkpoint was trained")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+
+
+def run(checkpoint, images, out, best, layer, size, device):
+    """Pictures of what detectors look at, OUT/000_NAME_MODEL_layers.png and so on: `look --help` names them all."""
+    device, out, detectors, entries = train.pick_device(device), Path(out), {}, []
+    if best < 1:
+        raise ValueError(f"--best {best}: want at least 1")
+    for path in checkpoint:
+        model, payload = train.load_model(path)
+        file = payload["path"].resolve()
+        name = file.parent.name if file.stem in ("best", "last") else file.stem
+        if name in detectors:
+            raise ValueError(f"--checkpoint {path}: another one is called {name} too, rename its file or folder")
+        if layer is not None and not 0 <= layer < model.decoder_layers:
+            raise ValueError(f"--layer {layer}: the decoder layers of {name} are 0 to {model.decoder_layers - 1}")
+        detectors[name] = model.to(device), payload
+        if payload["classes"] != (classes := next(iter(detectors.values()))[1]["classes"]):
+            raise ValueError(f"{path} knows other classes than {checkpoint[0]}: compare detectors of the same classes")
+    first, *others = detectors
+    out.mkdir(parents=True, exist_ok=True)
+    for index, file in enumerate(tqdm(images, "look", mininterval=train.quiet_interval())):
+        picture, seen, figures = data.read_image(file), {}, {}
+        for name, (model, payload) in detectors.items():
+            sides = train.parse_size(size or payload["settings"]["size"]) or data.DEFAULT_SIZE[payload["data"]]
+            image = data.prepare(picture, sides)[None].to(device)                          # (1, 3, h, w)
+            seen[name] = watch(model, image, picture, best, layer, seen.get(first))
+            drawn = pictures(name, picture, seen[name], classes)
+            figures |= {f"{name}_{what}": figure for what, figure in drawn.items()}
+        if others:
+            seen = compare(seen)
+            figures["beside"] = beside(picture, seen, classes)
+        for what, figure in figures.items():
+            figure.savefig(out / f"{index:03d}_{Path(file).stem}_{what}.png", dpi=150)
+        entries.append({"image": str(file), "detections": listed(seen, classes)})
+    checkpoints.write_json(out / "look.json", entries)
+    print("\n".join(summary([found for one in entries for found in one["detections"]], first, others)
+                    + [f"{len(images)} images: pictures, and look.json with the detections shown, in {out}/"]))

@@ -11,7 +11,6 @@ any table; what it chose is read off its runs' JSON too (`chosen`).
 """
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,11 +32,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from experiments import bench
+import data
 import models
-from experiments import plots
+from experiments import bench, plots
+import train
 from checkpoints import set_aside, write_json, write_text
-from clockdistill import PRESETS, CLoCKDistill
+from clockdistill import CLoCKDistill
+from experiments import look
+from experiments.demo import shipped_teacher
+from train import PRESETS
 
 HERE = Path(__file__).resolve().parent.parent
 TABLES = ("search", "main", "rivals", "ablation", "sensitivity", "schedule")
@@ -206,14 +209,6 @@ def shard(text):
     return int(index) - 1, int(count)
 
 
-def number(text):
-    """An option's value as it was written: a number, a truth value or a word."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
 def plan(scale, chosen, only=TABLES):
     """-> [Row] of every table of `only`. chosen(detector, what): the options that tuning found (`tuning`)."""
     scope, rows = SCALES[scale], []
@@ -328,8 +323,7 @@ class Site:
     def defaults(self, detector):
         """The recipe's options of CLoCKDistill for this detector, in the form of `Job.options`."""
         command = ["distill", "--recipe", f"{self.scale}-student", "--detector", detector, "--teacher", "-"]
-        return {name: number(value) for name, value in
-                (pair.split("=", 1) for pair in self.parse(command)["method_options"])}
+        return self.parse(command)["method_options"]
 
     def teacher(self, job):
         """The checkpoint that teaches this job's student."""
@@ -790,3 +784,77 @@ def write(site):
     write_text(site.results / "tables.md", markdown(tables, speed, site.scale))
     draw(tables, done, read, site.results)
     print(f"{sum(map(len, tables.values()))} rows: {site.results}/tables.md, tables.json, tuning.json and figures")
+
+
+def settings_of(arguments):
+    """The arguments of a `fit` or `distill` -> its settings, as plain values."""
+    given = train.parse(arguments)
+    command, _ = given.pop("command"), given.pop("debug")
+    return train.plain(train.configure(command, **given)[0])
+
+
+def what_is_read(path, root):
+    """{content of the target-aware queries: look.reading} of a toy teacher, on 200 images of the split "tune"."""
+    teacher, _ = train.load_model(path)
+    batches = list(data.eval_loader(data.build("toy", root, "tune", limit=200), 20))
+    found = {}
+    for content, noise in (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.), ("random", 0.),
+                           ("zero", 0.)):
+        method = CLoCKDistill(*[teacher.config["hidden_dim"]] * 2, content=content, label_noise=noise, box_noise=0.4,
+                              num_classes=teacher.num_classes)
+        embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(content)
+        if embedding is not None or content.startswith(("random", "zero")):
+            name = content + (f", noise {noise}" if noise else "")
+            found[name] = look.reading(teacher, method, embedding, batches)
+    return found
+
+
+def add_options(parser):
+    """The options of `train.py table`."""
+    parser.epilog = ("Options of fit and distill after -- go to every run, and the figures elsewhere:\n"
+                     "  python train.py table kitti --root DIR -- --steps 100 --size 160,540")
+    parser.add_argument("scale", choices=SCALES)
+    parser.add_argument("--root", help="folder of the data (toy: datasets/toy)")
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print every run's command and cost, and what to download")
+    parser.add_argument("--rebuild", action="store_true", help="no runs: tables and figures from the results there are")
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th run from the I-th")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: one a CPU core, one in all on a GPU)")
+    parser.add_argument("--teachers", choices=("shipped", "scratch"), default="shipped", help="of the toy")
+    parser.add_argument("--work", help="folder of the runs' folders (default: runs/table-SCALE)")
+    parser.add_argument("--results", help="folder of the results (default: results/SCALE)")
+    parser.add_argument("--tflops", type=float, default=20., help="dry run: useful work a second (default: %(default)s)")
+    parser.add_argument("--teacher-floor", type=float, help="as of distill; 0 for runs too short to make a teacher")
+    parser.add_argument("changes", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, teacher_floor, changes):
+    """The command `table`."""
+    changes = changes[1:] if changes[:1] == ["--"] else changes
+    def build(settings):
+        classes = 80 if scale == "coco" else 3
+        overrides = {name: settings[name] for name in models.described_options() if settings[name] is not None}
+        frozen = overrides.pop("pretrained_backbone", "imagenet") != "none"      # the same model, nothing downloaded
+        return models.build(settings["detector"], classes, pretrained_backbone=False, frozen_backbone=frozen,
+                            **overrides)
+
+    shipped = {name: path for name, path in train.SHIPPED_TEACHERS.items() if path.exists()}
+    if scale != "toy" or teachers == "scratch" or changes:
+        shipped = {}
+    root = root or ("datasets/toy" if scale == "toy" else None)
+    if root is None and not dry_run:
+        raise ValueError(f"table {scale} needs --root, the folder of the data ({SCALES[scale].download})")
+    results = results or (f"runs/table-{scale}-changed/results" if changes else f"results/{scale}")
+    work = work or (f"runs/table-{scale}-changed" if changes else f"runs/table-{scale}")
+    root, work = (path and str(Path(path).resolve()) for path in (root, work))    # the runs start where this file lies
+    device = train.pick_device()
+    if jobs is None:
+        jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
+    if scale == "toy" and not (rebuild or dry_run):
+        data.make_toy(root)                                  # before several runs would draw it at once
+    site = Site(scale, root or "ROOT", work, results, settings_of, build, changes=changes, floor=teacher_floor,
+                       teachers=shipped, measure=lambda path: shipped_teacher(path, root, device),
+                       identify=lambda path: train.fingerprint(train.load_model(path)[0]),
+                       reads=lambda path: what_is_read(path, root), device=device, machine=train.machine(device))
+    return make(site, only, jobs, shard, rebuild, dry_run, tflops)

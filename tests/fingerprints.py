@@ -39,11 +39,11 @@ def three_steps(detector, method, root, out):
     """-> {"losses": [{name: value} a step], "student": digest, "method": digest} of a run of three steps."""
     settings = train.RECIPES["toy-student"][detector] | dict(detector=detector, root=root, steps=3, seed=0)
     if method == "plain":
-        settings |= dict(method=None, method_options=())
+        settings |= dict(method=None, method_options={})
     else:
         settings |= dict(teacher=str(train.SHIPPED_TEACHERS[detector]), teacher_floor=0.0)
         if method != "clockdistill":
-            settings |= dict(method=method, method_options=())
+            settings |= dict(method=method, method_options={})
     train.fit(train.Config(**settings), train.Run(out=out, workers=0, device="cpu"))
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     saved = checkpoints.load(Path(out, "last.pt"))["resume"]

@@ -353,7 +353,7 @@ def test_all_but_the_matching_runs_on_a_gpu_without_a_gpu():
             targets = [{k: v.cuda() for k, v in t.items()} for t in targets]
             losses = method(to_cuda(student), to_cuda(teacher), targets, {"queries": to_cuda(extras["queries"])})
             assert all(v.device.type == "cuda" and v.shape == () for v in losses.values())
-            learned = (torch.randn(3, 6, 12, device="cuda"), torch.rand(3, 6, 4, device="cuda"), None)
+            learned = models.Queries(torch.randn(3, 6, 12, device="cuda"), torch.rand(3, 6, 4, device="cuda"))
             assert all(x is None or x.device.type == "cuda" for x in method.queries(learned))
 
 
@@ -650,7 +650,7 @@ def test_kd_detr_equals_its_slow_twin(layers, general, twins):
 
 
 def test_kd_detr_asks_the_teachers_queries_and_random_ones_that_do_not_see_one_another():
-    learned = (torch.randn(2, 5, 8, generator=gen()), random_boxes(2, 5, g=gen()), None)
+    learned = models.Queries(torch.randn(2, 5, 8, generator=gen()), random_boxes(2, 5, g=gen()))
     content, boxes, attend, valid, position = KDDETR(8, 8, general=4000).queries(learned, gen(1))
     assert torch.equal(content[:, :5], learned[0]) and torch.equal(boxes[:, :5], learned[1]) and position is None
     assert valid.shape == (2, 4005) and valid.all()
@@ -664,10 +664,10 @@ def test_kd_detr_asks_the_teachers_queries_and_random_ones_that_do_not_see_one_a
     assert torch.equal(again, KDDETR(8, 8, general=4).queries(learned, gen(1))[1]) and not torch.equal(again, other)
     alone = KDDETR(8, 8, general=4, specific=False).queries(learned, gen(1))
     assert alone[0].shape == (2, 4, 8) and alone[2].all()
-    points = (learned[0], learned[1][..., :2], learned[0] + 1)                               # one-stage Deformable DETR
+    points = learned._replace(boxes=learned.boxes[..., :2], position=learned.content + 1)    # one-stage Deformable DETR
     content, boxes, *_, position = KDDETR(8, 8, general=4).queries(points, gen(1))
     assert boxes.shape == (2, 9, 2) and torch.equal(position, content + 1)
-    from_boxes = (learned[0], learned[1], learned[0] + 1)             # two stages: each model makes its own positions
+    from_boxes = learned._replace(position=learned.content + 1)       # two stages: each model makes its own positions
     assert all(method.queries(from_boxes)[4] is None for method in (Hinton(8, 8), KDDETR(8, 8)))
 
 

@@ -155,6 +155,7 @@ def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
     found = {}
     for content in ("label", "own"):
         method = CLoCKDistill(64, 64, content=content, box_noise=0.4)
-        found[content] = look.reading(teacher, method, train.content_of(teacher, method), batches)
+        found[content] = look.reading(teacher, method, {"label": teacher.label_embedding, "own": teacher.learned_content}[content],
+                                      batches)
         assert found[content]["own"] > 0.8 and found[content]["own"] > found[content]["another's"] + 0.1
     assert found["label"]["noise"] > 0.55 > 0.45 > found["own"]["noise"]

@@ -14,7 +14,7 @@ import data
 import models
 from experiments import tables
 import train
-from clockdistill import PRESETS
+from train import PRESETS
 from experiments.tables import Job
 
 

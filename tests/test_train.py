@@ -22,6 +22,8 @@ import checkpoints
 import data
 import models
 import train
+from experiments import demo
+from experiments.baselines import BASELINES
 from train import Config, Learner, Run
 
 HERE = Path(__file__).resolve().parent.parent
@@ -47,13 +49,15 @@ def teacher(toy, tmp_path_factory):
 
 def distilling(toy, teacher, **changes):
     return Config(**{**TINY, "root": toy, "teacher": str(teacher), "method": "clockdistill", "teacher_floor": 0.0,
-                     "method_options": ("lambda_mem=100", "box_noise=0.4"), **changes})
+                     "method_options": dict(lambda_mem=100., box_noise=0.4), **changes})
 
 
 def flags(settings):
     """Settings as command line words."""
     words = []
     for name, value in settings.items():
+        if isinstance(value, dict):
+            value = tuple(f"{key}={x}" for key, x in value.items())
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         else:
@@ -106,7 +110,7 @@ def test_the_log_holds_every_weighted_loss_by_name_and_their_sum(toy):
     names = [name for name in log if name.startswith("loss_")]
     assert {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_ce_interm", "loss_giou_dn_0"} <= set(names)
     assert log["loss"] == pytest.approx(sum(log[name] for name in names))
-    assert log["images"] == train.image_ids(batches[0])
+    assert log["images"] == batches[0].image_ids
 
 
 def test_accumulated_parts_are_the_mean_of_their_own_losses(toy):
@@ -114,7 +118,7 @@ def test_accumulated_parts_are_the_mean_of_their_own_losses(toy):
     (_, whole), = train.train_steps(learner, None, optimizer_of(learner), batches[:1], cfg, 1)
     undivided = dataclasses.replace(cfg, accumulate=1)
     alone = [next(train.train_steps(learner, None, optimizer_of(learner), [part], undivided, 1))[1]
-             for part in train.in_parts(batches[0], 2)]
+             for part in batches[0].split(2)]
     # BatchNorm sees each part alone in both cases.
     assert whole["loss"] == pytest.approx(sum(log["loss"] for log in alone) / 2, rel=1e-5)
 
@@ -156,7 +160,8 @@ def test_autocast_losses_agree_with_fp32(toy, teacher):
         (_, log), = train.train_steps(learner, network, optimizer_of(learner), batches[:1],
                                       dataclasses.replace(cfg, precision=precision), 1)
         logs.append(log)
-    terms = [name for name in logs[0] if name.startswith("loss_ce") or "_dn" in name or name in Learner.TERMS]
+    terms = [name for name in logs[0] if name.startswith("loss_ce") or "_dn" in name
+             or name in ("memory", "cls", "l1", "giou")]
     assert len(terms) == 5 + 4 + 4
     for name in terms:
         assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05, abs=1e-3), name
@@ -204,7 +209,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_a_rival(toy, de
     common = {name: value for name, value in TINY.items() if name not in ("denoising", *LEVELS)}
     dataset = data.build("toy", toy, "train")
     batch = next(iter(data.loader(dataset, 2, steps=1)))
-    for name in sorted(train.BASELINES):
+    for name in sorted(BASELINES):
         layers = {"kd_detr": 1}.get(name, 2)              # there all of the student's learn from the teacher's last
         cfg = Config(**common | {"decoder_layers": layers}, **own, root=toy, detector=detector)
         torch.manual_seed(0)
@@ -213,8 +218,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_a_rival(toy, de
         student.training = True                           # of the outermost module alone: DINO's denoising queries
         method = train.open_method(Config(method=name), teacher, student)
         generator = torch.Generator().manual_seed(0)
-        losses = Learner(student, method)(batch.images, batch.padding, batch.targets,
-                                          train.teach(teacher, method, batch, generator))
+        losses = Learner(student, method)(teacher, batch, generator)
         assert set(method.terms) <= set(losses), name
         for term in method.terms:
             if name == "mgd" or term.startswith("prior"):
@@ -225,7 +229,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_a_rival(toy, de
 
 def test_distillation_off_is_plain_training_to_the_last_bit(toy, teacher, tmp_path):
     plain = train.fit(Config(root=toy, **TINY), Run(out=str(tmp_path / "plain"), workers=0))
-    off = train.fit(distilling(toy, teacher, method_options=("lambda_mem=0", "lambda_log=0")),
+    off = train.fit(distilling(toy, teacher, method_options=dict(lambda_mem=0., lambda_log=0.)),
                     Run(out=str(tmp_path / "off"), workers=0))
     a, b = (checkpoints.load(tmp_path / name / "last.pt")["model"] for name in ("plain", "off"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -238,8 +242,8 @@ def test_distillation_off_is_plain_training_to_the_last_bit(toy, teacher, tmp_pa
 def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
     """Student alone and distilled student must differ by the method, not by other random numbers."""
     noise = {}
-    choices = {"off": ("lambda_mem=0", "lambda_log=0"),
-               "on": ("box_noise=0.4", "random_queries=5", "random_fixed=False")}
+    choices = {"off": dict(lambda_mem=0., lambda_log=0.),
+               "on": dict(box_noise=0.4, random_queries=5, random_fixed=False)}
     for name, options in choices.items():
         cfg, learner, network, batches = one_learner(toy, teacher, method_options=options)
         (_, log), = train.train_steps(learner, network, optimizer_of(learner), batches[:1], cfg, 1)
@@ -251,7 +255,7 @@ def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
     (dict(teacher_floor=1.1), "under the floor"),
     (dict(feature_levels=2), "do not fit"),
     (dict(class_map="Car,Cyclist"), "knows 3 classes"),
-    (dict(method_options=("lamda_mem=1",)), "has no option 'lamda_mem'"),
+    (dict(method_options=("lamda_mem=1",)), "there is no option 'lamda_mem'"),
     (dict(method_options=("groups=many",)), "want a int"),
     (dict(method_options=("preset=mine",)), "preset=mine: choose from paper"),
     (dict(teacher="nowhere"), "nowhere"),
@@ -269,7 +273,7 @@ def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
     """The same distillation twice: left alone, and killed in the middle and resumed. Weights and log must agree."""
     settings = {**TINY, "root": toy, "steps": 24, "teacher": str(teacher), "teacher_floor": 0.0,
-                "method_options": ("lambda_mem=100", "box_noise=0.4")}
+                "method_options": dict(lambda_mem=100., box_noise=0.4)}
 
     def command(out):
         return [sys.executable, str(HERE / "train.py"), "distill", "--out", str(tmp_path / out), "--workers", "1",
@@ -340,7 +344,7 @@ def gradients(toy, indices, empty=()):
             target["boxes"], target["labels"] = target["boxes"][:0], target["labels"][:0]
     batch = data.collate(items)
     wrapped = torch.nn.parallel.DistributedDataParallel(learner) if dist.is_initialized() else learner
-    losses = wrapped(batch.images, batch.padding, batch.targets, train.teach(teacher, method, batch))
+    losses = wrapped(teacher, batch)
     sum(losses.values()).backward()
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -463,7 +467,7 @@ def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
 def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, tmp_path, monkeypatch, capsys):
     small = dict(steps=4, warmup=1, teacher_floor=0.0)
     plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2), student=small, teacher=small)
-    monkeypatch.setitem(train.DEMO, "quick", plan | {"eval_every": 2})
+    monkeypatch.setitem(demo.SCALES, "quick", plan | {"eval_every": 2})
     for recipe in ("toy-student", "toy-teacher"):
         monkeypatch.setitem(train.RECIPES[recipe], "dino", {**train.RECIPES[recipe]["dino"], "batch_size": 2})
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
@@ -473,19 +477,21 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, 
         assert {"AP", "AP50", "AP75", "params", "gflops", "minutes", "steps", "seed"} <= summary[name].keys()
     assert len(list((tmp_path / "demo").glob("*.png"))) >= 4
     assert "mean nothing" in capsys.readouterr().out
-    before = (tmp_path / "demo" / "distilled" / "last.pt").stat().st_mtime
+    student, = (tmp_path / "demo").glob("student-*")
+    distilled, = (tmp_path / "demo").glob("distilled-*")
+    before = (distilled / "last.pt").stat().st_mtime
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
-    assert (tmp_path / "demo" / "distilled" / "last.pt").stat().st_mtime == before
-    # With another teacher the student alone is kept, and the student distilled from the first teacher put aside.
+    assert (distilled / "last.pt").stat().st_mtime == before
+    # A run is named by what it depends on: another teacher, another distilled student, the same student alone.
     shipped = tmp_path / "x.safetensors"
-    assert train.main(["export", "--checkpoint", str(tmp_path / "demo" / "student"), "--out", str(shipped)]) == 0
+    assert train.main(["export", "--checkpoint", str(student), "--out", str(shipped)]) == 0
     monkeypatch.setattr(train, "SHIPPED_TEACHERS", {"dino": shipped})
-    monkeypatch.setattr(train, "HERE", tmp_path)
     assert train.main(["demo", "--scale", "quick"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["teacher"]["minutes"] == 0
     assert summary["teacher"]["weights"] == train.fingerprint(train.load_model(shipped)[0])
-    assert len(list((tmp_path / "demo").glob("distilled-until-*"))) == 1
+    assert len(list((tmp_path / "demo").glob("distilled-*"))) == 2
+    assert len(list((tmp_path / "demo").glob("student-*"))) == 1
 
 
 @pytest.mark.parametrize("command", ["demo", "fit", "distill", "eval", "predict", "look", "export", "table"])
