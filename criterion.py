@@ -35,13 +35,22 @@ def pad_targets(targets: list[dict]) -> Targets:
     return Targets(labels, boxes, valid.to(labels.device, non_blocking=True), counts)
 
 
-def normaliser(counts: list[int], device) -> Tensor:
-    """Objects in the batch, at least 1; under torch.distributed the mean over processes, as in the official code."""
-    total = torch.tensor(float(sum(counts)), device=device)
+def mean_over_processes(count: Tensor, least: float = 1.) -> Tensor:
+    """A count of this process summed over all processes, over their number, at least `least`.
+
+    With it as divisor, the mean of the processes' gradients is the gradient of the whole batch. Every
+    process has to call this. Without torch.distributed: the count itself.
+    """
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-        total = total / dist.get_world_size()
-    return total.clamp(min=1)
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=least)
+
+
+def normaliser(counts: list[int], device) -> Tensor:
+    """Objects in the batch, at least 1; with several processes their mean, as in the official code."""
+    return mean_over_processes(torch.tensor(float(sum(counts)), device=device))
 
 
 def giou(a: Tensor, b: Tensor, eps: float = 0.) -> Tensor:

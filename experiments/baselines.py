@@ -14,7 +14,8 @@ B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (l
 (cx, cy, w, h) as fractions of each image's own size. F_T, F_S: memory of teacher and student, f: a learned linear map
 where their widths differ, one for all levels. Layer i = 1..L_s of the student is compared with layer
 round(i * L_t / L_s) of the teacher, at least 1. All is computed in float32 (or float64), also under autocast; gradients
-never reach the teacher; padded tokens do not count, whatever they hold. A process divides by its own images or pairs.
+never reach the teacher; padded tokens do not count, whatever they hold. Counts of tokens, pairs and objects are means over
+all processes, which have to call the method together; images of a batch and queries are as many in each.
 
 Where a choice comes from: [C] the method's public code, [A] its abstract, [O] our own adaptation or reading. The
 default weights are for 256 channels and 800 x 1333 pixels; other scales need their own.
@@ -128,7 +129,7 @@ class FitNets(Baseline):
     def losses(self, student, teacher, targets, extras):
         parts = _levels(student, self.adapter(student.memory), teacher.memory)
         total = sum(((t - s).square().mean(2) * valid).sum() for s, t, valid, _ in parts)
-        return {"memory": self.weight * total / (~student.padding).sum()}
+        return {"memory": self.weight * total / criterion.mean_over_processes((~student.padding).sum().float())}
 
 
 class ContextBlock(nn.Module):
@@ -269,7 +270,7 @@ class GKD(Baseline):
             if self.boxes:
                 mask = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))               # (B, N)
             memory = memory + (mask * near * ((t - s).square() * along[:, None]).sum(2)).sum() / len(targets)
-            maps = maps + (map_s - map_t).abs().sum() / valid.sum()
+            maps = maps + (map_s - map_t).abs().sum() / criterion.mean_over_processes(valid.sum().float())
         return {"memory": self.alpha * memory, "maps": self.beta * maps}
 
     @staticmethod
@@ -306,7 +307,8 @@ class Hinton(Baseline):
         both = found_s & found_t                                                                        # (L, B, K)
         kl = _divergence(_take(student.logits, query_s), _take(teacher.logits[layers], query_t), self.temperature,
                          self.classes).sum(3)                                                           # (L, B, K)
-        return {"cls": self.weight * ((kl * both).sum((1, 2)) / both.sum((1, 2)).clamp(min=1)).sum()}
+        pairs = criterion.mean_over_processes(both.sum((1, 2)).float())                                 # (L,)
+        return {"cls": self.weight * ((kl * both).sum((1, 2)) / pairs).sum()}
 
 
 class KDDETR(Baseline):
@@ -361,7 +363,7 @@ class KDDETR(Baseline):
         for group in (slice(first), slice(first, None)):              # of a group without queries, all sums are 0
             w = confidence[:, group]
             sums = torch.stack([(w * x[:, :, group]).sum() for x in (kl, l1, giou)])
-            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / w.sum().clamp(min=1e-6)])
+            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / criterion.mean_over_processes(w.sum(), 1e-6)])
         return {name: weight * x for name, weight, x in zip(self.terms, self.weights, total)}
 
 
@@ -414,7 +416,8 @@ class DETRDistill(Baseline):
         for s, t, valid, _ in _levels(student, self.adapter(student.memory), teacher.memory):
             mask = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2)).clamp(min=0.01) * valid  # (L, B, N)
             mask = mask / mask.amax(2, keepdim=True)
-            total = total + (mask.square() * (t - s).square().mean(2)).sum() / valid.sum()
+            count = criterion.mean_over_processes(valid.sum().float())
+            total = total + (mask.square() * (t - s).square().mean(2)).sum() / count
         return total
 
     @staticmethod
@@ -424,7 +427,8 @@ class DETRDistill(Baseline):
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)                         # (B, K)
         slot = query * asked.logits.shape[3] + labels                 # one-hot, on the flat (query, class) axis
         wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(2, slot, found.to(asked.logits))
-        mine, count = _take(asked.boxes, query), real.sum().clamp(min=1)                                # (L, B, K, 4)
+        mine = _take(asked.boxes, query)                                                                # (L, B, K, 4)
+        count = criterion.mean_over_processes(real.sum().float())
         return (sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum() / count,
                 ((mine - boxes).abs().sum(3) * found).sum() / count,
                 (giou_distance(mine, boxes) * found).sum() / count)
