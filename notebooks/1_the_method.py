@@ -470,10 +470,10 @@ print("logits (L, B, Q, C): teacher", tuple(T_out.logits.shape), "student", tupl
 
 FACTOR = {"cls": 1, "l1": 5, "giou": 2}
 all_four = logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, valid)
-by_query = [logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, torch.arange(4)[None] == k, normaliser=4)
-            for k in range(4)]
+by_query = [logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, torch.arange(4)[None] == k)
+            for k in range(4)]                                            # each alone, over 1 query
 for term in FACTOR:
-    assert_close(sum(one[term] for one in by_query), all_four[term], rtol=1e-3, atol=1e-5)
+    assert_close(sum(one[term] for one in by_query) / 4, all_four[term], rtol=1e-3, atol=1e-5)
 from_layers = logit_loss(S_out.logits, S_out.boxes, T_out.logits[[1, 2]], T_out.boxes[[1, 2]], valid)
 assert all(torch.equal(from_layers[term], all_four[term]) for term in FACTOR)      # of 0, 1, 2: the second and the last
 L_log = sum(factor * all_four[term] for term, factor in FACTOR.items())
@@ -506,20 +506,24 @@ plots.stacked(parts, "part of L_log, all layers", "... and what it costs the stu
 # **Claim.** What `CLoCKDistill` adds to the detection loss is just the functions above, weighted.
 
 # %%
-labels, boxes = [t["labels"] for t in pair.targets], [t["boxes"] for t in pair.targets]
+labels, boxes = pair.labels, pair.boxes
 plain = CLoCKDistill(student_dim=64, teacher_dim=64)                    # the defaults: alpha, beta of [T], lambdas 1
-lesson = train.teach(teacher, plain, pair)                              # memory, queries, answers; no gradient
 with torch.no_grad():
-    output = alone(pair.images, pair.padding, extra=lesson.queries)
-memories = output.memory.tokens, lesson.memory.tokens
-replies = output.extra.logits, output.extra.boxes, lesson.detections.logits, lesson.detections.boxes
-valid = lesson.queries[3]
+    content, reference, attend, valid = queries = plain.queries(labels, boxes, teacher.label_embedding)
+    t_memory = teacher.encode(pair.images, pair.padding)
+    t = teacher.decode(t_memory, content, reference, attend)
+    output = alone(pair.images, pair.padding, extra=queries)
+memories = output.memory.tokens, t_memory.tokens
+replies = output.extra.logits, output.extra.boxes, t.logits, t.boxes
 added = plain(*memories, *replies, labels, boxes, shapes, None, valid)
 terms = logit_loss(*replies, valid)
 assert_close(sum(added.values()), memory_loss(*memories, boxes, shapes) + sum(FACTOR[k] * terms[k] for k in FACTOR))
 
 # %% [markdown]
-# **Claim.** The ten lines from `student =` to `optimizer.step()` are a whole training (`train.train_steps` adds the
+# `train.clockdistill_step` is these lines for any of the three detectors: the teacher encodes and answers, the student
+# decodes everything in one pass, the losses come back by name.
+#
+# **Claim.** The nine lines from `student =` to `optimizer.step()` are a whole training (`train.train_steps` adds the
 # schedule, mixed precision, several processes and the log). Thirty steps on two images lower L_mem, and leave the
 # teacher as it was.
 
@@ -531,19 +535,18 @@ torch.manual_seed(0)
 history = []
 
 student = copy.deepcopy(alone).train()
-learner = train.Learner(student, toy)                                   # student and method: one forward, all losses
-optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
+learned = [*student.parameters(), *toy.parameters()]
+optimizer = torch.optim.AdamW(learned, lr=1e-3)
 for step in range(30):
-    lesson = train.teach(teacher, toy, pair)
-    losses = learner(pair.images, pair.padding, pair.targets, lesson)   # {name: weighted scalar}, detection's too
+    losses = train.clockdistill_step(student, teacher, pair, toy)       # {name: weighted scalar}, detection's too
     optimizer.zero_grad()
     sum(losses.values()).backward()
-    torch.nn.utils.clip_grad_norm_(learner.parameters(), 0.1)
+    torch.nn.utils.clip_grad_norm_(learned, 0.1)
     optimizer.step()
     history.append(losses["memory"].item())                             # for the claim
 
 print(f"lambda_mem L_mem: {history[0]:.0f} in the first step, {history[-1]:.0f} in the last\n"
-      "of the toy recipe", *recipe.method_options)
+      "of the toy recipe", *(f"{name}={value}" for name, value in recipe.method_options.items()))
 assert history[-1] < 0.8 * history[0]
 assert train.fingerprint(teacher) == before and all(p.grad is None for p in teacher.parameters())
 
@@ -562,7 +565,7 @@ for name, (model, method) in {"default lambdas": (alone, plain), "toy recipe": (
                               "toy recipe, 30 steps later": (student, toy)}.items():
     torch.manual_seed(0)
     model = copy.deepcopy(model).train()
-    losses = train.Learner(model, method)(pair.images, pair.padding, pair.targets, train.teach(teacher, method, pair))
+    losses = train.clockdistill_step(model, teacher, pair, method)
     reports[name] = train.gradient_report(losses, model)               # {term: (share, gradient norm)}
     lines.append(f"{name:26} " + ", ".join(f"{term} {norm:.3g} ({part:.2%})"
                                            for term, (part, norm) in reports[name].items()))

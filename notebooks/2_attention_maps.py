@@ -38,7 +38,7 @@ import data
 import models
 from experiments import plots
 import train
-from clockdistill import PRESETS, CLoCKDistill, location_mask
+from clockdistill import CLoCKDistill, location_mask
 
 # %matplotlib inline
 torch.set_num_threads(1)
@@ -182,8 +182,8 @@ def family(detector):
 
 def questions(detector, teacher):
     """A function from a target to target-aware queries about its true boxes, without noise."""
-    method = CLoCKDistill(64, 64, content=PRESETS[detector]["content"])
-    contents = train.content_of(teacher, method)
+    method = CLoCKDistill(64, 64, content=train.PRESETS[detector]["content"])
+    contents = {"label": teacher.label_embedding, "own": teacher.learned_content}[method.content]
     return lambda target: method.queries([target["labels"]], [target["boxes"]], contents)
 
 
@@ -320,7 +320,7 @@ def gaze(model, ask, index):
     with models.record(model) as seen:
         output = model(image[None], torch.zeros_like(image[None, 0], dtype=torch.bool), extra=queries)
     learned, (own, extra) = model.learned_queries(output.memory)[0], (output.detections, output.extra)
-    starts = pixels(torch.cat([learned.boxes, model.caller_queries(queries).boxes], 1)[0])  # (Q + K, 4 or 2)
+    starts = pixels(torch.cat([learned.boxes, model.placed(models.Queries(*queries)).boxes], 1)[0])  # (Q + K, 4 or 2)
     boxes = pixels(torch.cat([own.boxes, extra.boxes], 2)[:, 0])                            # (L, Q + K, 4)
     chances = torch.cat([own.logits, extra.logits], 2)[-1, 0].sigmoid()                     # (Q + K, C)
     truth, count = pixels(target["boxes"]), own.logits.shape[2]

@@ -1,0 +1,61 @@
+"""The tables of README.md and results/README.md hold the figures of results/toy/tables.json."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = json.loads((ROOT / "results/toy/tables.json").read_text())
+NAMES = {"DAB-DETR": "dab_detr", "Deformable DETR": "deformable_detr", "DINO": "dino"}
+
+
+def lines_of(table):
+    """{(detector, label): the row} of a table of tables.json."""
+    return {(line["detector"], line["method"]): line for line in TABLES[table]}
+
+
+def rows_of(file, start):
+    """The cells of the Markdown table whose head begins with `start`, bold marks left out."""
+    text = (ROOT / file).read_text()
+    rows = text[text.index(start):].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("**", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_first_table_of_the_readme():
+    main = lines_of("main")
+    labels = {"teacher": "teacher", "student alone": "student", "the same student, distilled": "clockdistill"}
+    rows = rows_of("README.md", "| toy KITTI, DINO")
+    assert [row[0] for row in rows] == list(labels)
+    for label, ap, ap50, ap75, parameters, gflops, *_ in rows:
+        line = main["dino", labels[label]]
+        assert [ap, ap50, ap75] == [f"{np.mean(line[key]):.3f}" for key in ("AP", "AP50", "AP75")]
+        assert parameters == f"{line['params'] / 1e6:.2f} M" and gflops == f"{line['gflops']:.3f}"
+    gain = main["dino", "clockdistill"]["gain"]
+    said = re.search(r"\+(\S+) AP\*\* \(before rounding; 95 % interval \+(\S+) to \+(\S+);",
+                     (ROOT / "README.md").read_text())
+    assert said.groups() == tuple(f"{gain[key]:.3f}" for key in ("mean", "low", "high"))
+
+
+def test_the_gains_of_all_detectors():
+    main, rows = lines_of("main"), rows_of("results/README.md", "| detector | teacher | student alone")
+    assert [row[0] for row in rows] == list(NAMES)
+    for name, teacher, alone, distilled, gain, seeds in rows:
+        lines = [main[NAMES[name], label] for label in ("teacher", "student", "clockdistill")]
+        assert teacher == f"{lines[0]['AP'][0]:.3f}" and int(seeds) == len(lines[2]["seeds"])
+        for cell, line in zip((alone, distilled), lines[1:]):
+            assert cell == f"{np.mean(line['AP']):.3f} ± {np.std(line['AP'], ddof=1):.3f}"
+        assert gain == "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**lines[2]["gain"])
+
+
+@pytest.mark.parametrize("table, start, detector", [("rivals", "| method | AP | gain", "deformable_detr"),
+                                                    ("ablation", "| detector | run | AP", None)])
+def test_the_other_tables_of_the_results(table, start, detector):
+    lines = lines_of(table)
+    for row in rows_of("results/README.md", start):
+        key = (detector, row[0]) if detector else (NAMES[row[0]], row[1])
+        ap, gain = row[1:3] if detector else row[2:4]
+        line = lines[key]
+        assert ap == f"{np.mean(line['AP']):.3f} ± {np.std(line['AP'], ddof=1):.3f}", row
+        assert gain == ("{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**line["gain"]) if line["gain"] else ""), row
