@@ -1,6 +1,5 @@
 """What clockdistill.py promises: each test is a claim, checked by a hand-worked number, a slow twin or an invariant."""
 import math
-import warnings
 
 import pytest
 import torch
@@ -489,16 +488,6 @@ def test_a_softmax_teacher_that_is_sure_of_no_object_weighs_little():
     t_box, s_box = torch.tensor([.3, .5, .2, .2]).view(1, 1, 1, 4), torch.tensor([.5, .5, .2, .2]).view(1, 1, 1, 4)
     loss = logit_loss(teacher, s_box, teacher, t_box, torch.ones(1, 1, dtype=torch.bool), classes="softmax")
     assert loss["l1"].item() == pytest.approx(.04)
-
-
-def test_a_teacher_that_answers_in_one_layer_is_told():
-    s, s_boxes, t, t_boxes, valid = answers(L_s=2, L_t=1)
-    with pytest.warns(UserWarning, match="answered in one decoder layer, the student in 2"):
-        logit_loss(s, s_boxes, t, t_boxes, valid)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        logit_loss(s, s_boxes, t, t_boxes, valid, layers="last")
-        logit_loss(*answers(L_s=1, L_t=1))
 
 
 def test_slots_can_be_asked_for_where_there_are_no_objects():

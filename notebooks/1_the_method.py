@@ -470,10 +470,12 @@ print("logits (L, B, Q, C): teacher", tuple(T_out.logits.shape), "student", tupl
 
 FACTOR = {"cls": 1, "l1": 5, "giou": 2}
 all_four = logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, valid)
-by_query = [logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, torch.arange(4)[None] == k)
-            for k in range(4)]                                            # each alone, over 1 query
+by_query = []                                                           # of each query alone, its part of the mean
+for k in range(4):
+    one = logit_loss(S_out.logits, S_out.boxes, T_out.logits, T_out.boxes, torch.arange(4)[None] == k)
+    by_query.append({term: value / 4 for term, value in one.items()})
 for term in FACTOR:
-    assert_close(sum(one[term] for one in by_query) / 4, all_four[term], rtol=1e-3, atol=1e-5)
+    assert_close(sum(one[term] for one in by_query), all_four[term], rtol=1e-3, atol=1e-5)
 from_layers = logit_loss(S_out.logits, S_out.boxes, T_out.logits[[1, 2]], T_out.boxes[[1, 2]], valid)
 assert all(torch.equal(from_layers[term], all_four[term]) for term in FACTOR)      # of 0, 1, 2: the second and the last
 L_log = sum(factor * all_four[term] for term, factor in FACTOR.items())
