@@ -1354,7 +1354,10 @@ def parse(arguments):
         parser.add_argument("--debug", action="store_true",
                             help="show the traceback of an error instead of one line")
         room.add_options(parser)
-        return {"command": name} | vars(parser.parse_args(arguments[1:]))
+        # What follows -- is for the runs of a table.
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        given = {"command": name} | vars(parser.parse_args(arguments[1:end]))
+        return given | ({"changes": arguments[end + 1:]} if name == "table" else {})
     return vars(command_line().parse_args(arguments))
 
 

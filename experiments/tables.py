@@ -826,12 +826,10 @@ def add_options(parser):
     parser.add_argument("--results", help="folder of the results (default: results/SCALE)")
     parser.add_argument("--tflops", type=float, default=20., help="dry run: useful work a second (default: %(default)s)")
     parser.add_argument("--teacher-floor", type=float, help="as of distill; 0 for runs too short to make a teacher")
-    parser.add_argument("changes", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
 def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, teacher_floor, changes):
     """The command `table`."""
-    changes = changes[1:] if changes[:1] == ["--"] else changes
     def build(settings):
         classes = 80 if scale == "coco" else 3
         overrides = {name: settings[name] for name in models.described_options() if settings[name] is not None}
