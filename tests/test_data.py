@@ -125,6 +125,13 @@ def test_the_committed_kitti_split_is_its_rule(tmp_path):
     assert (len(train), len(val)) == (5985, 1496) and sorted(train + val) == [f"{n:06d}" for n in range(7481)]
 
 
+def test_the_committed_split_with_tune_is_its_rule_and_keeps_clear_of_kittis_training_images():
+    committed = [data.listed_ids(SPLITS / f"kitti_cyclists_{part}.txt") for part in ("train", "tune", "val")]
+    assert committed == list(data.tune_ids(sum(committed, []))) and [len(ids) for ids in committed] == [703, 90, 198]
+    assert len(set(sum(committed, []))) == 991
+    assert set(committed[2]) <= set(data.listed_ids(SPLITS / "kitti_val.txt"))
+
+
 def test_kitti_splits_of_a_part_of_the_folder_of_ones_own_and_from_a_file(tmp_path):
     kitti = kitti_folder(tmp_path / "kitti", {f"{n:06d}": "" for n in range(10)})
     val = [n for n in range(10) if f"{n:06d}" in (SPLITS / "kitti_val.txt").read_text()]
