@@ -222,7 +222,8 @@ class Dataset(torch.utils.data.Dataset):
     """Images with boxes. `dataset[index]`, or `dataset[epoch, index]` where augmentation should differ by epoch.
 
     Augmentation draws from (seed, epoch, index) alone, so an item does not depend on workers, order, or a resumed run.
-    Attributes: name, classes, category_ids, ids, paths, sizes, summary; `coco` is the ground truth for pycocotools.
+    Attributes: name, classes, category_ids, ids, paths, sizes, summary, most_objects (of one image); `coco` is the
+    ground truth for pycocotools.
     """
 
     def __init__(self, name, records, split, augment, size, seed, cache):
@@ -236,6 +237,8 @@ class Dataset(torch.utils.data.Dataset):
         self._coco = None
         labels, ignored = self.rows[:, 4], self.rows[:, 5] > 0
         counts = [int(((labels == c) & ~ignored).sum()) for c in range(len(self.classes))]
+        real = np.concatenate([[0], (~ignored).cumsum()])                 # objects before each row
+        self.most_objects = int(np.diff(real[self.starts]).max(initial=0))
         most = sorted(zip(counts, self.classes), key=lambda pair: -pair[0])
         listed = ", ".join(f"{name} {count}" for count, name in most[:8]) + (", ..." if len(most) > 8 else "")
         counted = "".join(f"; {n} {what}" for what, n in sorted(records.problems.items()) if n)

@@ -605,6 +605,10 @@ def announce(cfg, train_set, val_set, student, start, steps, world, device):
     say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps "
         f"of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr {cfg.lr:g} "
         f"(a total batch of {cfg.batch_size * world}), on {device}")
+    if student.num_queries < train_set.most_objects:
+        say(f"note       an image has {train_set.most_objects} objects, more than the model's "
+            f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three times "
+            "as many as objects")
     if cfg.ema and steps and steps * (1 - cfg.ema) < 3:
         say(f"note       --ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run has "
             f"{steps}: the average that is evaluated lags behind")

@@ -117,6 +117,13 @@ def test_class_maps(tmp_path, class_map, others, classes, labels, ignored):
     assert (dataset.classes, target["labels"].tolist(), len(target["ignore"])) == (classes, labels, ignored)
 
 
+def test_the_most_objects_of_an_image_do_not_count_what_is_ignored(tmp_path):
+    car, van = line("Car", 10, 10, 30, 30), line("Van", 40, 10, 60, 30)
+    labels = {"000000": car + car + van, "000001": "", "000002": van + van + van + car}
+    dataset = data.build("kitti", kitti_folder(tmp_path, labels), "all")
+    assert dataset.most_objects == 2 and data.build("kitti", tmp_path, "all", class_map="Tram").most_objects == 0
+
+
 def test_the_committed_kitti_split_is_its_rule(tmp_path):
     data.write_splits(tmp_path)
     committed = {part: (SPLITS / f"kitti_{part}.txt").read_text() for part in ("train", "val")}

@@ -552,6 +552,13 @@ def test_a_checkpoint_names_no_file_to_open(toy, teacher, tmp_path, capsys):
         capsys.readouterr().err)
 
 
+def test_too_few_queries_are_noted(toy, tmp_path, capsys):
+    for queries in (1, 10):
+        cfg = Config(root=toy, **TINY | dict(num_queries=queries, steps=0))
+        train.fit(cfg, Run(out=str(tmp_path / str(queries)), workers=0))
+        assert ("more than the model's 1 queries" in capsys.readouterr().out) == (queries == 1)
+
+
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
     result = train.fit(Config(root=toy, **{**TINY, "steps": 0}), Run(out=str(tmp_path / "run"), workers=0))
     assert result["steps"] == 0 and checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 0
