@@ -19,6 +19,8 @@ KITTI   root/training/image_2/*.png|jpg and root/training/label_2/*.txt, with th
         "train" and "val" are 80 % and 20 % of the 7,481 ids, in splits/: of the ids sorted by
         sha256("clockdistill-kitti-ID"), the first 1,496 are val (`split_ids`; python -c "import data;
         data.write_splits()" rebuilds the files).  A folder with other ids is split by the same rule over its own.
+        splits/kitti_cyclists_{train,tune,val}.txt divide 991 of the ids, images with a cyclist, into 703, 90 and 198
+        (`tune_ids`): for experiments that must choose settings before they look at val.
         Any other split is a text file with one id a line, given by its path.  So is the 3,712/3,769 split that is
         common in 3D work: its ids follow no rule from which they could be rebuilt here; most KITTI toolkits hold them
         as ImageSets/train.txt and val.txt.
@@ -220,7 +222,8 @@ class Dataset(torch.utils.data.Dataset):
     """Images with boxes. `dataset[index]`, or `dataset[epoch, index]` where augmentation should differ by epoch.
 
     Augmentation draws from (seed, epoch, index) alone, so an item does not depend on workers, order, or a resumed run.
-    Attributes: name, classes, category_ids, ids, paths, sizes, summary; `coco` is the ground truth for pycocotools.
+    Attributes: name, classes, category_ids, ids, paths, sizes, summary, most_objects (of one image); `coco` is the
+    ground truth for pycocotools.
     """
 
     def __init__(self, name, records, split, augment, size, seed, cache):
@@ -234,6 +237,8 @@ class Dataset(torch.utils.data.Dataset):
         self._coco = None
         labels, ignored = self.rows[:, 4], self.rows[:, 5] > 0
         counts = [int(((labels == c) & ~ignored).sum()) for c in range(len(self.classes))]
+        real = np.concatenate([[0], (~ignored).cumsum()])                 # objects before each row
+        self.most_objects = int(np.diff(real[self.starts]).max(initial=0))
         most = sorted(zip(counts, self.classes), key=lambda pair: -pair[0])
         listed = ", ".join(f"{name} {count}" for count, name in most[:8]) + (", ..." if len(most) > 8 else "")
         counted = "".join(f"; {n} {what}" for what, n in sorted(records.problems.items()) if n)
@@ -380,11 +385,21 @@ def listed_ids(path):
     return list(dict.fromkeys(line.split()[0] for line in lines if line.split() and not line.startswith("#")))
 
 
+def ranked(ids):
+    """The ids in the order of their sha256: no random generator, so it holds for ever."""
+    return sorted(ids, key=lambda one: hashlib.sha256(f"clockdistill-kitti-{one}".encode()).digest())
+
+
 def split_ids(ids):
-    """(train, val): the fifth of the ids with the smallest sha256 is val. No random generator, so it holds for ever."""
-    ranked = sorted(ids, key=lambda one: hashlib.sha256(f"clockdistill-kitti-{one}".encode()).digest())
-    held_out = set(ranked[:max(1, round(len(ranked) / 5)) if len(ranked) > 1 else 0])
+    """(train, val): the first fifth of the `ranked` ids is val."""
+    held_out = set(ranked(ids)[:max(1, round(len(ids) / 5)) if len(ids) > 1 else 0])
     return sorted(set(ids) - held_out), sorted(held_out)
+
+
+def tune_ids(ids, count=90):
+    """(train, tune, val): as `split_ids`, and the next `count` of the `ranked` ids are tune."""
+    rest, val = split_ids(ids)
+    return sorted(ranked(rest)[count:]), sorted(ranked(rest)[:count]), val
 
 
 def write_splits(folder=Path(__file__).resolve().parent / "splits"):

@@ -93,6 +93,26 @@ class Bottleneck(resnet.Bottleneck):
         return residual.add_(normed(*self.downsample, x) if self.downsample else x).relu_()
 
 
+def read_state(path: str, advice: str) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file by name; code in it is never run.
+
+    Raises FileNotFoundError or ValueError in one line that ends with the advice.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no backbone weights at {path}: {advice}")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("values that are no tensors")
+        return state
+    except Exception as error:                 # pickle, zip and safetensors each have their own
+        raise ValueError(f"{path}: holds no plain weights ({type(error).__name__}): "
+                         f"{advice}") from None
+
+
 RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
            "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
 
@@ -147,13 +167,8 @@ class ResNet(nn.Module):
                 state = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"cannot download ImageNet weights of {name} ({error}): {advice}") from None
-        elif not Path(source).is_file():
-            raise FileNotFoundError(f"no backbone weights at {source}: {advice}")
-        elif str(source).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            state = load_file(source)
         else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = read_state(source, advice)
         unused = ("fc.", *(f"layer{stage}." for stage in range(self.stages + 1, 5)))
         state = {key: value for key, value in state.items() if not key.startswith(unused)}
         try:
@@ -161,6 +176,97 @@ class ResNet(nn.Module):
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{source}: not the weights of this {name} ({reason}): {advice}") from None
+
+
+class TimmBackbone(nn.Module):
+    """A convolutional feature extractor of timm: maps of strides 8, 16, 32, or those it has.
+
+    name: timm's.  coarsest: the largest stride that is read.
+    frozen: as in `ResNet`, BatchNorms are fixed and nothing before stride 8 gets a gradient.
+    source: False, True (timm's own weights, downloaded) or a local file, see `timm_state`.
+    Raises ValueError without timm, for names it lacks, models of a fixed image size, and weights
+    that cannot be had.
+    """
+    def __init__(self, name: str, frozen: bool = False, coarsest: int = 32,
+                 source: bool | str = False):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(f"backbone timm:{name} needs timm: pip install timm, or choose a "
+                             "ResNet") from None
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no backbone {name!r}: choose a convolutional model of "
+                             "timm.list_models()")
+        with torch.device("meta"):                               # names and shapes only
+            whole = timm.create_model(name).state_dict()
+        file = None if isinstance(source, bool) else {"state_dict": timm_state(whole, source)}
+        try:
+            self.body = timm.create_model(name, features_only=True, pretrained=bool(source),
+                                          pretrained_cfg_overlay=file).eval()
+            with torch.enable_grad():
+                maps = self.body(torch.zeros(1, 3, 64, 96))
+        except Exception as error:           # of a hub, a network, or an assertion on the size
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"cannot make backbone timm:{name} ({reason}): choose another model; "
+                             "pretrained_backbone=FILE or False needs no download") from None
+        self.body.pretrained_cfg = self.body.default_cfg = None  # hold the file's tensors again
+        strides = [64 // x.shape[2] for x in maps]
+        self.chosen = [i for i, stride in enumerate(strides) if 8 <= stride <= coarsest]
+        if not self.chosen or coarsest < 32 and strides[self.chosen[-1]] != coarsest:
+            raise ValueError(f"backbone timm:{name} has maps of strides {strides}, none of "
+                             f"{coarsest}: choose another")
+        self.channels, self.frozen = [maps[i].shape[1] for i in self.chosen], frozen
+        if frozen:
+            early = [x.sum() for x, stride in zip(maps, strides) if stride < 8]
+            weights = list(self.body.parameters())
+            used = torch.autograd.grad(early, weights, allow_unused=True) if early else ()
+            fixed = [p for p, gradient in zip(weights, used) if gradient is not None]
+            batch_norm = nn.modules.batchnorm._BatchNorm
+            fixed += [m for m in self.body.modules() if isinstance(m, batch_norm)]
+            for part in fixed:
+                part.requires_grad_(False)
+        # Images come normalised for torchvision's models; timm's were trained with their own
+        # mean and deviation.
+        own = timm.get_pretrained_cfg(name)
+        values = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], own.mean, own.std)
+        mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in values)
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def train(self, mode: bool = True):
+        """Fixed BatchNorms stay in eval mode."""
+        super().train(mode)
+        self.body.train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> the chosen maps, finest first."""
+        images = images * self.scale + self.shift
+        maps = self.body(images.contiguous(memory_format=torch.channels_last))
+        return [maps[i] for i in self.chosen]
+
+
+def timm_state(whole: dict, path: str) -> dict[str, Tensor]:
+    """The tensors of a file under timm's names.
+
+    whole: timm.create_model(name).state_dict(). The file has the same names, or other names for
+    tensors of the same kinds (weight, bias, ..) and shapes in the same order.
+    Raises ValueError or FileNotFoundError in one line.
+    """
+    advice = ("run `make kitti-backbones`, use pretrained_backbone=FILE (timm's weights), or False "
+              "(from scratch)")
+    state = read_state(path, advice)
+    kinds = [[(key.rpartition(".")[2], value.shape) for key, value in tensors.items()]
+             for tensors in (state, whole)]
+    if state.keys() != whole.keys() and kinds[0] == kinds[1]:
+        print(f"backbone   {path}: loaded by position, {len(state)} tensors of the same kinds and "
+              "shapes as timm's")
+        return dict(zip(whole, state.values()))
+    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (state, whole)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{path}: not the weights of this timm model: {advice}")
+    return state
 
 
 # ------------------------------------------------------------------------------------------------------------- encoders
@@ -905,9 +1011,9 @@ RENAMED = {"box_noise": "denoising_box_noise", "label_noise": "denoising_label_n
 # What `build` takes in addition to a detector's name and number of classes, a line for each. Types and official values
 # stand in the signatures; the command line's flags are made of both.
 OPTIONS = {
-    "backbone": "resnet18 | resnet34 | resnet50 | resnet101",
+    "backbone": "resnet18 | resnet34 | resnet50 | resnet101 | timm:NAME (pip install timm)",
     "backbone_width": "channels of the ResNet's first stage; 64 is the standard one",
-    "pretrained_backbone": "imagenet (downloads) | none | a file with torchvision's names",
+    "pretrained_backbone": "imagenet (downloads) | none | a file of torchvision's weights, or timm's",
     "hidden_dim": "width of the transformer",
     "heads": "attention heads",
     "ffn_dim": "hidden width of the feed-forward blocks",
@@ -950,11 +1056,11 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
           pretrained_backbone: bool | str = True, frozen_backbone: bool | None = None, **overrides) -> nn.Module:
     """A detector; without overrides the official R50 recipe of `name`, one of DETECTORS.
 
-    backbone: "resnet18|34|50|101", or your own module: images -> list of maps, finest first, with .channels.
-    backbone_width: 64 is the standard ResNet. pretrained_backbone: True (torchvision's ImageNet weights, downloaded),
-    False, or a local file with torchvision's names; ignored for your own module. frozen_backbone: see `ResNet`; by
-    default True exactly with pretrained weights; ignored for your own module. Further overrides: OPTIONS says what they
-    are, `options_of(name)` which of them a detector takes, with the official values.
+    backbone: "resnet18|34|50|101", "timm:NAME" (see `TimmBackbone`), or your own module: images -> list of maps, finest
+    first, with .channels. backbone_width: 64 is the standard ResNet; of ResNets only. pretrained_backbone: True
+    (ImageNet weights of torchvision or timm, downloaded), False, or a local file of theirs. frozen_backbone: see
+    `ResNet`; by default True exactly with pretrained weights. Your own module ignores both. Further overrides: OPTIONS
+    says what they are, `options_of(name)` which of them a detector takes, with the official values.
 
     model.config holds the resolved overrides as plain values: build(name, num_classes, **model.config) gives the same
     architecture, without downloading pretrained weights again. Raises ValueError on unknown names and values.
@@ -976,8 +1082,11 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     frozen = bool(pretrained_backbone) if frozen_backbone is None else frozen_backbone
     if custom:
         body = backbone
+    elif backbone.startswith("timm:"):
+        body = TimmBackbone(backbone[5:], frozen, options.get("feature_stride", 32), pretrained_backbone)
     elif backbone not in RESNETS:
-        raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(RESNETS)}, or pass your own module")
+        raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(RESNETS)} or timm:NAME, or pass "
+                         "your own module")
     elif backbone_width < 1:
         raise ValueError(f"backbone_width {backbone_width}: want at least 1")
     else:

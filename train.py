@@ -126,15 +126,15 @@ class Learner(nn.Module):
 # ----------------------------------------------------------------------------------------------
 
 def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scaler=None,
-                probe_every=0):
+                probe_every=0, balance=None):
     """Yield (step, log) after each optimizer step: a command prints it, a notebook plots it.
 
     learner: Learner, or DDP around it.  teacher: a frozen model, or None.
     batches: iterable of data.Batch, one per step, on the learner's device.
     start: the step that the first batch belongs to.  scaler: GradScaler, for fp16.
-    probe_every: steps between reports of `gradient_report`, 0 = none.
+    probe_every: steps between reports of `gradient_report`, 0 = none.  balance: Balance, or None.
     log: {"loss", every weighted loss by name, "grad_norm", "lr", "images"} as plain numbers; with a
-    teacher now and then "report".
+    teacher now and then "report"; "balance", its factors, at the first step that uses them.
     Raises FloatingPointError, naming the first bad term and its images, when a loss is not finite;
     nothing is updated.
     """
@@ -165,6 +165,11 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
             with silent:
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     losses = losses_of(learner, teacher, part, generator, step)
+                if balance is not None:
+                    if part is parts[0]:
+                        own = [p for p in inner.student.parameters() if p.requires_grad]
+                        balance.measure(losses, step, own)
+                    losses = balance(losses, step)
                 values = numbers(losses, step, part)
                 if probe_every and step % probe_every == 0 and teacher and part is parts[0]:
                     log["report"] = gradient_report(losses, inner.student)
@@ -186,6 +191,8 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         log = {"loss": sum(log.values()), **log,
                "grad_norm": norm.item() if norm.isfinite() else None,
                "lr": optimizer.param_groups[0]["lr"], "images": batch.image_ids}
+        if balance is not None and step == len(balance.measured):
+            log["balance"] = balance.factors(step)
         yield step, log | ({"report": report} if report else {})
 
 
@@ -232,6 +239,93 @@ def gradient_report(losses, student):
         squares = sum(g.pow(2).sum().item() for g in gradients if g is not None)
         report[name] = (value.item() / max(total, 1e-12), math.sqrt(squares))
     return report
+
+
+def gradient_ratio(losses, names, parameters):
+    """How long the gradient of some losses is: |g of the part| / |g of detection|.
+
+    losses: {name: weighted scalar} of one step.  names: the losses that make up the part.
+    parameters: the student's; those count that both reach (memory does not reach the decoder).
+    NaN where the part has no gradient.
+    """
+    part = [losses[name] for name in names]
+    if not any(value.requires_grad for value in part):
+        return math.nan
+    detection = [value for name, value in losses.items() if is_detection(name)]
+    gradients = [torch.autograd.grad(sum(side), parameters, retain_graph=True, allow_unused=True)
+                 for side in (part, detection)]
+    both = [pair for pair in zip(*gradients) if pair[0] is not None and pair[1] is not None]
+    lengths = [math.sqrt(sum(g.square().sum().item() for g in side)) for side in zip(*both)]
+    return lengths[0] / lengths[1] if lengths[0] else math.nan
+
+
+class Balance(nn.Module):
+    """Weights that carry over from one set of pictures to another (`--balance`).
+
+    How large a loss is depends on teacher, images and widths, so a lambda tuned on one set says
+    little about another. Here the *ratio* of gradients is chosen, and the weight follows from it:
+    the first 8 steps measure each part's `gradient_ratio` without using the part; from then on the
+    part is multiplied with (wanted ratio) / (geometric mean of the 8).
+
+    Why so early: measured there, the lambdas tuned on the toy are ratios of 56, 19 and 129 (DINO,
+    Deformable DETR, DAB-DETR) for memory, and of 0.91, 0.87 and 1.17 for the answers. At the end of
+    the warm-up memory's are 57, 14 and 450.
+
+    ratios: {"memory": 50.0, "cls+l1+giou": 1.0}: a part is named by its losses.
+    What was measured is a buffer: a resumed run goes on with the same factors.
+    """
+    def __init__(self, ratios, steps=8):
+        super().__init__()
+        self.ratios = ratios
+        self.register_buffer("measured", torch.full((steps, len(ratios)), math.nan))
+
+    def measure(self, losses, step, parameters):
+        """Remember the ratios of this step, if it is one of the first."""
+        if step < len(self.measured):
+            row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
+            row = torch.tensor(row, device=self.measured.device)             # (parts,)
+            if dist.is_initialized():                    # the same factors in all processes
+                dist.all_reduce(row)
+                row /= dist.get_world_size()
+            self.measured[step] = row
+
+    def factors(self, step):
+        """{part: its factor at this step}. Raises ValueError when a part never had a gradient."""
+        if step < len(self.measured):
+            return dict.fromkeys(self.ratios, 0.0)
+        usual = self.measured.log().nanmean(0).exp().tolist()    # NaN: a batch without objects
+        for part, value in zip(self.ratios, usual):
+            if not math.isfinite(value):
+                raise ValueError(f"--balance {part}: this part of the method has no gradient: "
+                                 "leave it out")
+        return {part: wanted / value for (part, wanted), value in zip(self.ratios.items(), usual)}
+
+    def forward(self, losses, step):
+        """The losses with the factors of this step."""
+        factor = {name: value for part, value in self.factors(step).items()
+                  for name in part.split("+")}
+        return {name: value * factor.get(name, 1.0) for name, value in losses.items()}
+
+
+def open_balance(cfg, method, steps):
+    """The Balance of `--balance`, or None.
+
+    Raises ValueError on a loss that the method lacks, a ratio that is none, and a run too short.
+    """
+    if not cfg.balance or method is None:
+        return None
+    balance = Balance(cfg.balance)
+    known = getattr(method, "terms", ("memory", "cls", "l1", "giou"))
+    named = [name for part in cfg.balance for name in part.split("+")]
+    if unknown := sorted(set(named) - set(known)):
+        raise ValueError(f"--balance: {cfg.method} has no loss {', '.join(unknown)}, only "
+                         f"{', '.join(known)}")
+    if len(named) > len(set(named)) or not all(0 < x < math.inf for x in cfg.balance.values()):
+        raise ValueError(f"--balance {cfg.balance}: want each loss once, and ratios above 0")
+    if steps <= len(balance.measured):
+        raise ValueError(f"--balance measures in the first {len(balance.measured)} steps, and this "
+                         f"run has {steps} in all: more --steps, or weights in --method-options")
+    return balance.to(next(method.parameters(), torch.zeros(())).device)
 
 
 def lr_factor(cfg, step, steps):
@@ -295,6 +389,7 @@ def _fit(cfg, run, device, rank, world):
         teacher = open_teacher(cfg, run, val_set, device)
         check_pair(teacher, student, train_set)
         method, taught_by = open_method(cfg, teacher, student), fingerprint(teacher)
+    balance = open_balance(cfg, method, steps)
     inner = Learner(student, method).train()
     optimizer = make_optimizer(cfg, student, method)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -306,7 +401,7 @@ def _fit(cfg, run, device, rank, world):
 
     # All that the next step depends on, in addition to its number: what a checkpoint has to hold.
     stateful = {"student": student, "optimizer": optimizer, "scaler": scaler, "average": average,
-                "method": method}
+                "method": method, "balance": balance}
     stateful = {name: part for name, part in stateful.items() if part is not None}
     provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(),
                   "machine": machine(device), "world": world, "taught_by": taught_by}
@@ -369,7 +464,7 @@ def _fit(cfg, run, device, rank, world):
         with finish_step_on_signal() as asked_to_stop:
             clock = saved_at = time.monotonic()
             for step, log in train_steps(learner, teacher, optimizer, on_device, cfg, steps, start,
-                                         scaler, run.probe_every):
+                                         scaler, run.probe_every, balance):
                 if average is not None:
                     average.update_parameters(student)
                 if rank == 0:
@@ -377,6 +472,9 @@ def _fit(cfg, run, device, rank, world):
                     print(json.dumps(line), file=log_file, flush=True)
                     bar.update()
                     bar.set_postfix_str(short(log), refresh=False)
+                if "balance" in log:
+                    say(f"step {step:6d}  balance: from now on the method's losses times " + ", ".join(
+                        f"{part} {factor:.4g}" for part, factor in log["balance"].items()))
                 if "report" in log and step % (5 * run.probe_every) == 0:
                     say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
                         f"{name} {share:.0%} {norm:.2g}"
@@ -507,6 +605,10 @@ def announce(cfg, train_set, val_set, student, start, steps, world, device):
     say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps "
         f"of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr {cfg.lr:g} "
         f"(a total batch of {cfg.batch_size * world}), on {device}")
+    if student.num_queries < train_set.most_objects:
+        say(f"note       an image has {train_set.most_objects} objects, more than the model's "
+            f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three times "
+            "as many as objects")
     if cfg.ema and steps and steps * (1 - cfg.ema) < 3:
         say(f"note       --ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run has "
             f"{steps}: the average that is evaluated lags behind")
@@ -956,6 +1058,9 @@ class Settings:
                                 choices=METHODS)
     method_options: dict = option({}, "options of the method, listed below; they replace all of the "
                                   "recipe's")
+    balance: dict = option({}, "weigh the parts of the method by their gradients in the first 8 "
+                           "steps: memory=50 cls+l1+giou=1 wants memory's 50 times as long as "
+                           "detection's")
     teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = never "
                                   "refuse")
     # --- where the first weights come from
@@ -1113,14 +1218,17 @@ def configure(command, recipe=None, **given):
     settings = dict(RECIPES[recipe][detector]) if recipe else {}
     method = given.get("method", settings.get("method"))
     if method != settings.get("method"):
-        settings["method_options"] = {}                  # the recipe's are options of its own method
+        settings |= dict(method_options={}, balance={})  # the recipe's belong to its own method
     if "method_options" in given:
         given["method_options"] = read_method_options(method, given["method_options"])
+    if "balance" in given:
+        known = dict.fromkeys((pair.partition("=")[0] for pair in given["balance"]), 1.0)
+        given["balance"] = read_options(given["balance"], known, "--balance")
     if "made_with" in given:
         given["made_with"] = read_options(given["made_with"], models.options_of(detector), "--made-with")
     settings |= given
     if command == "fit":
-        settings |= dict(teacher=None, method=None, method_options={})
+        settings |= dict(teacher=None, method=None, method_options={}, balance={})
     if command == "distill" and not settings.get("teacher"):
         raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
     of_run = {field.name: settings.pop(field.name) for field in dataclasses.fields(Run)
@@ -1173,7 +1281,40 @@ def toy_weights(preset, lambda_mem):
 PAPER = {name: dict(content="label" if name == "dino" else "random_label", lambda_mem=1.0,
                     lambda_log=1.0) for name in models.DETECTORS}
 
+# A few hundred pictures in KITTI's or COCO's layout, and two CPU cores. Backbones with ImageNet
+# weights, whose norms and first stages stay fixed, and images small enough for 1 s per step. `make
+# kitti-backbones` fetches the two files; --pretrained-backbone imagenet lets timm download instead.
+# Teacher and student read images of one size: their memories must have the same tokens. Sizes and
+# rates are first choices on KITTI's split "tune"; results/kitti/PLAN.md says how far they were tried.
+# 60 queries are nearly three times the most objects of one of its images. --balance gives the weights
+# of the parts: a lambda tuned on the toy means nothing here.
+SMALL = dict(data="kitti", size="128,424", heads=8, num_queries=60, batch_size=8, warmup=100,
+             schedule="cosine", ema=0.99)
+SMALL_STUDENT = SMALL | dict(
+    backbone="timm:tf_efficientnet_lite0", hidden_dim=96, ffn_dim=256, encoder_layers=1,
+    pretrained_backbone="datasets/backbones/tf_efficientnet_lite0.pth", decoder_layers=2, steps=1600,
+    lr=2e-3, backbone_lr=4e-4, method="clockdistill", balance={"memory": 50., "cls+l1+giou": 1.})
+SMALL_TEACHER = SMALL | dict(
+    backbone="timm:tf_efficientnet_lite2", hidden_dim=128, ffn_dim=512, encoder_layers=2,
+    pretrained_backbone="datasets/backbones/tf_efficientnet_lite2.pth", decoder_layers=3, steps=3200,
+    lr=1e-3, backbone_lr=2e-4)
+
 RECIPES = {
+    "small-student": {
+        "dino": SMALL_STUDENT | dict(
+            feature_levels=3, points=2, denoising=50, method_options=PRESETS["dino"]),
+        "deformable_detr": SMALL_STUDENT | dict(
+            feature_levels=3, points=2, box_refine=True, dropout=0.,
+            method_options=PRESETS["deformable_detr"]),
+        "dab_detr": SMALL_STUDENT | dict(
+            feature_stride=16, lr=1e-3, backbone_lr=2e-4, method_options=PRESETS["dab_detr"]),
+    },
+    "small-teacher": {
+        "dino": SMALL_TEACHER | dict(feature_levels=3, points=4, denoising=50),
+        "deformable_detr": SMALL_TEACHER | dict(
+            feature_levels=3, points=4, box_refine=True, dropout=0.),
+        "dab_detr": SMALL_TEACHER | dict(feature_stride=16),
+    },
     "toy-student": {
         "dino": TOY_STUDENT | dict(
             feature_levels=3, points=2, denoising=50, method_options=toy_weights("dino", 960.)),
@@ -1214,7 +1355,7 @@ SHIPPED_TEACHERS = {name: HERE / "weights" / f"toy_teacher_{name}.safetensors"
 # Command line
 # ----------------------------------------------------------------------------------------------
 
-DISTILLATION = ("teacher", "method", "method_options", "teacher_floor")
+DISTILLATION = ("teacher", "method", "method_options", "balance", "teacher_floor")
 EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
 # Commands with a file of their own in experiments/, opened when asked for.
 EXPERIMENTS = {

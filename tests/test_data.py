@@ -117,12 +117,26 @@ def test_class_maps(tmp_path, class_map, others, classes, labels, ignored):
     assert (dataset.classes, target["labels"].tolist(), len(target["ignore"])) == (classes, labels, ignored)
 
 
+def test_the_most_objects_of_an_image_do_not_count_what_is_ignored(tmp_path):
+    car, van = line("Car", 10, 10, 30, 30), line("Van", 40, 10, 60, 30)
+    labels = {"000000": car + car + van, "000001": "", "000002": van + van + van + car}
+    dataset = data.build("kitti", kitti_folder(tmp_path, labels), "all")
+    assert dataset.most_objects == 2 and data.build("kitti", tmp_path, "all", class_map="Tram").most_objects == 0
+
+
 def test_the_committed_kitti_split_is_its_rule(tmp_path):
     data.write_splits(tmp_path)
     committed = {part: (SPLITS / f"kitti_{part}.txt").read_text() for part in ("train", "val")}
     assert committed == {part: (tmp_path / f"kitti_{part}.txt").read_text() for part in committed}
     train, val = (committed[part].split() for part in ("train", "val"))
     assert (len(train), len(val)) == (5985, 1496) and sorted(train + val) == [f"{n:06d}" for n in range(7481)]
+
+
+def test_the_committed_split_with_tune_is_its_rule_and_keeps_clear_of_kittis_training_images():
+    committed = [data.listed_ids(SPLITS / f"kitti_cyclists_{part}.txt") for part in ("train", "tune", "val")]
+    assert committed == list(data.tune_ids(sum(committed, []))) and [len(ids) for ids in committed] == [703, 90, 198]
+    assert len(set(sum(committed, []))) == 991
+    assert set(committed[2]) <= set(data.listed_ids(SPLITS / "kitti_val.txt"))
 
 
 def test_kitti_splits_of_a_part_of_the_folder_of_ones_own_and_from_a_file(tmp_path):

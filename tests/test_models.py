@@ -412,6 +412,110 @@ def test_a_backbone_of_your_own(variant):
     assert total(model, model.loss(out, targets)).isfinite()
 
 
+LITE = "timm:tf_efficientnet_lite0"
+
+
+def timm_or_skip():
+    return pytest.importorskip("timm", reason="timm is an extra: pip install timm")
+
+
+def test_a_timm_backbone_without_timm_is_one_line_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="pip install timm") as error:
+        fresh("dino", backbone=LITE)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variant, overrides, channels", [
+    ("dino", {}, [40, 112, 320]), ("plain", {}, [40, 112, 320]),
+    ("dab", dict(feature_stride=8), [40]), ("dab", dict(feature_stride=16), [40, 112]), ("dab", {}, [40, 112, 320])])
+def test_a_timm_backbone_gives_the_maps_of_timms_own_model(variant, overrides, channels):
+    """The same numbers as timm's model, which reads images normalised in its own way (mean and deviation 1/2)."""
+    timm = timm_or_skip()
+    model = fresh(variant, backbone=LITE, **overrides).eval()
+    assert model.backbone.channels == channels and model.config["backbone"] == LITE
+    own = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(2, 3, 4)).eval()
+    own.load_state_dict(model.backbone.body.state_dict())
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        for mine, theirs in zip(model.backbone((pixels - mean) / std), own((pixels - 0.5) / 0.5)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+        assert model.encode(pixels, torch.zeros(2, 64, 96, dtype=torch.bool)).tokens.isfinite().all()
+
+
+def test_a_timm_backbone_from_a_file_by_name_or_by_position(tmp_path, capsys):
+    timm = timm_or_skip()
+    torch.manual_seed(1)
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    renamed = {f"_{number}.{name.rpartition('.')[2]}": value for number, (name, value) in enumerate(state.items())}
+    for number, (weights, said) in enumerate(((state, ""), (renamed, "loaded by position, 296 tensors"))):
+        torch.save(weights, path := tmp_path / f"{number}.pth")
+        model = fresh("dino", backbone=LITE, pretrained_backbone=str(path))
+        out = capsys.readouterr().out
+        assert said in out and len(out.splitlines()) == bool(said)
+        body = model.backbone.body.state_dict()
+        assert len(body) == 288 and all(torch.equal(value, state[name]) for name, value in body.items())
+    model.train()
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 48 and not any(m.training or m.weight.requires_grad for m in norms)      # fixed
+    free = {name for name, p in model.backbone.body.named_parameters() if p.requires_grad}
+    early = {name for name in body if name.startswith(("conv_stem", "blocks.0.", "blocks.1.")) and "conv" in name}
+    assert len(early) == 9 and not early & free and "blocks.2.0.conv_pw.weight" in free          # before stride 8
+    assert model.config["frozen_backbone"] and model.config["pretrained_backbone"] is False
+    # The checkpoint needs the name only: nothing is loaded, nothing downloaded.
+    again = models.build("dino", 3, **json.loads(json.dumps(model.config)))
+    again.load_state_dict(model.state_dict())
+    assert {name for name, p in again.backbone.body.named_parameters() if p.requires_grad} == free
+    # From scratch everything trains, norms too.
+    assert all(p.requires_grad for p in fresh("dino", backbone=LITE).train().parameters())
+    assert model.backbone.body.bn1.running_var.data_ptr() != state["bn1.running_var"].data_ptr()
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no backbone weights at"), (b"junk", "holds no plain weights"), ("short", "not the weights of"),
+    ("swapped", "not the weights of"), ("other shape", "not the weights of")])
+def test_a_file_of_other_weights_is_one_line(tmp_path, content, message):
+    """Also tensors of the right shapes whose kinds are in another order: weight and bias of a norm look alike."""
+    timm = timm_or_skip()
+    path = tmp_path / "weights.pth"
+    state = {f"x.{name}": value for name, value in timm.create_model("tf_efficientnet_lite0").state_dict().items()}
+    if content == "short":
+        state.popitem()
+    if content == "other shape":
+        state["x.conv_stem.weight"] = torch.zeros(3)
+    if content == "swapped":
+        state = {name: state[name] for name in sorted(state, key=lambda name: "bias" in name)}
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(state, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        fresh("dino", backbone=LITE, pretrained_backbone=str(path))
+    assert "\n" not in str(error.value) and "kitti-backbones" in str(error.value)
+
+
+@pytest.mark.parametrize("name, overrides, message", [
+    ("nosuch", {}, "no backbone 'nosuch'"), ("vit_tiny_patch16_224", {}, "cannot make backbone"),
+    ("vit_tiny_patch16_224", {"pretrained_backbone": True}, "cannot make backbone")])
+def test_what_timm_cannot_make_is_one_line(monkeypatch, name, overrides, message):
+    timm = timm_or_skip()
+
+    def fail(*args, **kwargs):
+        raise OSError("unreachable")
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", fail)
+    with pytest.raises(ValueError, match=message) as error:
+        fresh("dino", backbone=f"timm:{name}", **overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_timm_backbones_with_other_maps():
+    """Layer norms, maps from stride 4 on, and a model whose first map is the image itself."""
+    timm_or_skip()
+    assert fresh("dino", backbone="timm:convnext_atto").backbone.channels == [80, 160, 320]
+    assert fresh("dino", backbone="timm:vgg11").backbone.channels == [512, 512, 512]
+
+
 # ------------------------------------------------------------------------------------------------------------- encoders
 
 def random_maps(model, batch):

@@ -5,6 +5,7 @@ One tiny data set and one tiny model serve all: 12 toy scenes, a ResNet-18 of wi
 import copy
 import dataclasses
 import json
+import math
 import os
 import pickle
 import signal
@@ -259,12 +260,93 @@ def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
     (dict(method_options=("groups=many",)), "want a int"),
     (dict(method_options=("preset=mine",)), "preset=mine: choose from paper"),
     (dict(teacher="nowhere"), "nowhere"),
+    (dict(balance={"maps": 1}), "clockdistill has no loss maps, only memory, cls, l1, giou"),
+    (dict(balance={"memory": 0}), "ratios above 0"),
+    (dict(balance={"memory": "much"}), "want a float"),
+    (dict(balance={"memory": 1, "memory+cls": 1}), "each loss once"),
+    (dict(balance={"memory": 1}), "this run has 3 in all"),
 ])
 def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, change, message, capsys):
     settings = {**TINY, "root": toy, "teacher": str(teacher), "teacher_floor": 0.0, **change}
     assert train.main(["distill", "--out", str(tmp_path / "run"), "--workers", "0", *flags(settings)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+# --- recipes for a few hundred pictures -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("detector", models.DETECTORS)
+def test_the_small_recipes_make_a_pair_of_one_memory_with_the_larger_teacher(detector):
+    pytest.importorskip("timm", reason="timm is an extra: pip install timm")
+    sizes = []
+    for role, command in (("teacher", "fit"), ("student", "distill")):
+        cfg, _ = train.configure(command, f"small-{role}", detector=detector, pretrained_backbone="none", teacher="-")
+        model = train.build_model(cfg, 3).eval()
+        image = torch.zeros(1, 3, *train.parse_size(cfg.size))
+        with torch.no_grad():
+            memory = model.encode(image, torch.zeros_like(image[:, 0], dtype=torch.bool))
+        sizes.append((train.count_parameters(model), memory.shapes))
+    assert sizes[0][0] > 1.5 * sizes[1][0] and sizes[0][1] == sizes[1][1]
+    assert sizes[0][1][0] == ((16, 53) if detector != "dab_detr" else (8, 27))            # strides 8 and 16
+    train.open_balance(cfg, train.CLoCKDistill(96, 128), cfg.steps)
+
+
+def test_without_its_backbone_file_a_small_recipe_says_how_to_get_it():
+    pytest.importorskip("timm", reason="timm is an extra: pip install timm")
+    with pytest.raises(FileNotFoundError, match="make kitti-backbones"):
+        train.build_model(train.configure("fit", "small-student", pretrained_backbone="nowhere.pth")[0], 3)
+
+
+# --- weights that carry over ------------------------------------------------------------------------------------------
+
+def test_the_ratio_of_two_gradients_by_hand():
+    """Detection's gradient is (3, 4) in what both reach, 5 long, and 12 in the decoder, which memory does not reach."""
+    shared, decoder = torch.tensor([1., 2.], requires_grad=True), torch.tensor([1.], requires_grad=True)
+    losses = {"loss_ce": 3 * shared[0] + 12 * decoder[0], "loss_bbox": 4 * shared[1], "memory": 0.5 * shared[0],
+              "cls": 5 * decoder[0], "l1": 12 * shared[0]}
+    assert train.gradient_ratio(losses, ["memory"], [shared, decoder]) == pytest.approx(0.5 / 5)
+    assert train.gradient_ratio(losses, ["cls", "l1"], [shared, decoder]) == pytest.approx(1.0)    # (12, 0, 5) to 13
+    assert math.isnan(train.gradient_ratio(losses | {"memory": torch.zeros(())}, ["memory"], [shared]))
+
+
+def test_balance_by_hand():
+    """Ratios of 0.1 and 0.4 are 0.2 in geometric mean; so a wanted ratio of 1 multiplies with 5, of 0.5 with 2.5."""
+    balance = train.Balance({"memory": 1.0, "cls+l1": 0.5}, steps=2)
+    shared = torch.tensor([1.], requires_grad=True)
+    for step, ratio in enumerate((0.1, 0.4, 9)):
+        losses = {"loss_ce": 2 * shared[0], "memory": 2 * ratio * shared[0], "cls": ratio * shared[0],
+                  "l1": ratio * shared[0], "giou": shared[0]}
+        balance.measure(losses, step, [shared])
+        factors = {"memory": 0.0, "cls+l1": 0.0} if step < 2 else pytest.approx({"memory": 5.0, "cls+l1": 2.5})
+        assert balance.factors(step) == factors
+    weighted = balance(losses, 2)
+    assert weighted["memory"].item() == pytest.approx(90) and weighted["giou"].item() == 1
+    assert weighted["l1"].item() == pytest.approx(22.5)
+    resumed = train.Balance(balance.ratios, steps=2)
+    resumed.load_state_dict(balance.state_dict())
+    assert resumed.factors(3) == balance.factors(3)
+    with pytest.raises(ValueError, match="no gradient"):
+        train.Balance({"memory": 1.0}).factors(8)
+
+
+def test_a_balanced_part_has_the_wanted_gradient(toy, teacher):
+    """The same batch again and again, with a learning rate of 0: from the ninth step on the ratios are those asked for,
+    whatever lambda is, and until then the student trains alone."""
+    wanted = {"memory": 2., "cls+l1+giou": 0.25}
+    cfg, learner, network, batches = one_learner(
+        toy, teacher, balance=wanted,
+        method_options=dict(lambda_mem=123., content="own"), denoising=0)
+    balance = train.open_balance(cfg, learner.method, 20)
+    logs = [log for _, log in train.train_steps(learner, network, optimizer_of(learner), batches[:1] * 9, cfg, 9,
+                                                probe_every=8, balance=balance)]
+    assert logs[0]["memory"] == logs[7]["memory"] == 0 and logs[8]["memory"] > 0
+    assert logs[8]["loss"] == pytest.approx(sum(v for k, v in logs[8].items() if k.startswith("loss_"))
+                                            + sum(logs[8][name] for name in ("memory", "cls", "l1", "giou")))
+    assert logs[8]["balance"].keys() == {"memory", "cls+l1+giou"} and not any("balance" in log for log in logs[:8])
+    student = [p for p in learner.student.parameters() if p.requires_grad]
+    losses = balance(learner(network, batches[0]), 8)
+    assert train.gradient_ratio(losses, ["memory"], student) == pytest.approx(2, rel=1e-3)
+    assert train.gradient_ratio(losses, ["cls", "l1", "giou"], student) == pytest.approx(0.25, rel=1e-3)
 
 
 # --- resumption -------------------------------------------------------------------------------------------------------
@@ -274,6 +356,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
     """The same distillation twice: left alone, and killed in the middle and resumed. Weights and log must agree."""
     settings = {**TINY, "root": toy, "steps": 24, "teacher": str(teacher), "teacher_floor": 0.0,
                 "method_options": dict(lambda_mem=100., box_noise=0.4)}
+    if how == signal.SIGKILL:                            # in the middle of measuring, steps 0 to 7
+        settings["balance"] = {"memory": 1., "cls+l1+giou": 0.1}
 
     def command(out):
         return [sys.executable, str(HERE / "train.py"), "distill", "--out", str(tmp_path / out), "--workers", "1",
@@ -466,6 +550,13 @@ def test_a_checkpoint_names_no_file_to_open(toy, teacher, tmp_path, capsys):
     assert train.main(["eval", "--checkpoint", str(tmp_path / "forged.pt")]) == 2
     assert f"eval needs --root, the folder of the toy images; {tmp_path}/forged.pt was trained on" in (
         capsys.readouterr().err)
+
+
+def test_too_few_queries_are_noted(toy, tmp_path, capsys):
+    for queries in (1, 10):
+        cfg = Config(root=toy, **TINY | dict(num_queries=queries, steps=0))
+        train.fit(cfg, Run(out=str(tmp_path / str(queries)), workers=0))
+        assert ("more than the model's 1 queries" in capsys.readouterr().out) == (queries == 1)
 
 
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
