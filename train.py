@@ -759,10 +759,15 @@ def fingerprint(model):
 
 
 def digest(cfg, taught_by):
-    """A short name for all that a run depends on: its settings, but for where files lie, and the
-    weights that teach it (their `fingerprint`, or None)."""
-    settings = {name: value for name, value in plain(cfg).items() if name not in PLACES}
-    text = json.dumps([settings, taught_by], sort_keys=True)
+    """A short name for all that a run depends on: the settings that are not the default, but for where
+    files lie, and the weights that teach it (their `fingerprint`, or None).
+
+    So an option that is added later leaves the names of earlier runs as they are.
+    """
+    defaults = plain(Config(detector=cfg.detector))
+    settings = {name: value for name, value in plain(cfg).items()
+                if name not in PLACES and value != defaults[name]}
+    text = json.dumps([cfg.detector, settings, taught_by], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -559,6 +559,18 @@ def test_too_few_queries_are_noted(toy, tmp_path, capsys):
         assert ("more than the model's 1 queries" in capsys.readouterr().out) == (queries == 1)
 
 
+def test_a_run_is_named_by_what_it_depends_on():
+    base = Config(**TINY)
+    name = train.digest(base, None)
+    places = dataclasses.replace(base, root="elsewhere", init_from=None)
+    assert train.digest(places, None) == name
+    changed = [dataclasses.replace(base, **change) for change in (
+        dict(seed=1), dict(lr=2e-3), dict(hidden_dim=32), dict(val_split="train"),
+        dict(method="clockdistill", method_options=dict(lambda_mem=2.)))]
+    names = {name, train.digest(base, "abc"), *(train.digest(cfg, None) for cfg in changed)}
+    assert len(names) == 2 + len(changed)
+
+
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
     result = train.fit(Config(root=toy, **{**TINY, "steps": 0}), Run(out=str(tmp_path / "run"), workers=0))
     assert result["steps"] == 0 and checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 0
