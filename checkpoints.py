@@ -8,6 +8,7 @@ and whatever else the caller adds.
 they compute differently with equally named weights (PUBLISHED).
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+try:
+    import fcntl
+except ImportError:                                              # Windows
+    fcntl = None
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -348,6 +354,35 @@ def write_text(path: str | Path, text: str) -> None:
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+PATIENCE = 10                                                    # seconds
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, wait: bool = False):
+    """Hold a folder, so that no second process writes into it; the system lets go when this process ends.
+
+    wait: for as long as another one holds it. Otherwise for PATIENCE seconds, in which the workers of a killed run end,
+    and then raises ValueError. On Windows nothing is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle, patience = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait and time.monotonic() > patience:
+                    raise ValueError(f"{folder} is in the hands of another run: wait for its end, or choose another "
+                                     "folder") from None
+                time.sleep(0.2)
+        yield
+    finally:
+        os.close(handle)
 
 
 def set_aside(folder: str | Path, settings: dict, taught_by: str | None, say) -> None:

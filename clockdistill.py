@@ -115,7 +115,7 @@ def memory_loss(student, teacher, boxes, shapes, padding=None, alpha=5e-5, beta=
     if len(boxes) != B:
         raise ValueError(f"boxes of {len(boxes)} images for a memory of {B}")
     student, teacher = _full(student), _full(teacher.detach())
-    if padding is not None:                                       # filled first: 0 * NaN would be NaN
+    if padding is not None:                                     # filled first: 0 * NaN would be NaN
         hole = padding[..., None]                                                 # (B, S, 1)
         student, teacher = student.masked_fill(hole, 0), teacher.masked_fill(hole, 0)
     if adapter is not None:
@@ -224,7 +224,7 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
             replaced = uniform(*row.shape) < label_noise
             row = torch.where(replaced, (uniform(*row.shape) * N).long(), row)
     if box_noise:
-        half = boxes[..., 2:].repeat(1, 1, 2) / 2                                 # of x0, y0, x1, y1
+        half = boxes[..., 2:].repeat(1, 1, 2) / 2                                # of x0, y0, x1, y1
         move = (2 * uniform(*boxes.shape) - 1) * box_noise * half
         corners = (box_convert(boxes, "cxcywh", "xyxy") + move).clamp(0, 1)
         boxes = box_convert(corners, "xyxy", "cxcywh")
@@ -245,8 +245,9 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     return embedding[row], boxes, attend, valid
 
 
-def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, valid, temperature=10.0,
-               classes="bernoulli", confidence=True, normalise="queries", layers="all"):
+def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, valid,
+               temperature=10.0, classes="bernoulli", confidence=True, normalise="queries",
+               layers="all"):
     """L_log [T, P], term by term: the student answers the target-aware queries as the teacher does.
 
         sum over layers and queries of  w_k * cls,  w_k * l1,  w_k * giou,  over the number of valid
@@ -290,7 +291,7 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
     if layers == "last":
         s_layers, t_layers = s_layers[-1:], t_layers[-1:]
 
-    def take(x, layers, fill):                                    # filled first: 0 * NaN would be NaN
+    def take(x, layers, fill):                                  # filled first: 0 * NaN would be NaN
         return _full(x[layers]).masked_fill(~valid[..., None], fill)
 
     s, s_boxes = take(student_logits, s_layers, 0), take(student_boxes, s_layers, 0.5)
@@ -386,7 +387,7 @@ class CLoCKDistill(nn.Module):
                                     # the others, decoders must look at the memory.
             num_classes=None,       # needed by content="random_label"
             target=True,            # [A] the target-aware queries; off for ablation
-            groups=1,               # [O] 3 in [P], which without noise repeats the same loss 3 times
+            groups=1,               # [O] 3 in [P]: without noise the same loss three times
             box_noise=0.0,          # [P] 0..1; above 0 the decoders have something to correct
             label_noise=0.0,        # [P] 0..1
             random_queries=0,       # [O] 300 in [P]; they look away from the objects
@@ -399,7 +400,7 @@ class CLoCKDistill(nn.Module):
             l1_weight=5.0,          # [T, P]
             giou_weight=2.0,        # [T, P]
             temperature=10.0,       # [P]
-            classes="bernoulli",    # [O] these detectors are trained with sigmoids; others: "softmax"
+            classes="bernoulli",    # [O] for detectors trained with sigmoids; others: "softmax"
             confidence=True,        # [T, P] w = the teacher's confidence
             normalise="queries",    # [O] "batch" | "confidence"
             layers="all",           # [T, P] "last"
@@ -418,7 +419,7 @@ class CLoCKDistill(nn.Module):
         self.logit_options = dict(temperature=temperature, classes=classes, confidence=confidence,
                                   normalise=normalise, layers=layers)
         self.content, self.target, self.learned = content, target, learned
-        self.checked = False                             # whether a batch with objects was looked at
+        self.checked = False                            # whether a batch with objects was looked at
 
         # Drawn from their own seed: a student's first weights and its data order are the same with
         # and without the method.
@@ -451,8 +452,8 @@ class CLoCKDistill(nn.Module):
         embedding = embedding if self.frozen_content is None else self.frozen_content
         if embedding is None:
             raise ValueError(f'content="{self.content}" needs the teacher\'s embedding; a teacher '
-                             'without one can be asked with content="own", "random_label", "random" '
-                             'or "zero"')
+                             'without one can be asked with content="own", "random_label", '
+                             '"random" or "zero"')
         if not self.target:
             labels, boxes = [l[:0] for l in labels], [b[:0] for b in boxes]
         options = self.query_options | changes
@@ -542,17 +543,17 @@ def _check_conventions(boxes, padding, shapes):
     """Raises ValueError on inputs whose numbers show that they follow other conventions."""
     boxes = torch.cat([b.reshape(-1, 4) for b in boxes])          # (K, 4) of all images
     if (boxes.abs() > 2).any():
-        raise ValueError("boxes must be fractions of their images, these hold numbers over 2: divide "
-                         "pixels by (w, h, w, h)")
+        raise ValueError("boxes must be fractions of their images, these hold numbers over 2: "
+                         "divide pixels by (w, h, w, h)")
     corners = box_convert(boxes, "cxcywh", "xyxy")
     if ((corners < -0.1) | (corners > 1.1)).any():
-        raise ValueError("boxes reach far beyond their images: give (cx, cy, w, h), not corners, and "
-                         "clip them")
+        raise ValueError("boxes reach far beyond their images: give (cx, cy, w, h), not corners, "
+                         "and clip them")
     if padding is None:
         return
     if padding[:, 0].any():
-        raise ValueError("the first token of an image is padded: padding must be True where padded, "
-                         "~ turns it round")
+        raise ValueError("the first token of an image is padded: padding must be True where "
+                         "padded, ~ turns it round")
     levels = padding.split([height * width for height, width in shapes], 1)
     for level, (height, width) in zip(levels, shapes):
         real = ~level.view(-1, height, width)                     # (B, H, W)

@@ -211,8 +211,8 @@ def numbers(losses, step, batch):
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"step {step}: {name} is not finite, on images "
-                                     f"{batch.image_ids}: lower --lr, use --precision fp32, or look "
-                                     "at these images and their labels")
+                                     f"{batch.image_ids}: lower --lr, use --precision fp32, or "
+                                     "look at these images and their labels")
     return values
 
 
@@ -351,7 +351,11 @@ def fit(cfg, run):
     """
     device = pick_device(run.device)
     with processes(device) as (rank, world):
-        return _fit(cfg, run, device, rank, world)
+        if rank > 0:
+            return _fit(cfg, run, device, rank, world)
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        with checkpoints.locked(run.out):                 # two runs into one folder lose one of them
+            return _fit(cfg, run, device, rank, world)
 
 
 def _fit(cfg, run, device, rank, world):
@@ -373,7 +377,6 @@ def _fit(cfg, run, device, rank, world):
     if steps is None:
         steps = math.ceil(cfg.epochs * len(train_set) / (cfg.batch_size * world))
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob(".*.pt.*"):      # of a kill in the middle of a save
             leftover.unlink()
 
@@ -436,7 +439,7 @@ def _fit(cfg, run, device, rank, world):
         nonlocal best
         if history and history[-1]["step"] == step:      # resumed after it: not twice in the curve
             history.pop()
-        if world > 1:             # BatchNorm's buffers differ; the first process's are what is saved
+        if world > 1:            # BatchNorm's buffers differ; the first process's are what is saved
             for buffer in evaluated.buffers():
                 dist.broadcast(buffer, 0)
         scores = data.evaluate(detect(evaluated, val_set, run, run.eval_batch), val_set)
@@ -473,8 +476,9 @@ def _fit(cfg, run, device, rank, world):
                     bar.update()
                     bar.set_postfix_str(short(log), refresh=False)
                 if "balance" in log:
-                    say(f"step {step:6d}  balance: from now on the method's losses times " + ", ".join(
-                        f"{part} {factor:.4g}" for part, factor in log["balance"].items()))
+                    factors = (f"{part} {factor:.4g}" for part, factor in log["balance"].items())
+                    say(f"step {step:6d}  balance: from now on the method's losses times "
+                        + ", ".join(factors))
                 if "report" in log and step % (5 * run.probe_every) == 0:
                     say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
                         f"{name} {share:.0%} {norm:.2g}"
@@ -497,8 +501,9 @@ def _fit(cfg, run, device, rank, world):
     save(steps, last)
 
     size = reference_size(cfg, val_set)
-    result = {**scores, "params": count_parameters(student), "gflops": models.gflops(evaluated, *size),
-              "gflops_at": list(size), "minutes": minutes(), "steps": steps,
+    result = {**scores, "params": count_parameters(student),
+              "gflops": models.gflops(evaluated, *size), "gflops_at": list(size),
+              "minutes": minutes(), "steps": steps,
               "images_per_second": speed_of(evaluated, val_set), "history": history,
               "weights": fingerprint(evaluated), **provenance}
     if rank == 0:
@@ -507,7 +512,7 @@ def _fit(cfg, run, device, rank, world):
     return result
 
 
-KEPT = ("last.pt", "best.pt", "result.json")              # of a run's folder; not overwritten unasked
+KEPT = ("last.pt", "best.pt", "result.json")            # of a run's folder; not overwritten unasked
 
 
 def make_optimizer(cfg, student, method):
@@ -530,15 +535,16 @@ def restore(path, stateful, provenance):
                                     "number of processes": facts["world"]}
     saved = checkpoints.load(path)
     then = identity(saved)
-    differ = [name for name, value in identity(provenance).items() if then.get(name, value) != value]
+    differ = [name for name, value in identity(provenance).items()
+              if then.get(name, value) != value]
     if differ:
         longer = ", or go on from its weights in a new run with --init-from"
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its "
                          f"command, which {path.parent}/config.json holds, choose another --out"
                          + longer * (set(differ) <= {"steps", "epochs"}))
     if not stateful.keys() <= saved.get("resume", {}).keys():
-        raise ValueError(f"{path} holds weights alone, nothing to resume from: start a new run with "
-                         "--init-from")
+        raise ValueError(f"{path} holds weights alone, nothing to resume from: start a new run "
+                         "with --init-from")
     for name, part in stateful.items():
         part.load_state_dict(saved["resume"][name])
     return saved
@@ -560,13 +566,14 @@ def open_teacher(cfg, run, dataset, device):
     differ = [k for k in EVALUATION if k not in ("root", "val_split") and theirs.get(k) != ours[k]]
     ap, source = payload["metrics"].get("AP"), "stored in its checkpoint"
     if differ or ap is None:
-        ap, source = data.evaluate(detect(teacher, dataset, run, run.eval_batch), dataset)["AP"], "measured now"
+        found = detect(teacher, dataset, run, run.eval_batch)
+        ap, source = data.evaluate(found, dataset)["AP"], "measured now"
     if cfg.teacher_floor > 0 and not ap >= cfg.teacher_floor:
-        other = "".join(f"; it was trained with --{k.replace('_', '-')} {theirs.get(k)}, this run has "
-                        f"{ours[k]}" for k in differ)
-        raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor of "
-                         f"{cfg.teacher_floor}{other}: was it trained, on this data? --teacher-floor 0 "
-                         "uses it all the same")
+        other = "".join(f"; it was trained with --{k.replace('_', '-')} {theirs.get(k)}, this run "
+                        f"has {ours[k]}" for k in differ)
+        raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor "
+                         f"of {cfg.teacher_floor}{other}: was it trained, on this data? "
+                         "--teacher-floor 0 uses it all the same")
     say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source})")
     return teacher
 
@@ -575,8 +582,9 @@ def open_method(cfg, teacher, student):
     """The distillation method of `--method`, with its `--method-options`, on the student's device."""
     cls = method_class(cfg.method)
     known = inspect.signature(cls).parameters
-    given = {"student_dim": student.config["hidden_dim"], "teacher_dim": teacher.config["hidden_dim"],
-             "num_classes": student.num_classes, "levels": student.config.get("feature_levels", 1)}
+    given = {"student_dim": student.config["hidden_dim"],
+             "teacher_dim": teacher.config["hidden_dim"], "num_classes": student.num_classes,
+             "levels": student.config.get("feature_levels", 1)}
     method = cls(**{k: v for k, v in given.items() if k in known}, **cfg.method_options)
     return method.to(next(student.parameters()).device)
 
@@ -592,8 +600,9 @@ def check_pair(teacher, student, dataset):
                                   for model in (teacher, student))
     student.train(training)
     if of_teacher != of_student:
-        raise ValueError(f"teacher and student do not fit: their memories have levels of {of_teacher} "
-                         f"and {of_student} cells; give both the same --feature-levels and strides")
+        raise ValueError(f"teacher and student do not fit: their memories have levels of "
+                         f"{of_teacher} and {of_student} cells; give both the same "
+                         "--feature-levels and strides")
 
 
 def announce(cfg, train_set, val_set, student, start, steps, world, device):
@@ -602,20 +611,20 @@ def announce(cfg, train_set, val_set, student, start, steps, world, device):
         say(f"resume     at step {start} of {steps}")
     say(f"data       {train_set.summary}\n           {val_set.summary}")
     height, width = train_set[0][0].shape[1:]
-    say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} steps "
-        f"of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr {cfg.lr:g} "
-        f"(a total batch of {cfg.batch_size * world}), on {device}")
+    say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} "
+        f"steps of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr "
+        f"{cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
     if student.num_queries < train_set.most_objects:
         say(f"note       an image has {train_set.most_objects} objects, more than the model's "
-            f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three times "
-            "as many as objects")
+            f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
+            "times as many as objects")
     if cfg.ema and steps and steps * (1 - cfg.ema) < 3:
-        say(f"note       --ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run has "
-            f"{steps}: the average that is evaluated lags behind")
+        say(f"note       --ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run "
+            f"has {steps}: the average that is evaluated lags behind")
     from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
     if cfg.data != "toy" and from_scratch and len(train_set) < 10_000:
-        say(f"note       {len(train_set)} images and no pretrained weights: to do well on images it "
-            "has not seen, a DETR needs some 10,000, or --init-from")
+        say(f"note       {len(train_set)} images and no pretrained weights: to do well on images "
+            "it has not seen, a DETR needs some 10,000, or --init-from")
 
 
 class Interrupted(Exception):
@@ -954,8 +963,8 @@ def load_payload(path):
     payload = checkpoints.load(path)
     needed = {"model", "detector", "config", "classes", "data", "settings", "metrics"}
     if not isinstance(payload, dict) or not needed <= payload.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt that "
-                         "`fit` or `distill` wrote, or an exported .safetensors")
+        raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt "
+                         "that `fit` or `distill` wrote, or an exported .safetensors")
     return payload | {"path": path}
 
 
@@ -964,15 +973,15 @@ def rebuild(payload):
     # A checkpoint never names a file to open.
     config = payload["config"] | {"pretrained_backbone": False}
     if config["backbone"] == "custom":
-        raise ValueError(f"{payload['path']} was made with a backbone module of your own: build the "
-                         "model with it (models.build), then checkpoints.load_weights")
+        raise ValueError(f"{payload['path']} was made with a backbone module of your own: build "
+                         "the model with it (models.build), then checkpoints.load_weights")
     model = models.build(payload["detector"], len(payload["classes"]), **config)
     try:
         model.load_state_dict(payload["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{payload['path']}: weights and configuration do not fit ({reason}): make "
-                         "it again") from None
+        raise ValueError(f"{payload['path']}: weights and configuration do not fit ({reason}): "
+                         "make it again") from None
     return model.eval()
 
 
@@ -987,8 +996,8 @@ def same_classes(payload, dataset, path):
     theirs, ours = list(payload["classes"]), list(dataset.classes)
     if theirs != ours:
         raise ValueError(f"{path} knows {len(theirs)} classes ({', '.join(theirs[:4])}...), "
-                         f"{dataset.name} has {len(ours)} ({', '.join(ours[:4])}...): choose the data, "
-                         "--class-map or checkpoint that go together")
+                         f"{dataset.name} has {len(ours)} ({', '.join(ours[:4])}...): choose the "
+                         "data, --class-map or checkpoint that go together")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1022,8 +1031,8 @@ class Settings:
     It is written beside the results, and `--resume` insists on the same.
     """
     # --- data
-    data: str = option("toy", "which reader: toy (procedural road scenes, made on first use), kitti, "
-                       "coco", choices=("toy", "kitti", "coco"))
+    data: str = option("toy", "which reader: toy (procedural road scenes, made on first use), "
+                       "kitti, coco", choices=("toy", "kitti", "coco"))
     root: str = option("datasets/toy", "folder of the data set, in KITTI's or COCO's own layout")
     train_split: str = option("train", "train | val | all | a file with one image id per line (toy "
                               "also: tune)")
@@ -1038,22 +1047,25 @@ class Settings:
     # --- the detector; its options are fields of `Config`
     detector: str = option("dino", "which detection transformer", choices=models.DETECTORS)
     # --- optimisation
-    steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the untrained "
-                               "checkpoint")
-    epochs: float | None = option(None, "passes over the training images, when --steps is not given")
-    batch_size: int | None = option(None, "images per step in each process, whatever --accumulate is")
-    accumulate: int = option(1, "split each batch into N parts, one backward each: less memory, same "
-                             "step size")
-    lr: float | None = option(None, "AdamW learning rate; it belongs to the TOTAL batch and is never "
-                              "scaled silently")
+    steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the "
+                               "untrained checkpoint")
+    epochs: float | None = option(None, "passes over the training images, when --steps is not "
+                                        "given")
+    batch_size: int | None = option(None, "images per step in each process, whatever --accumulate "
+                                          "is")
+    accumulate: int = option(1, "split each batch into N parts, one backward each: less memory, "
+                             "same step size")
+    lr: float | None = option(None, "AdamW learning rate; it belongs to the TOTAL batch and is "
+                              "never scaled silently")
     backbone_lr: float | None = option(None, "learning rate of the backbone")
     weight_decay: float = option(1e-4, "AdamW weight decay")
     warmup: int = option(0, "steps of linear warm-up")
-    schedule: str = option("drop", "drop: lr/10 once, after --drop-at of the steps; cosine: down to "
-                           "2 %%", choices=("drop", "cosine"))
+    schedule: str = option("drop", "drop: lr/10 once, after --drop-at of the steps; cosine: down "
+                           "to 2 %%", choices=("drop", "cosine"))
     drop_at: float | None = option(None, "where the drop happens, as a fraction of all steps")
     clip: float = option(0.1, "largest gradient norm")
-    ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = off")
+    ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = "
+                             "off")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
                             "fp32", choices=("fp32", "bf16", "fp16"))
     seed: int = option(0, "initial weights, order of the images, augmentation, noise")
@@ -1061,24 +1073,24 @@ class Settings:
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
     method: str | None = option(None, "distillation method; `distill` takes clockdistill",
                                 choices=METHODS)
-    method_options: dict = option({}, "options of the method, listed below; they replace all of the "
-                                  "recipe's")
+    method_options: dict = option({}, "options of the method, listed below; they replace all of "
+                                  "the recipe's")
     balance: dict = option({}, "weigh the parts of the method by their gradients in the first 8 "
                            "steps: memory=50 cls+l1+giou=1 wants memory's 50 times as long as "
                            "detection's")
-    teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = never "
-                                  "refuse")
+    teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = "
+                                  "never refuse")
     # --- where the first weights come from
     init_from: str | None = option(None, "start from these weights, of any known program, or "
                                    "hf:ORGANISATION/MODEL (fine-tuning; --resume continues a run "
                                    "instead)")
-    made_with: dict = option({}, "model options that --init-from was made with, where checkpoints.py "
-                             "assumes others")
+    made_with: dict = option({}, "model options that --init-from was made with, where "
+                             "checkpoints.py assumes others")
 
     def __post_init__(self):
         for name, value in SCHEDULES[self.detector].items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)       # a frozen record may still finish itself
+                object.__setattr__(self, name, value)      # a frozen record may still finish itself
         check_limits(self)
         parse_size(self.size)
 
@@ -1095,15 +1107,17 @@ Config.__doc__ = Settings.__doc__
 @dataclass(frozen=True)
 class Run:
     """Where and how a run happens; it changes no result (but for rounding, on another device)."""
-    out: str = option("runs/fit", "folder for log.jsonl, last.pt, best.pt, config.json, result.json")
-    resume: bool = option(False, "continue the run in --out from its last checkpoint, bit for bit on "
-                          "CPU")
+    out: str = option("runs/fit", "folder for log.jsonl, last.pt, best.pt, config.json, "
+                                  "result.json")
+    resume: bool = option(False, "continue the run in --out from its last checkpoint, bit for bit "
+                          "on CPU")
     device: str = option("auto", "auto | cpu | cuda | mps")
     workers: int = option(2, "processes that load images")
     eval_every: int = option(1000, "steps between evaluations; there is always one at the end")
     eval_batch: int = option(1, "images per batch in evaluation; 1 is exact, padding moves boxes a "
                              "little")
-    probe_every: int = option(200, "steps between reports of each loss term's share and gradient norm")
+    probe_every: int = option(200, "steps between reports of each loss term's share and gradient "
+                                   "norm")
     save_minutes: float = option(2.0, "minutes between checkpoints")
 
     def __post_init__(self):
@@ -1160,7 +1174,8 @@ def build_model(cfg, num_classes):
                  if getattr(cfg, name) is not None}
     named = {"none": False, "imagenet": True}
     if "pretrained_backbone" in overrides:
-        overrides["pretrained_backbone"] = named.get(cfg.pretrained_backbone, cfg.pretrained_backbone)
+        word = cfg.pretrained_backbone
+        overrides["pretrained_backbone"] = named.get(word, word)
     return models.build(cfg.detector, num_classes, **overrides)
 
 
@@ -1230,7 +1245,8 @@ def configure(command, recipe=None, **given):
         known = dict.fromkeys((pair.partition("=")[0] for pair in given["balance"]), 1.0)
         given["balance"] = read_options(given["balance"], known, "--balance")
     if "made_with" in given:
-        given["made_with"] = read_options(given["made_with"], models.options_of(detector), "--made-with")
+        known = models.options_of(detector)
+        given["made_with"] = read_options(given["made_with"], known, "--made-with")
     settings |= given
     if command == "fit":
         settings |= dict(teacher=None, method=None, method_options={}, balance={})
@@ -1297,12 +1313,13 @@ SMALL = dict(data="kitti", size="128,424", heads=8, num_queries=60, batch_size=8
              schedule="cosine", ema=0.99)
 SMALL_STUDENT = SMALL | dict(
     backbone="timm:tf_efficientnet_lite0", hidden_dim=96, ffn_dim=256, encoder_layers=1,
-    pretrained_backbone="datasets/backbones/tf_efficientnet_lite0.pth", decoder_layers=2, steps=1600,
-    lr=2e-3, backbone_lr=4e-4, method="clockdistill", balance={"memory": 50., "cls+l1+giou": 1.})
+    pretrained_backbone="datasets/backbones/tf_efficientnet_lite0.pth", decoder_layers=2,
+    steps=1600, lr=2e-3, backbone_lr=4e-4, method="clockdistill",
+    balance={"memory": 50., "cls+l1+giou": 1.})
 SMALL_TEACHER = SMALL | dict(
     backbone="timm:tf_efficientnet_lite2", hidden_dim=128, ffn_dim=512, encoder_layers=2,
-    pretrained_backbone="datasets/backbones/tf_efficientnet_lite2.pth", decoder_layers=3, steps=3200,
-    lr=1e-3, backbone_lr=2e-4)
+    pretrained_backbone="datasets/backbones/tf_efficientnet_lite2.pth", decoder_layers=3,
+    steps=3200, lr=1e-3, backbone_lr=2e-4)
 
 RECIPES = {
     "small-student": {
@@ -1332,7 +1349,8 @@ RECIPES = {
     },
     "toy-teacher": {
         "dino": TOY_TEACHER | dict(feature_levels=3, points=4, denoising=50),
-        "deformable_detr": TOY_TEACHER | dict(feature_levels=3, points=4, box_refine=True, dropout=0.),
+        "deformable_detr": TOY_TEACHER | dict(
+            feature_levels=3, points=4, box_refine=True, dropout=0.),
         "dab_detr": TOY_TEACHER | dict(
             backbone="resnet34", backbone_width=32, feature_stride=8, num_queries=60, steps=6000,
             lr=1e-3, backbone_lr=1e-3),
@@ -1411,10 +1429,12 @@ def add_options(parser, cls, only=None, without=()):
 
 
 def describe_recipes():
-    lines = ["recipes (given options override them; without --recipe --data toy takes toy-student):"]
+    lines = ["recipes (given options override them; without --recipe --data toy takes "
+             "toy-student):"]
     for name, by_detector in RECIPES.items():
         for detector, recipe in by_detector.items():
-            lines.append(f"  {name}, {detector}: " + " ".join(f"{k}={v}" for k, v in recipe.items()))
+            settings = " ".join(f"{k}={v}" for k, v in recipe.items())
+            lines.append(f"  {name}, {detector}: {settings}")
     return "\n".join(lines)
 
 
@@ -1423,7 +1443,8 @@ def describe_methods():
     lines = []
     for name in METHODS:
         where = "clockdistill.py" if name == "clockdistill" else "experiments/baselines.py"
-        lines.append(f"--method-options of {name}, with their defaults; {where} says what each does:")
+        lines.append(f"--method-options of {name}, with their defaults; {where} says what each "
+                     "does:")
         lines.append("  " + " ".join(f"{k}={v}" for k, v in method_defaults(name).items()))
     lines.append(f"clockdistill also takes preset={'|'.join(PRESETS)}, named sets of options.")
     return "\n".join(lines)
@@ -1473,7 +1494,8 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--out", default="runs/predict", help="folder (default: %(default)s)")
     p.add_argument("--min-score", type=float, default=0.4,
                    help="leave out detections of a lower score (default: %(default)s)")
-    p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was trained")
+    p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was "
+                                  "trained")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
 
     p = command("export", "weights alone as fp16 safetensors: small, safe to publish")
@@ -1546,5 +1568,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    import train                                  # one copy of this module, which experiments/ see too
+    import train                               # one copy of this module, which experiments/ see too
     sys.exit(train.main())

@@ -94,7 +94,8 @@ def shipped_teacher(path, root, device):
     return {**scores, **kept, "params": train.count_parameters(model),
             "gflops": models.gflops(model, *dataset[0][0].shape[1:]), "minutes": 0.0,
             "trained_minutes": payload["minutes"], "steps": payload["step"], "history": [],
-            "images_per_second": train.speed_of(model, dataset), "weights": train.fingerprint(model)}
+            "images_per_second": train.speed_of(model, dataset),
+            "weights": train.fingerprint(model)}
 
 
 def print_table(results, scale, where):
@@ -110,8 +111,8 @@ def print_table(results, scale, where):
         print(f"{name:12}" + "".join(f"{cell:>16}" for cell in cells))
     gain = results["distilled"]["AP"] - results["student"]["AP"]
     caution = "figures of SCALE=quick mean nothing." if scale == "quick" else "one seed."
-    print(f"\nCLoCKDistill: {gain:+.3f} AP for the same student, seed and number of steps; {caution}"
-          f"\nimages/s: one image at a time, {where}; training minutes include evaluation")
+    print(f"\nCLoCKDistill: {gain:+.3f} AP for the same student, seed and number of steps; "
+          f"{caution}\nimages/s: one image at a time, {where}; training minutes include evaluation")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -162,7 +163,8 @@ def draw(out, folders, results, plan, device):
 def query_attention(one, nothing, batch, images, truths, networks, method, dataset):
     """Where the three largest objects' target-aware queries look in each model."""
     labels, boxes, teacher = batch.labels[0], batch.boxes[0], networks["teacher"]
-    embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(method.content)
+    contents = {"label": teacher.label_embedding, "own": teacher.learned_content}
+    embedding = contents.get(method.content)
     queries = models.Queries(*method.queries([labels], [boxes], embedding, box_noise=0.))
     largest = boxes[:, 2:].prod(1).argsort(descending=True)[:3].cpu()
     first_group = largest * method.query_options["groups"]
@@ -179,8 +181,8 @@ def query_attention(one, nothing, batch, images, truths, networks, method, datas
         attention[name]["boxes"] = truths[0]["boxes"][largest]
     return plots.query_attention(
         images[0], attention, [dataset.classes[label] for label in labels[largest]],
-        memory.shapes[0], title="Where the same target-aware queries look in each model, and how far "
-        "they agree with the teacher")
+        memory.shapes[0], title="Where the same target-aware queries look in each model, and how "
+        "far they agree with the teacher")
 
 
 def losses(log):

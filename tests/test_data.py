@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.tv_tensors import BoundingBoxes
 
 import data
+from experiments import toy as toy_scenes
 from official import SHARED
 
 SPLITS = Path(data.__file__).parent / "splits"
@@ -336,8 +337,8 @@ def test_toy_boxes_and_occlusion_are_those_of_the_pixels():
     for hidden, expected in ((0, "Car 0.00 0"), (8, "Car 0.00 1"), (18, "Car 0.00 2"), (19, "DontCare -1 -1")):
         visible = mask.copy()
         visible[:, 100:100 + hidden] = False                        # 0, 20, 45, 47.5 %
-        assert data.label_line("Car", corners, mask, visible) == f"{expected} -10 50.00 10.00 70.00 30.00 {REST}"
-    assert data.label_line("Car", [(80, 20), (140, 60)], mask, mask).startswith("Car 0.33 0")       # a third is cut off
+        assert toy_scenes.label_line("Car", corners, mask, visible) == f"{expected} -10 50.00 10.00 70.00 30.00 {REST}"
+    assert toy_scenes.label_line("Car", [(80, 20), (140, 60)], mask, mask).startswith("Car 0.33 0")       # a third is cut off
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -557,6 +558,66 @@ def test_too_few_queries_are_noted(toy, tmp_path, capsys):
         cfg = Config(root=toy, **TINY | dict(num_queries=queries, steps=0))
         train.fit(cfg, Run(out=str(tmp_path / str(queries)), workers=0))
         assert ("more than the model's 1 queries" in capsys.readouterr().out) == (queries == 1)
+
+
+def test_a_folder_in_the_hands_of_another_run_is_refused(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0)
+    with checkpoints.locked(tmp_path):
+        assert train.main(["fit", "--out", str(tmp_path), "--workers", "0", *flags({**TINY, "root": toy})]) == 2
+    assert f"{tmp_path} is in the hands of another run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "result.json"])
+def test_nothing_of_an_earlier_run_is_overwritten_unasked(toy, tmp_path, name, capsys):
+    (tmp_path / name).write_text("mine")
+    assert train.main(["fit", "--out", str(tmp_path), "--workers", "0", *flags({**TINY, "root": toy})]) == 2
+    assert f"already holds a run ({name})" in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("option, value", [
+    ("ema", "nan"), ("ema", "1"), ("clip", "nan"), ("lr", "-1"), ("lr", "inf"), ("limit", "0"), ("limit", "-1"),
+    ("num-queries", "0"), ("batch-size", "0"), ("eval-batch", "0"), ("size", "0,0"), ("size", "1,2,3"),
+    ("size", "-4,5"), ("decoder-layers", "0"), ("steps", "-1"), ("warmup", "-1"), ("seed", "-1")])
+def test_every_option_is_checked_before_data_is_read(tmp_path, option, value, capsys):
+    assert train.main(["fit", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"),
+                       f"--{option}={value}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --{option} ") and "want" in error and not list(tmp_path.iterdir())
+
+
+def test_training_in_a_thread_that_may_not_listen_to_signals(toy, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train.fit(
+        Config(root=toy, **TINY), Run(out=str(tmp_path / "run"), workers=0))))
+    thread.start()
+    thread.join()
+    assert results[0]["steps"] == 3
+
+
+def test_without_unix_the_commands_still_load():
+    """On Windows there is no resource, no fcntl and no os.setpgrp."""
+    program = ("import os, sys; sys.modules['resource'] = sys.modules['fcntl'] = None; del os.setpgrp; import train, "
+               "torch, data, math; assert math.isnan(train.peak_memory_gb(torch.device('cpu'))); data.apart(0)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-300:]
+
+
+def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in sorted(Path(toy, "training/image_2").iterdir())[:2]:
+        (images / file.name).write_bytes(file.read_bytes())
+    (images / "broken.png").write_bytes(b"not an image")
+    (images / "notes.txt").write_text("no image")
+    assert train.main(["predict", "--checkpoint", str(teacher), "--out", str(tmp_path / "out"), str(images)]) == 2
+    assert "left out 1 of 3 files" in capsys.readouterr().err
+    listed = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [Path(entry["image"]).name for entry in listed] == sorted(p.name for p in images.glob("[01]*.png"))
+    for entry in listed:
+        for found in entry["detections"]:
+            x0, y0, x1, y1 = found["box"]
+            assert 0 <= x0 <= x1 <= 160 and 0 <= y0 <= y1 <= 48
 
 
 def test_a_run_is_named_by_what_it_depends_on():
