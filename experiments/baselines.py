@@ -36,12 +36,12 @@ import models
 
 class View(NamedTuple):
     """One model's pass over a batch. The optional fields are filled for methods that need them."""
-    memory: Tensor                     # (B, S, D) encoder output, the levels one after the other, each row by row
+    memory: Tensor       # (B, S, D) encoder output, the levels one after the other, each row by row
     padding: Tensor                    # (B, S) bool, True where padded
     shapes: list                       # [(H_l, W_l)], sum H_l W_l = S
-    extent: Tensor                     # (B, 2) part of the padded width and height that each image fills
+    extent: Tensor                # (B, 2) part of the padded width and height that each image fills
     logits: Tensor | None = None       # (L, B, Q, C) before the sigmoid; student: of its learned queries,
-    boxes: Tensor | None = None        # (L, B, Q, 4)                     teacher: of `Baseline.queries`
+    boxes: Tensor | None = None    # (L, B, Q, 4)                     teacher: of `Baseline.queries`
     matches: tuple | None = None       # query (L, B, K) of each object, and whether it has one (L, B, K) bool
     states: Tensor | None = None       # (L, B, Q, D) what each decoder layer hands to the next
     attention: list | None = None      # L pairs: among queries (B, heads, Q, Q); to the memory (B, heads, Q, S), or
@@ -101,10 +101,12 @@ class Baseline(nn.Module):
                  "matches": student.matches and teacher.matches, "queries": extras.get("queries"),
                  "attention": student.attention and teacher.attention}
         missing = [name for name in self.needs if given[name] is None]
-        _want(not missing, f"{type(self).__name__} needs {', '.join(missing)}: prepare it as Baseline.needs says")
+        _want(not missing, f"{type(self).__name__} needs {', '.join(missing)}: prepare it as "
+                           "Baseline.needs says")
         _want(student.memory.shape[:2] == teacher.memory.shape[:2] and len(targets) == len(student.memory),
-              f"memories {tuple(student.memory.shape)}, {tuple(teacher.memory.shape)} and {len(targets)} targets: "
-              "student and teacher must read the same images at the same strides")
+              f"memories {tuple(student.memory.shape)}, {tuple(teacher.memory.shape)} and "
+              f"{len(targets)} targets: student and teacher must read the same images at the same "
+              "strides")
         with torch.autocast(student.memory.device.type, enabled=False):
             student, teacher = _prepared(student), _prepared(teacher, detach=True)
             if "queries" in self.needs:
@@ -144,8 +146,8 @@ class ContextBlock(nn.Module):
 
     def forward(self, tokens, valid):
         """tokens (B, N, D), valid (B, N) -> (B, N, D)."""
-        share = _softmax(self.look(tokens)[..., 0], valid)                                              # (B, N)
-        return tokens + self.add((share[..., None] * tokens).sum(1, keepdim=True))                      # (B, 1, D)
+        share = _softmax(self.look(tokens)[..., 0], valid)                                  # (B, N)
+        return tokens + self.add((share[..., None] * tokens).sum(1, keepdim=True))       # (B, 1, D)
 
 
 class FGD(Baseline):
@@ -177,9 +179,9 @@ class FGD(Baseline):
         for (s, t, valid, shape), relate_s, relate_t in zip(parts, self.relate_student, self.relate_teacher):
             objects, background = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))
             (near_s, along_s), (near_t, along_t) = self.attention(s, valid), self.attention(t, valid)
-            error = near_t * ((t - s).square() * along_t[:, None]).sum(2)                               # (B, N)
+            error = near_t * ((t - s).square() * along_t[:, None]).sum(2)                   # (B, N)
             attention = (near_s - near_t).abs().sum() + (along_s - along_t).abs().sum()
-            relation = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2) * valid                # (B, N)
+            relation = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2) * valid    # (B, N)
             total = total + torch.stack([(objects * error).sum(), (background * error).sum(), attention,
                                          relation.sum()])
         return {name: weight * x / len(real) for name, weight, x in zip(self.terms, self.weights, total)}
@@ -187,11 +189,11 @@ class FGD(Baseline):
     @staticmethod
     def masks(boxes, real, extent, valid):
         """M and M^bg, (B, N) each. boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
-        x0, y0, x1, y1 = _cells(boxes, extent, valid.shape[1:])                                         # (B, K) each
+        x0, y0, x1, y1 = _cells(boxes, extent, valid.shape[1:])                        # (B, K) each
         row, column = (torch.arange(n, device=x0.device) for n in valid.shape[1:])
-        in_y = (row >= y0[..., None]) & (row <= y1[..., None])                                          # (B, K, H)
-        in_x = (column >= x0[..., None]) & (column <= x1[..., None])                                    # (B, K, W)
-        share = real / ((y1 - y0 + 1) * (x1 - x0 + 1))                                                  # (B, K)
+        in_y = (row >= y0[..., None]) & (row <= y1[..., None])                           # (B, K, H)
+        in_x = (column >= x0[..., None]) & (column <= x1[..., None])                     # (B, K, W)
+        share = real / ((y1 - y0 + 1) * (x1 - x0 + 1))                                      # (B, K)
         objects = _largest(in_y[..., None] * in_x[:, :, None] * share[..., None, None], valid)          # (B, N)
         background = ((objects == 0) & valid.flatten(1)).to(objects)
         return objects, background / background.sum(1, keepdim=True).clamp(min=1)
@@ -225,7 +227,7 @@ class MGD(Baseline):
         parts = _levels(student, self.adapter(student.memory), teacher.memory, len(self.first))
         for (s, t, valid, shape), first, second in zip(parts, self.first, self.second):
             draw = torch.rand(valid.shape, generator=generator, device=generator.device if generator else valid.device)
-            keep = valid & (draw.to(valid.device) >= self.ratio)                                        # (B, N)
+            keep = valid & (draw.to(valid.device) >= self.ratio)                            # (B, N)
             hidden = first((s * keep[..., None]).transpose(1, 2).unflatten(2, shape)).relu()            # (B, D, H, W)
             made = second(hidden * valid.unflatten(1, shape)[:, None]).flatten(2).transpose(1, 2)       # (B, N, D)
             total = total + ((t - made).square().sum(2) * valid).sum()
@@ -262,13 +264,13 @@ class GKD(Baseline):
         for (s, t, valid, shape), g in zip(parts, teacher.gradient.split([h * w for h, w in student.shapes], 1)):
             moves = (t * g).abs()                                     # I (B, N, D), 0 in padding
             map_t, map_s = _scaled(moves.sum(2), valid), _scaled((s * g).abs().sum(2), valid)           # (B, N)
-            along = _scaled(moves.sum(1), torch.ones_like(moves[:, 0], dtype=torch.bool))               # (B, D)
+            along = _scaled(moves.sum(1), torch.ones_like(moves[:, 0], dtype=torch.bool))   # (B, D)
             along = along.shape[1] * (along / self.temperature).softmax(1)
-            count = valid.sum(1, keepdim=True)                                                          # (B, 1)
-            near = count * _softmax(map_t / self.temperature, valid)                                    # (B, N)
+            count = valid.sum(1, keepdim=True)                                              # (B, 1)
+            near = count * _softmax(map_t / self.temperature, valid)                        # (B, N)
             mask = valid / count
             if self.boxes:
-                mask = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))               # (B, N)
+                mask = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))   # (B, N)
             memory = memory + (mask * near * ((t - s).square() * along[:, None]).sum(2)).sum() / len(targets)
             maps = maps + (map_s - map_t).abs().sum() / criterion.mean_over_processes(valid.sum().float())
         return {"memory": self.alpha * memory, "maps": self.beta * maps}
@@ -298,16 +300,17 @@ class Hinton(Baseline):
     def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, temperature=4.0, classes="bernoulli", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want(temperature > 0, f"temperature={temperature}: want more than 0")
-        _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', 'softmax'")
+        _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', "
+                                                   "'softmax'")
         self.weight, self.temperature, self.classes = weight, temperature, classes
 
     def losses(self, student, teacher, targets, extras):
         layers = _twins(student.logits, teacher.logits)
         (query_s, found_s), (query_t, found_t) = student.matches, (x[layers] for x in teacher.matches)
-        both = found_s & found_t                                                                        # (L, B, K)
+        both = found_s & found_t                                                         # (L, B, K)
         kl = _divergence(_take(student.logits, query_s), _take(teacher.logits[layers], query_t), self.temperature,
-                         self.classes).sum(3)                                                           # (L, B, K)
-        pairs = criterion.mean_over_processes(both.sum((1, 2)).float())                                 # (L,)
+                         self.classes).sum(3)                                            # (L, B, K)
+        pairs = criterion.mean_over_processes(both.sum((1, 2)).float())                       # (L,)
         return {"cls": self.weight * ((kl * both).sum((1, 2)) / pairs).sum()}
 
 
@@ -330,8 +333,10 @@ class KDDETR(Baseline):
                  temperature=10.0, general=300, specific=True, teacher_layers="last", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want(temperature > 0, f"temperature={temperature}: want more than 0")
-        _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: want some queries")
-        _want(teacher_layers in ("last", "twin"), f"teacher_layers={teacher_layers!r}: choose from 'last', 'twin'")
+        _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: "
+                                                        "want some queries")
+        _want(teacher_layers in ("last", "twin"), f"teacher_layers={teacher_layers!r}: choose from "
+                                                  "'last', 'twin'")
         self.weights, self.temperature = (cls_weight, l1_weight, giou_weight), temperature
         self.general, self.specific, self.teacher_layers = general, specific, teacher_layers
 
@@ -358,7 +363,7 @@ class KDDETR(Baseline):
         kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax").mean(3)     # (L, B, Q)
         l1 = (asked.boxes - teacher.boxes[layers]).abs().mean(3)
         giou = giou_distance(asked.boxes, teacher.boxes[layers])
-        confidence = teacher.logits[-1].sigmoid().amax(2)                                               # (B, Q)
+        confidence = teacher.logits[-1].sigmoid().amax(2)                                   # (B, Q)
         first, total = confidence.shape[1] - self.general, 0
         for group in (slice(first), slice(first, None)):              # of a group without queries, all sums are 0
             w = confidence[:, group]
@@ -398,7 +403,7 @@ class DETRDistill(Baseline):
         layers = _twins(student.logits, teacher.logits)
         logits, boxes = teacher.logits[layers], teacher.boxes[layers]
         if self.top:
-            best = logits.amax(3).topk(min(self.top, logits.shape[2]), 2).indices                       # (L, B, top)
+            best = logits.amax(3).topk(min(self.top, logits.shape[2]), 2).indices      # (L, B, top)
             logits, boxes = _take(logits, best), _take(boxes, best)
         pairs = match_predictions(student.logits, student.boxes, logits, boxes, self.cost)
         values = [*answer_losses(student.logits, student.boxes, logits, boxes, *pairs),
@@ -407,11 +412,11 @@ class DETRDistill(Baseline):
         return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
 
     def features(self, student, teacher, targets):
-        truth, real = _padded(targets)                                # (B, K, 4); a box of size 0 overlaps with nothing
-        overlap, union, _ = _areas(teacher.boxes[..., None, :], truth[:, None])                         # (L, B, Q, K)
-        iou = F.pad(overlap / union.where(union > 1e-30, 1), (1, 0)).amax(3)                            # (L, B, Q)
+        truth, real = _padded(targets)            # (B, K, 4); a box of size 0 overlaps with nothing
+        overlap, union, _ = _areas(teacher.boxes[..., None, :], truth[:, None])       # (L, B, Q, K)
+        iou = F.pad(overlap / union.where(union > 1e-30, 1), (1, 0)).amax(3)             # (L, B, Q)
         quality = teacher.logits.sigmoid().amax(3) * iou.where(real.any(1)[:, None], 1)
-        wanted = (quality[..., None] * F.normalize(teacher.states, dim=3)).sum(2)                       # (L, B, D)
+        wanted = (quality[..., None] * F.normalize(teacher.states, dim=3)).sum(2)        # (L, B, D)
         total = 0
         for s, t, valid, _ in _levels(student, self.adapter(student.memory), teacher.memory):
             mask = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2)).clamp(min=0.01) * valid  # (L, B, N)
@@ -423,11 +428,11 @@ class DETRDistill(Baseline):
     @staticmethod
     def prior(asked, query, found, targets):
         """Focal, L1 and GIoU loss, summed over layers; query, found (L, B, K): each object's query, if it has one."""
-        boxes, real = _padded(targets)                                                                  # (B, K, 4)
-        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)                         # (B, K)
-        slot = query * asked.logits.shape[3] + labels                 # one-hot, on the flat (query, class) axis
+        boxes, real = _padded(targets)                                                   # (B, K, 4)
+        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)             # (B, K)
+        slot = query * asked.logits.shape[3] + labels     # one-hot, on the flat (query, class) axis
         wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(2, slot, found.to(asked.logits))
-        mine = _take(asked.boxes, query)                                                                # (L, B, K, 4)
+        mine = _take(asked.boxes, query)                                              # (L, B, K, 4)
         count = criterion.mean_over_processes(real.sum().float())
         return (sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum() / count,
                 ((mine - boxes).abs().sum(3) * found).sum() / count,
@@ -519,7 +524,7 @@ def rival_step(student, teacher, batch, method, generator=None):
     if "matches" in needs:
         s = s._replace(matches=matches_of(student, own, batch.targets))
     asked = None if extra is None else s._replace(logits=output.extra.logits, boxes=output.extra.boxes)
-    if seen:                                                     # queries come in the order denoising, learned, extra
+    if seen:                                   # queries come in the order denoising, learned, extra
         first = 0 if output.denoising is None else output.denoising.logits.shape[2]
         last = first + own.logits.shape[2]
         s = s._replace(attention=attention_of(student, seen, slice(first, last)))
@@ -588,7 +593,7 @@ def _divergence(student, teacher, temperature, classes):
     s, t = student / temperature, teacher / temperature
     if classes == "softmax":
         return temperature ** 2 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True)
-    p = t.sigmoid()                                                   # KL = cross entropy - the teacher's own entropy
+    p = t.sigmoid()                                 # KL = cross entropy - the teacher's own entropy
     return temperature ** 2 * (F.binary_cross_entropy_with_logits(s, p, reduction="none")
                                - F.binary_cross_entropy_with_logits(t, p, reduction="none"))
 
@@ -609,11 +614,12 @@ def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
     scores summed over classes, the L1 distance, 1 - GIoU. Raises ValueError when a cost is not finite.
     """
     pairs = []
-    for s, s_box, t, t_box in zip(s_logits, s_boxes, t_logits, t_boxes):                                # (B, Q, .) each
-        entropy = F.softplus(s).sum(2)[..., None] - s @ t.sigmoid().transpose(1, 2)                     # (B, Q_s, Q_t)
+    for s, s_box, t, t_box in zip(s_logits, s_boxes, t_logits, t_boxes):            # (B, Q, .) each
+        entropy = F.softplus(s).sum(2)[..., None] - s @ t.sigmoid().transpose(1, 2)  # (B, Q_s, Q_t)
         cost = (weights[0] * entropy + weights[1] * torch.cdist(s_box, t_box, p=1)
                 + weights[2] * giou_distance(s_box[:, :, None], t_box[:, None])).cpu()
-        _want(cost.isfinite().all(), "the predictions of student or teacher are not finite and cannot be matched")
+        _want(cost.isfinite().all(), "the predictions of student or teacher are not finite and "
+                                     "cannot be matched")
         pairs += [torch.stack([*map(torch.from_numpy, linear_sum_assignment(c))]) for c in cost]        # (2, P) each
     return torch.stack(pairs, 1).view(2, *s_logits.shape[:2], -1).to(s_logits.device)
 
@@ -642,7 +648,7 @@ def attention_map(attention, shapes):
         return attention.mean(1)
     maps = []
     for (height, width), point, weight in zip(shapes, *(x.unbind(3) for x in attention)):
-        x, y = point[..., 0] * width - 0.5, point[..., 1] * height - 0.5                    # (B, Q, heads, P)
+        x, y = point[..., 0] * width - 0.5, point[..., 1] * height - 0.5          # (B, Q, heads, P)
         level = weight.new_zeros(*weight.shape[:2], height * width)
         for column, row in ((x.floor() + i, y.floor() + j) for i in (0, 1) for j in (0, 1)):
             share = (1 - (x - column).abs()) * (1 - (y - row).abs())
@@ -657,9 +663,10 @@ def _levels(view, student, teacher, expected=None):
     """[(student (B, N, D), teacher (B, N, D), real tokens (B, N), (H, W)), ...], an entry a level, N = H W."""
     sizes = [height * width for height, width in view.shapes]
     _want(expected in (None, len(sizes)), f"levels={expected}, but the memory has {len(sizes)}")
-    _want(sum(sizes) == student.shape[1], f"levels {view.shapes} for a memory of {student.shape[1]} tokens")
-    _want(student.shape == teacher.shape, f"memories of {student.shape[2]} and {teacher.shape[2]} channels: pass the "
-                                          "method both models' widths")
+    _want(sum(sizes) == student.shape[1], f"levels {view.shapes} for a memory of "
+                                          f"{student.shape[1]} tokens")
+    _want(student.shape == teacher.shape, f"memories of {student.shape[2]} and {teacher.shape[2]} "
+                                          "channels: pass the method both models' widths")
     return list(zip(*(x.split(sizes, 1) for x in (student, teacher, ~view.padding)), map(tuple, view.shapes)))
 
 

@@ -221,7 +221,7 @@ def peak_of(run, device):
         return int(line.split()[1]) / 1e6                    # kB
 
     gc.collect()
-    libc.malloc_trim(0)                                      # what earlier runs left in the heap would hide this one's
+    libc.malloc_trim(0)                   # what earlier runs left in the heap would hide this one's
     Path("/proc/self/clear_refs").write_text("5")            # the highest so far is forgotten
     before = status("VmRSS")
     run()
@@ -233,19 +233,22 @@ def show(title, rows, batch, against=None):
     for name, row in rows.items():
         peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.2f} GB"
         ratio = f"  x{row['seconds'] / rows[against]['seconds']:.2f}" if against in rows and name != against else ""
-        print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms  {batch / row['seconds']:7.2f} images/s{peak}{ratio}")
+        print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms  {batch / row['seconds']:7.2f} "
+              f"images/s{peak}{ratio}")
 
 
 def sizes(options):
     """Parameters and GFLOPs at 800 x 1333 beside the published ones, from shapes alone."""
     found = {}
-    print("size: R50, 91 classes, 800 x 1333; GFLOPs count multiply-adds, dense attention and sampling included")
+    print("size: R50, 91 classes, 800 x 1333; GFLOPs count multiply-adds, dense attention and "
+          "sampling included")
     for detector in options.detectors:
         model = models.build(detector, 91, pretrained_backbone=False, frozen_backbone=True)
         parameters, flops = sum(p.numel() for p in model.parameters()) / 1e6, models.gflops(model, 800, 1333)
         found[detector] = {"parameters_m": parameters, "gflops": flops, "published": PUBLISHED[detector]}
-        print(f"  {detector:<16} {parameters:6.2f} M parameters (published {PUBLISHED[detector][0]})  "
-              f"{flops:6.1f} GFLOPs (published {PUBLISHED[detector][1]})")
+        print(f"  {detector:<16} {parameters:6.2f} M parameters (published "
+              f"{PUBLISHED[detector][0]})  {flops:6.1f} GFLOPs (published "
+              f"{PUBLISHED[detector][1]})")
     return found
 
 
@@ -261,13 +264,15 @@ def distillation(detector, options, device):
 
     memory = no_grad(lambda: teacher.encode(batch.images, batch.padding))()
     asked = method.queries(batch.labels, batch.boxes, teacher.label_embedding)
-    runs = {"distillation step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
+    runs = {"distillation "
+            "step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
             "student step": training_step(alone, lambda: sum(alone(None, batch).values())),
             "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
             "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3]))}
     rows = interleaved(runs, options.repeats, device, f"{detector}, distillation")
     ratio = rows["distillation step"]["seconds"] / sum(rows[name]["seconds"] for name in list(runs)[1:])
-    show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its parts", rows, options.batch)
+    show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its "
+         "parts", rows, options.batch)
     return rows | {"whole_over_parts": ratio}
 
 
@@ -291,7 +296,8 @@ def measure(options, device):
                               else training_step(model, loss_of(model, batch)))
             rows = interleaved(runs, options.repeats, device, f"{detector}, {part}")
             same = f"; the same weights, logits differ by {agree:.1e}" if len(both) > 1 else ""
-            show(f"{part}: {detector}, {options.batch} x {options.height} x {options.width}{same}", rows, options.batch,
+            show(f"{part}: {detector}, {options.batch} x {options.height} x "
+                 f"{options.width}{same}", rows, options.batch,
                  "ours")
             told.setdefault(part, {})[detector] = rows | {"logits_differ_by": agree}
         if "distill" in options.only:
@@ -302,7 +308,8 @@ def measure(options, device):
 def add_options(parser):
     """The options of `train.py bench`."""
     for name, default, text in (("height", 640, "of the images"), ("width", 640, "of the images"),
-                                ("batch", 2, "images at once"), ("repeats", 5, "of everything, interleaved")):
+                                ("batch", 2, "images at once"), ("repeats", 5, "of everything, "
+                                                                               "interleaved")):
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS, default=models.DETECTORS,
                         help="(default: all)")

@@ -20,7 +20,7 @@ from checkpoints import locked, write_text
 
 COUNTS = {"train": 4000, "val": 500, "tune": 500}
 FIRST = {"train": 0, "val": 100_000, "tune": 200_000}     # first image number of each split
-VERSION = 1                                               # of the drawing: another one, another data set
+VERSION = 1                                          # of the drawing: another one, another data set
 
 
 # ----------------------------------------------------------------------------------------------
@@ -37,12 +37,12 @@ def make(root, seed=0, counts=None, workers=2):
     """
     root = Path(root)
     stated = facts_of(root / "toy.json")
-    if stated:                                            # nothing to write, also on a read-only disk
+    if stated:                                          # nothing to write, also on a read-only disk
         check_facts(root / "toy.json", stated, seed, counts)
         return
     root.mkdir(parents=True, exist_ok=True)
     with locked(root, wait=True):
-        stated = facts_of(root / "toy.json")              # another process may have made it meanwhile
+        stated = facts_of(root / "toy.json")            # another process may have made it meanwhile
         if stated:
             check_facts(root / "toy.json", stated, seed, counts)
         else:
@@ -62,8 +62,8 @@ def check_facts(marker, stated, seed, counts):
     counts = dict(counts or (stated or {}).get("counts") or COUNTS)
     wanted = {"version": VERSION, "seed": seed, "counts": counts}
     if stated not in (None, wanted):
-        raise ValueError(f"{marker}: the folder holds a toy of {stated}, not {wanted}; delete it or "
-                         "choose another root")
+        raise ValueError(f"{marker}: the folder holds a toy of {stated}, not {wanted}; delete it "
+                         "or choose another root")
     return wanted
 
 
@@ -74,8 +74,8 @@ def draw_all(root, seed, counts, workers):
     names = {path.name for path in root.iterdir()}
     begun_by_us = names & {"toy.json", "toy.json.part"}   # also where a full disk left them empty
     if names and not begun_by_us:
-        raise ValueError(f"{root}: not empty and not a toy; give an empty or new folder as the toy's "
-                         "root")
+        raise ValueError(f"{root}: not empty and not a toy; give an empty or new folder as the "
+                         "toy's root")
     for folder in ("training/image_2", "training/label_2", "ImageSets"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     write_text(begun, json.dumps(facts))
@@ -126,8 +126,8 @@ def write_images(root, seed, parent, numbers):
 # ----------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 160, 48                                     # pixels
-FOCAL, CAMERA = 93.0, 1.65                                          # pixels (KITTI: 721 of 1242), metres above the road
-MOODS = {                                                           # light, colours of far air and sky, metres of sight
+FOCAL, CAMERA = 93.0, 1.65                      # pixels (KITTI: 721 of 1242), metres above the road
+MOODS = {                                       # light, colours of far air and sky, metres of sight
     "day": ((1.08, 1.05, 1.0), (196, 212, 228), (92, 148, 214), 140),
     "grey": ((.82, .86, .9), (176, 182, 188), (150, 158, 168), 90),
     "dusk": ((.9, .76, .68), (208, 166, 142), (96, 104, 158), 120),
@@ -188,7 +188,7 @@ class Thing:
 
     def __init__(self, scene, x=0.0, z=0.0, number=None, flip=1):
         self.s, self.x, self.z, self.number, self.flip = scene, x, z, number, flip
-        self.corners = []                                           # canvas points drawn, also beyond the border
+        self.corners = []                              # canvas points drawn, also beyond the border
 
     def at(self, u, v, d=0.0):
         scale = 2 * FOCAL / (self.z + d)                            # canvas pixels a metre
@@ -286,7 +286,7 @@ def head(t, s, u, v, hats):
 
 
 def pedestrian(t, s):
-    k, legs, coat = s.between(.89, 1.08), s.pick(CLOTHES), s.pick(CLOTHES)       # k: size beside 1.75 m
+    k, legs, coat = s.between(.89, 1.08), s.pick(CLOTHES), s.pick(CLOTHES)   # k: size beside 1.75 m
     stride, wide, hem = s.between(-.3, .3), s.between(.19, .25), s.pick([.8, .8, .55]) * k
     t.shadow(.34)
     if s.rng.random() < .25:
@@ -458,7 +458,7 @@ def draw_image(seed, number):
     """Scene `number` of a seed: a PIL image of 160x48 and its label lines. Depends on these two numbers only."""
     s = Scene(np.random.Generator(np.random.PCG64([seed, number])))
     backdrop(s)
-    plan, taken = [], []                                            # what to draw; rough boxes (x0, y0, x1, y1, z)
+    plan, taken = [], []                             # what to draw; rough boxes (x0, y0, x1, y1, z)
 
     def place(kind, draw, tall, wide, pixels, beside=False):
         """Find room where `tall` metres are `pixels` high; give up after six places that hide too much."""
