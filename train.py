@@ -138,10 +138,13 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
     Raises FloatingPointError, naming the first bad term and its images, when a loss is not finite;
     nothing is updated.
     """
+    # `inner` holds the modules; with several processes `learner` is DDP's wrapper around it.
     inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
     rank = dist.get_rank() if dist.is_initialized() else 0
     trainable = [p for p in inner.parameters() if p.requires_grad]
     device = trainable[0].device
+    # Autocast runs the networks in half precision; a disabled scaler leaves everything as it is, so
+    # that one backward path serves all precisions.
     amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
     generator = torch.Generator(device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
@@ -187,6 +190,7 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
+        # One line per step: the sum first, then every loss by name.
         report = log.pop("report", None)
         log = {"loss": sum(log.values()), **log,
                "grad_norm": norm.item() if norm.isfinite() else None,
@@ -206,6 +210,7 @@ def losses_of(learner, teacher, batch, generator, step):
 
 def numbers(losses, step, batch):
     """{name: float}, with one wait for the GPU. Raises FloatingPointError with the first bad one."""
+    # One tensor, so that the GPU is waited for once and not once per loss.
     stacked = torch.stack([value.detach().float() for value in losses.values()])
     values = dict(zip(losses, stacked.tolist()))
     for name, value in values.items():
@@ -227,13 +232,14 @@ def gradient_report(losses, student):
     It answers at once whether distillation is active, and how strong: a term of no gradient is off,
     one of a hundred times detection's drives the step alone.
     """
+    # Detection counts as one part, each of the method's losses as another.
     parts = {"detection": sum(value for name, value in losses.items() if is_detection(name))}
     parts |= {name: value for name, value in losses.items() if not is_detection(name)}
     total = sum(value.item() for value in parts.values())
     parameters = [p for p in student.parameters() if p.requires_grad]
     report = {}
     for name, value in parts.items():
-        gradients = ()
+        gradients = ()                           # a part that is off is a constant without a graph
         if value.requires_grad:
             gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         squares = sum(g.pow(2).sum().item() for g in gradients if g is not None)
@@ -329,7 +335,10 @@ def open_balance(cfg, method, steps):
 
 
 def lr_factor(cfg, step, steps):
-    """What the learning rates are multiplied with at this step (0-based)."""
+    """What the learning rates are multiplied with at this step (0-based).
+
+    Linear warm-up, then one drop to a tenth, or a cosine down to 2 %.
+    """
     if step < cfg.warmup:
         return (step + 1) / cfg.warmup
     if cfg.schedule == "drop":
@@ -354,11 +363,12 @@ def fit(cfg, run):
         if rank > 0:
             return _fit(cfg, run, device, rank, world)
         Path(run.out).mkdir(parents=True, exist_ok=True)
-        with checkpoints.locked(run.out):                 # two runs into one folder lose one of them
+        with checkpoints.locked(run.out):         # of two runs into one folder, one would be lost
             return _fit(cfg, run, device, rank, world)
 
 
 def _fit(cfg, run, device, rank, world):
+    """`fit` of one process: rank 0 writes, all of them train."""
     out = Path(run.out)
     last = out / "last.pt"
     if not run.resume and (held := [name for name in KEPT if (out / name).exists()]):
@@ -366,13 +376,7 @@ def _fit(cfg, run, device, rank, world):
                          "choose another --out")
 
     # Data first: whatever is wrong with it is said before a model is built.
-    with first_process_first():                   # it may have to draw the toy
-        train_set = build_data(cfg, cfg.train_split, augment=cfg.augment)
-        val_set = build_data(cfg, cfg.val_split)
-    if train_set.classes != val_set.classes:
-        differ = sorted({*train_set.classes} ^ {*val_set.classes}) or "another order"
-        raise ValueError(f"the training and validation splits of {cfg.root} have different classes "
-                         f"({differ}): give both the same --class-map or categories")
+    train_set, val_set = open_data(cfg)
     steps = cfg.steps
     if steps is None:
         steps = math.ceil(cfg.epochs * len(train_set) / (cfg.batch_size * world))
@@ -380,19 +384,15 @@ def _fit(cfg, run, device, rank, world):
         for leftover in out.glob(".*.pt.*"):      # of a kill in the middle of a save
             leftover.unlink()
 
-    # The seed is set here, so that the first weights are the same with and without a teacher.
-    torch.manual_seed(cfg.seed)
-    student = build_model(cfg, len(train_set.classes))
-    if cfg.init_from:
-        checkpoints.load_weights(student, cfg.init_from, classes=train_set.classes,
-                                 made_with=cfg.made_with or None)
-    student = student.to(device)
+    student = open_student(cfg, train_set).to(device)
     teacher = method = taught_by = None
     if cfg.teacher:
         teacher = open_teacher(cfg, run, val_set, device)
         check_pair(teacher, student, train_set)
         method, taught_by = open_method(cfg, teacher, student), fingerprint(teacher)
     balance = open_balance(cfg, method, steps)
+
+    # What learns: student and method, their optimizer, and the moving average that is evaluated.
     inner = Learner(student, method).train()
     optimizer = make_optimizer(cfg, student, method)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -408,6 +408,7 @@ def _fit(cfg, run, device, rank, world):
     stateful = {name: part for name, part in stateful.items() if part is not None}
     provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(),
                   "machine": machine(device), "world": world, "taught_by": taught_by}
+    # Where to begin: at step 0, or where the checkpoint stands.
     start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
     if run.resume and last.exists():
         saved = restore(last, stateful, provenance)
@@ -415,6 +416,7 @@ def _fit(cfg, run, device, rank, world):
     learner = DistributedDataParallel(inner) if world > 1 else inner
 
     def minutes():
+        """Time spent on this run, earlier sittings included."""
         return earlier + (time.monotonic() - began) / 60
 
     def save(step, path, resumable=True):
@@ -436,6 +438,7 @@ def _fit(cfg, run, device, rank, world):
         checkpoints.save(path, payload)
 
     def evaluate(step):
+        """AP of the averaged weights, into the history; the best so far are kept in best.pt."""
         nonlocal best
         if history and history[-1]["step"] == step:      # resumed after it: not twice in the curve
             history.pop()
@@ -451,12 +454,14 @@ def _fit(cfg, run, device, rank, world):
             save(step, out / "best.pt", resumable=False)
         return scores
 
+    # Write down what made the run before it runs.
     if rank == 0:
         command = " ".join(sys.argv)
         write_json(out / "config.json", {**provenance, "command": command, "steps": steps})
         trim_log(out / "log.jsonl", start)
     announce(cfg, train_set, val_set, student, start, steps, world, device)
 
+    # The loop: after each step the average, the log, the bar; now and then a checkpoint.
     batches = data.loader(train_set, cfg.batch_size, steps=steps, start=start, seed=cfg.seed,
                           workers=run.workers, rank=rank, world=world)
     on_device = (batch.to(device) for batch in batches)
@@ -489,7 +494,7 @@ def _fit(cfg, run, device, rank, world):
                 if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
                     save(done, last)
                     saved_at = time.monotonic()
-                if anyone(asked_to_stop, device):
+                if anyone(asked_to_stop, device):         # Ctrl-C: this step is finished, and kept
                     save(done, last)
                     raise Interrupted(f"stopped after step {done} of {steps}")
                 clock = time.monotonic()
@@ -497,6 +502,7 @@ def _fit(cfg, run, device, rank, world):
         bar.close()
         if log_file:
             log_file.close()
+    # Evaluate before saving: a model that answers with NaN stops here, its last good checkpoint kept.
     scores = evaluate(steps)
     save(steps, last)
 
@@ -512,11 +518,45 @@ def _fit(cfg, run, device, rank, world):
     return result
 
 
+def open_data(cfg):
+    """The training and the validation images.
+
+    Raises ValueError when their classes differ, naming the difference: labels are numbers, so a model
+    trained on one list would be judged by another.
+    """
+    with first_process_first():                   # it may have to draw the toy
+        train_set = build_data(cfg, cfg.train_split, augment=cfg.augment)
+        val_set = build_data(cfg, cfg.val_split)
+    if train_set.classes != val_set.classes:
+        differ = sorted({*train_set.classes} ^ {*val_set.classes}) or "another order"
+        raise ValueError(f"the training and validation splits of {cfg.root} have different classes "
+                         f"({differ}): give both the same --class-map or categories")
+    return train_set, val_set
+
+
+def open_student(cfg, train_set):
+    """The detector that is trained, on the CPU: fresh, or with the weights of `--init-from`.
+
+    The seed is set here, so that the first weights are the same with and without a teacher. Heads of
+    other classes than the source's start anew (checkpoints.load_weights says which).
+    """
+    torch.manual_seed(cfg.seed)
+    student = build_model(cfg, len(train_set.classes))
+    if cfg.init_from:
+        checkpoints.load_weights(student, cfg.init_from, classes=train_set.classes,
+                                 made_with=cfg.made_with or None)
+    return student
+
+
 KEPT = ("last.pt", "best.pt", "result.json")            # of a run's folder; not overwritten unasked
 
 
 def make_optimizer(cfg, student, method):
-    """AdamW over the student's groups of rates, and the method's own linear maps."""
+    """AdamW over the student's groups of rates, and the method's own linear maps.
+
+    The backbone learns slower, and in Deformable DETR the sampling offsets too: see
+    models.Detector.parameter_groups. The method's maps have the student's rate.
+    """
     groups = student.parameter_groups(cfg.lr, cfg.backbone_lr)
     if method is not None and list(method.parameters()):
         groups.append({"params": list(method.parameters()), "lr": cfg.lr})
@@ -528,7 +568,9 @@ def make_optimizer(cfg, student, method):
 def restore(path, stateful, provenance):
     """Put a run's checkpoint back into its parts -> the checkpoint.
 
-    Raises ValueError when it was made with other settings, or holds no state to continue from.
+    path: a last.pt.  stateful: {name: what has load_state_dict}.  provenance: what this run is.
+    Raises ValueError when it was made with other settings, naming them, or holds no state to
+    continue from.
     """
     def identity(facts):      # the teacher is known by its weights, wherever their file lies now
         return facts["settings"] | {"teacher": facts["taught_by"],
@@ -542,6 +584,7 @@ def restore(path, stateful, provenance):
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its "
                          f"command, which {path.parent}/config.json holds, choose another --out"
                          + longer * (set(differ) <= {"steps", "epochs"}))
+    # best.pt and exported weights hold no optimizer.
     if not stateful.keys() <= saved.get("resume", {}).keys():
         raise ValueError(f"{path} holds weights alone, nothing to resume from: start a new run "
                          "with --init-from")
@@ -551,17 +594,25 @@ def restore(path, stateful, provenance):
 
 
 def trim_log(path, steps):
-    """Forget what was logged after the last checkpoint: those steps are about to be made again."""
+    """Forget what was logged after the last checkpoint: those steps are about to be made again.
+
+    steps: how many of them the checkpoint has behind it. A line that was cut off goes too.
+    """
     if path.exists():
         whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
         write_text(path, "".join(line for line in whole if json.loads(line)["step"] < steps))
 
 
 def open_teacher(cfg, run, dataset, device):
-    """The frozen teacher. Refused with other classes, or with an AP that says it was never loaded."""
+    """The frozen teacher, in eval mode.
+
+    dataset: the validation images. Raises ValueError when it knows other classes, or when its AP says
+    that it was hardly loaded: users of other repositories trained for days beside such a teacher.
+    """
     teacher, payload = load_model(cfg.teacher)
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
+    # Its stored AP counts when it was measured on the same data; otherwise it is measured now.
     theirs, ours = payload["settings"], plain(cfg)
     differ = [k for k in EVALUATION if k not in ("root", "val_split") and theirs.get(k) != ours[k]]
     ap, source = payload["metrics"].get("AP"), "stored in its checkpoint"
@@ -580,6 +631,7 @@ def open_teacher(cfg, run, dataset, device):
 
 def open_method(cfg, teacher, student):
     """The distillation method of `--method`, with its `--method-options`, on the student's device."""
+    # The models say their widths, levels and classes, as far as the method asks for them.
     cls = method_class(cfg.method)
     known = inspect.signature(cls).parameters
     given = {"student_dim": student.config["hidden_dim"],
@@ -591,8 +643,8 @@ def open_method(cfg, teacher, student):
 
 def check_pair(teacher, student, dataset):
     """One image through both encoders: their memories must have the same tokens."""
-    image = dataset[0][0][None].to(next(student.parameters()).device)
-    nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)
+    image = dataset[0][0][None].to(next(student.parameters()).device)      # (1, 3, H, W)
+    nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)              # no padding
     training = student.training
     student.eval()
     with torch.no_grad():
@@ -606,7 +658,9 @@ def check_pair(teacher, student, dataset):
 
 
 def announce(cfg, train_set, val_set, student, start, steps, world, device):
-    """Say what is about to run, before the progress bar."""
+    """Say what is about to run, before the progress bar: data, model, length, rates, and whatever a
+    user would rather know now than after hours."""
+    # What is read, and what learns from it.
     if start:
         say(f"resume     at step {start} of {steps}")
     say(f"data       {train_set.summary}\n           {val_set.summary}")
@@ -614,6 +668,7 @@ def announce(cfg, train_set, val_set, student, start, steps, world, device):
     say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} "
         f"steps of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr "
         f"{cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
+    # What would be noticed only after hours.
     if student.num_queries < train_set.most_objects:
         say(f"note       an image has {train_set.most_objects} objects, more than the model's "
             f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
@@ -655,7 +710,11 @@ def finish_step_on_signal():
 
 
 def anyone(asked, device):
-    """True when any process was asked to stop, so that all stop after the same step."""
+    """True when any process was asked to stop, so that all stop after the same step.
+
+    A signal reaches the processes at different times; one that stopped alone would leave the others
+    waiting for its gradients.
+    """
     if not dist.is_initialized():
         return bool(asked)
     flag = torch.tensor(float(bool(asked)), device=device)
@@ -680,6 +739,7 @@ def quiet_interval():
 
 
 def say(text):
+    """Print a line above the progress bar, from the first process only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         tqdm.write(text)
 
@@ -689,6 +749,8 @@ def say(text):
 # ----------------------------------------------------------------------------------------------
 
 def pick_device(name="auto"):
+    """The torch.device of a name; auto: CUDA, else Apple's MPS, else the CPU. With torchrun, each
+    process has the GPU of its local rank."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -724,6 +786,7 @@ def first_process_first():
 
 def machine(device):
     """What a time was measured on."""
+    # platform knows no more than "x86_64" of many CPUs; Linux tells their model.
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -781,6 +844,7 @@ def digest(cfg, taught_by):
 
 
 def count_parameters(model):
+    """All of them, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -849,6 +913,7 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
     Options that are not given are those that the checkpoint was trained with, but for the folder of
     the data: a checkpoint never says which files are opened.
     """
+    # The options that the checkpoint was trained with, and over them those that are given.
     payload = load_payload(checkpoint)
     stored = {name: payload["settings"][name] for name in ("data", "class_map", "size")
               if name in payload["settings"]}
@@ -863,6 +928,7 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
             dataset = build_data(cfg, cfg.val_split)
         same_classes(payload, dataset, checkpoint)
         model = rebuild(payload).to(device)
+        # Detect, judge, tell.
         start = time.monotonic()
         results = detect(model, dataset, run, run.eval_batch)
         seconds = (time.monotonic() - start) / max(1, len(dataset))
@@ -902,6 +968,7 @@ def predict(checkpoint, images, out, min_score, size, device):
         except data.BrokenImage as error:
             broken.append(str(error))
             continue
+        # One image is a batch without padding.
         image, sides = data.prepare(picture, size), torch.tensor(picture.shape[1:])
         batch = data.collate([(image, {"image_id": index, "orig_size": sides})]).to(device)
         result, = answer(model, batch)
@@ -909,6 +976,7 @@ def predict(checkpoint, images, out, min_score, size, device):
         # Pictures are numbered: never the input itself, nor one name twice.
         drawn = out / f"{index:03d}_{Path(name).stem}.png"
         plots.predictions(picture, result, payload["classes"], min_score).savefig(drawn)
+        # The JSON lists what is drawn: what is sure enough.
         keep = result["scores"] >= min_score
         columns = (result[k][keep].tolist() for k in ("labels", "scores", "boxes"))
         listed.append({"image": str(name), "drawn": drawn.name, "detections": [
@@ -941,6 +1009,7 @@ def export(checkpoint, out):
     """A checkpoint's weights alone in half the bytes: fp16 safetensors, classes and figures beside."""
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"--out {out}: want a name ending in .safetensors")
+    # Published weights do not tell where files lay on the machine that made them.
     model, payload = load_model(checkpoint)
     payload["settings"] = {k: v for k, v in payload["settings"].items() if k not in PLACES}
     keep = ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes", "step",
@@ -958,7 +1027,7 @@ PLACES = ("root", "teacher", "init_from")       # settings that only say where a
 def load_payload(path):
     """A checkpoint of ours, or a run's folder -> what it holds, checked for what a model needs."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir():                                    # a run's folder
         path = path / "last.pt"
     payload = checkpoints.load(path)
     needed = {"model", "detector", "config", "classes", "data", "settings", "metrics"}
@@ -1014,6 +1083,7 @@ METHODS = ("clockdistill", "fitnets", "hinton", "fgd", "mgd", "gkd", "kd_detr", 
            "d3etr")
 
 
+# One line per option, which is its documentation too: `--help` is made of it.
 def option(default, text, **extra):
     """A field of a configuration: its default, and what `--help` says of it."""
     if default == {}:
@@ -1155,6 +1225,7 @@ def parse_size(text):
     """'800,1333' -> (800, 1333); None stays None."""
     if text is None:
         return None
+    # isdigit takes no sign and no point, so what passes is a whole number above 0.
     sides = text.split(",")
     if len(sides) != 2 or not all(side.strip().isdigit() and int(side) for side in sides):
         raise ValueError(f"--size {text}: want SHORT,MAX in pixels, e.g. 800,1333")
@@ -1170,6 +1241,7 @@ def build_data(cfg, split, augment=False):
 
 def build_model(cfg, num_classes):
     """The detector, with the options that cfg gives; the others have their official values."""
+    # None means the official value, which only models.py knows.
     overrides = {name: getattr(cfg, name) for name in models.described_options()
                  if getattr(cfg, name) is not None}
     named = {"none": False, "imagenet": True}
@@ -1204,6 +1276,7 @@ def read_options(pairs, known, what):
     options = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
+        # A mistyped name would otherwise be an experiment with the defaults.
         if name not in known:
             choices = ", ".join(f"{k}={v}" for k, v in known.items())
             raise ValueError(f"{what} {pair}: there is no option {name!r}, only {choices}")
@@ -1232,6 +1305,7 @@ def read_method_options(method, pairs):
 
 def configure(command, recipe=None, **given):
     """Options given on the command line, over a recipe, over the defaults -> (Config, Run)."""
+    # The toy has a recipe of its own: official models on 160 x 48 pixels would make no sense.
     if recipe is None and given.get("data", "toy") == "toy":
         recipe = "toy-student"
     detector = given.setdefault("detector", Config.detector)
@@ -1248,6 +1322,8 @@ def configure(command, recipe=None, **given):
         known = models.options_of(detector)
         given["made_with"] = read_options(given["made_with"], known, "--made-with")
     settings |= given
+
+    # `fit` knows no teacher, whatever the recipe says; `distill` cannot do without one.
     if command == "fit":
         settings |= dict(teacher=None, method=None, method_options={}, balance={})
     if command == "distill" and not settings.get("teacher"):
@@ -1409,6 +1485,7 @@ def add_options(parser, cls, only=None, without=()):
     for field in dataclasses.fields(cls):
         if field.name in without or only is not None and field.name not in only:
             continue
+        # int | None stands for an int that may be missing.
         kind = next(kind for kind in getattr(field.type, "__args__", (field.type,))
                     if kind is not type(None))
         text = field.metadata["help"]
@@ -1429,6 +1506,7 @@ def add_options(parser, cls, only=None, without=()):
 
 
 def describe_recipes():
+    """Every recipe, option by option, for `fit --help`."""
     lines = ["recipes (given options override them; without --recipe --data toy takes "
              "toy-student):"]
     for name, by_detector in RECIPES.items():
@@ -1465,11 +1543,13 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, purpose, **extra):
+        """A parser of one command, with --debug."""
         sub = commands.add_parser(name, help=purpose, formatter_class=text, **extra)
         sub.add_argument("--debug", action="store_true",
                          help="show the traceback of an error instead of one line")
         return sub
 
+    # fit and distill differ in the options about a teacher alone.
     for name, purpose, without in (("fit", "train a detector", DISTILLATION),
                                    ("distill", "train a student with a teacher", ())):
         methods = "\n\n" + describe_methods() if name == "distill" else ""
@@ -1480,6 +1560,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
         if name == "distill":
             p.set_defaults(method="clockdistill")
 
+    # What is done with a finished checkpoint.
     checkpoint = "last.pt, best.pt, exported safetensors, or a run's folder"
     p = command("eval", "COCO AP of a checkpoint on a split",
                 epilog="--data, --class-map and --size are those of the training when not given")
@@ -1502,6 +1583,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--checkpoint", required=True, help=checkpoint)
     p.add_argument("--out", required=True, help="file ending in .safetensors")
 
+    # Named here for the list of commands; `parse` opens them with options of their own.
     for name, purpose in EXPERIMENTS.items():
         command(name, purpose, add_help=False)
     return parser
@@ -1548,6 +1630,7 @@ def main(arguments=None):
     """The command line -> its exit status: 0, 2 for what a user can mend, 130 when stopped."""
     given = parse(list(sys.argv[1:] if arguments is None else arguments))
     command, debug = given.pop("command"), given.pop("debug")
+    # From here on Ctrl-C is an exception, and a run in progress finishes its step.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
