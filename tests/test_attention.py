@@ -1,6 +1,10 @@
 """attention.py: against the official implementations' primitives where ../shared is at hand, and by hand-worked
 numbers, slow twins and invariants everywhere."""
 import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +164,69 @@ def test_sampling_gradients():
     def sample(value, points, weights):
         return attention.deformable_sample(value, [(2, 3)], points, weights)
     assert torch.autograd.gradcheck(sample, (value, points, weights))
+
+
+class Sampled(nn.Module):
+    """Deformable attention of fixed shapes, as a program that takes tensors only."""
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs, [(4, 6), (2, 3)])
+
+
+def traced(program, inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")        # torch.jit.trace is deprecated, but ONNX's older exporter uses it
+        trace = torch.jit.trace(program, inputs)
+    return trace, str(trace.inlined_graph)
+
+
+def exported(program, inputs):
+    program = torch.export.export(program, inputs).module()
+    return program, [graph.code for graph in program.modules() if isinstance(graph, torch.fx.GraphModule)]
+
+
+def compiled(program, inputs):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph
+    return torch.compile(program, fullgraph=True, backend=backend), graphs
+
+
+@pytest.mark.parametrize("write_down", [exported, traced, compiled])
+def test_a_program_for_another_machine_samples_with_grid_sample(write_down):
+    """Not with the CPU's sparse product: an ONNX file of DINO with it did not load."""
+    torch.manual_seed(0)
+    program = Sampled(DeformableAttention(8, 2, 2, 2).eval())
+    centre, unit, tokens = torch.rand(1, 5, 2, 2), torch.full((1, 1, 2, 2), 0.1), torch.randn(1, 30, 8)
+    inputs = torch.randn(1, 5, 8), centre, unit, tokens, torch.zeros(1, 30, dtype=torch.bool)
+    again, graph = write_down(program, inputs)
+    torch.testing.assert_close(again(*inputs), program(*inputs))
+    graph = str(graph)
+    assert "grid_sample" in graph
+    assert not any(name in graph for name in ("embedding_bag", "PythonOp", "autograd_function"))
+
+
+def test_torch_is_not_heard_about_sparse_matrices_and_warnings_stay_as_they_are():
+    """In a process in which every warning is an error: after two trained samplings its filters are the same."""
+    program = """
+import warnings, torch
+before = list(warnings.filters)
+import attention
+for _ in range(2):
+    value = torch.rand(1, 4, 1, 2, requires_grad=True)
+    points = torch.rand(1, 3, 1, 1, 2, 2, requires_grad=True)
+    weights = torch.rand(1, 3, 1, 1, 2, requires_grad=True)
+    attention.deformable_sample(value, [(2, 2)], points, weights).sum().backward()
+assert warnings.filters == before
+"""
+    child = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", program],
+                           capture_output=True, text=True, cwd=Path(attention.__file__).parent)
+    assert child.returncode == 0 and not child.stderr, child.stderr
 
 
 def test_padded_tokens_are_as_if_outside_the_map():

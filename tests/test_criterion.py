@@ -329,6 +329,8 @@ def test_normaliser_is_the_mean_over_processes(monkeypatch):
     monkeypatch.setattr(criterion.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(criterion.dist, "all_reduce", lambda x: x.add_(4))
     assert criterion.normaliser([3], "cpu") == 3.5
+    count = torch.tensor(-4.)                                             # a caller's own tensor stays as it is
+    assert criterion.mean_over_processes(count, 0.25) == 0.25 and count == -4
 
 
 # ------------------------------------------------------------------------------------------------------ every detector
