@@ -104,7 +104,7 @@ def test_what_is_compared_by_hand():
         "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "agreement": 0, "elsewhere": 0}}
     text = " ".join(look.summary(objects, "teacher", ["student"]))
     assert "1 of the 2 objects" in text and "0.75 on the same" in text         # not the one whose boxes differ
-    assert "0.38 on different" in text and "0.88 with a look spread evenly" in text
+    assert "0.38 on different" in text and "0.88 with uniform attention" in text
 
 
 def save(path, detector, seed=0, classes=CLASSES):
