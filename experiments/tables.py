@@ -434,7 +434,7 @@ def choose(done, lines):
     chosen, scores = {}, {}
     for line in lines:
         score = np.mean([done[job.name]["AP"] for job in line.jobs])
-        for what in {line.label, "clockdistill" if line.label in HALVES else line.label}:
+        for what in [line.label] + ["clockdistill"] * (line.label in HALVES):
             if score > scores.get((line.detector, what), -1):
                 scores[line.detector, what] = score
                 chosen.setdefault(line.detector, {})[what] = line.jobs[0].cfg.method_options
