@@ -37,7 +37,7 @@ import models
 from experiments import plots
 from experiments import tables
 import train
-from clockdistill import CLoCKDistill, location_mask
+from clockdistill import location_mask
 
 # %matplotlib inline
 torch.manual_seed(0)
