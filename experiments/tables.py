@@ -1,30 +1,39 @@
-"""The tables: a plan of runs, each a command of train.py, and what is read off their results.
+"""The tables: a plan of runs, each a command of train.py, and the pages made from their results.
 
-    python train.py table toy                  runs what is missing, resumes what was cut off, rebuilds results/toy
-    python train.py table toy --rebuild        only rebuilds tables and figures, from the JSON of the runs that are done
-    python train.py table toy --shard 2/3      a third of the runs, for another machine: bring results/toy/runs together
-                                               (and the folders of the teachers, where they do not come with the code)
+    python train.py table toy              runs what is missing, resumes what was cut off, writes the pages
+    python train.py table toy --rebuild    only writes the pages, from the results there are
+    python train.py table toy --shard 2/3  a third of the runs, for another machine: afterwards bring the
+                                           files of results/toy/runs together (and teachers' folders)
 
-A run leaves its checkpoints in a folder of its own under --work, and a small JSON, under its name, in RESULTS/runs.
-Everything else in RESULTS is computed from those files. Tuning uses other images (split "tune") and other seeds than
-any table; what it chose is read off its runs' JSON too (`chosen`).
+A run keeps its checkpoints in a folder under --work, and one small JSON in RESULTS/runs. Both have the
+run's name, which holds a digest of its settings and of the teacher's weights: a run of other settings
+has another name. Everything else in RESULTS is computed from these files:
+
+    chosen.json   {detector: {what was tuned: its best options}}; the tables read it
+    tuning.json   every trial            tables.json, tables.md, *.png   the tables
+    speed.json, reading.json             measured once; delete a file to measure it again
 """
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import inspect
 import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                    # Windows: there no job is locked
+    fcntl = None
 
 import numpy as np
 import scipy.special
@@ -34,86 +43,128 @@ from tqdm import tqdm
 
 import data
 import models
-from experiments import bench, plots
 import train
-from checkpoints import set_aside, write_json, write_text
+from checkpoints import write_json, write_text
 from clockdistill import CLoCKDistill
-from experiments import look
+from experiments import bench, look, plots
 from experiments.demo import shipped_teacher
-from train import PRESETS
+from train import HERE, PRESETS
 
-HERE = Path(__file__).resolve().parent.parent
-TABLES = ("search", "main", "rivals", "ablation", "sensitivity", "schedule")
-RIVALS = ("fitnets", "hinton", "fgd", "mgd", "gkd", "kd_detr", "detrdistill", "d3etr")
+RIVALS = tuple(method for method in train.METHODS if method != "clockdistill")
+TRAIN = HERE / "train.py"
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-# --------------------------------------------------------------------------------------------------------------- a plan
+# ----------------------------------------------------------------------------------------------
+# The plan: every row of every table
+# ----------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Job:
-    """One run: what its command depends on."""
-    scale: str                         # "toy" | "kitti" | "coco"
-    detector: str
-    role: str                          # "teacher" | "student"
-    method: str | None = None          # of distillation
-    options: tuple = ()                # its options, sorted (name, value) pairs
-    seed: int = 0
-    split: str = "val"                 # where AP is measured
-    steps: float = 1.                  # as a multiple of the recipe's
+# Which detectors have a row, by letter. A new kind of data takes the letters of the rows it wants.
+TOY = {"A": "deformable_detr", "B": "dino", "C": "dab_detr"}
+PAPER = {"D": "dino", "E": "deformable_detr", "F": "dab_detr"}
 
-    @property
-    def name(self):
-        """Folder and file name; the options as a short digest, they are spelt out in the JSON."""
-        if self.role == "teacher":
-            return f"{self.detector}-teacher"
-        digest = hashlib.sha256(repr(self.options).encode()).hexdigest()[:6]
-        what = f"{self.method}-{digest}" if self.method else "student"
-        return (f"{self.detector}-{what}" + (f"-x{self.steps:.2g}" if self.steps != 1 else "")
-                + (f"-{self.split}" if self.split != "val" else "") + f"-{self.seed}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: the same run with several seeds."""
-    table: str
-    detector: str
-    label: str                         # in the table
-    jobs: tuple
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How far a plan goes, and where its figures stand. Steps are multiples of the recipe's; the main table's are 1."""
-    main_seeds: tuple
-    seeds: tuple                       # of the other tables
-    steps: float                       # of the other tables
-    others: dict                       # the other tables' detectors
-    tune_seeds: tuple                  # () = nothing is tuned: published weights
-    tune_steps: dict                   # of each detector: where a third tells nothing, more
-    arguments: tuple                   # of every run, which change no figure
-    images: int                        # of the training split
-    image_size: tuple                  # (height, width) where cost is told
-    download: str
-
-
-SCALES = {
-    "toy": Scale((0, 1, 2, 3, 4), (0, 1, 2), 1 / 2,
-                 {"search": ("dino", "deformable_detr"), "rivals": ("deformable_detr",),
-                  "ablation": ("deformable_detr", "dino"), "sensitivity": ("deformable_detr",),
-                  "schedule": ("deformable_detr",)}, (100,),
-                 {"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 1 / 2},
-                 ("--eval-every", "400", "--eval-batch", "20", "--workers", "1"), 4000, (48, 160),
-                 "nothing: the images are drawn on first use"),
-    "kitti": Scale((0, 1, 2), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), {}, ("--eval-every", "5000"), 5985,
-                   (402, 1333),
-                   "KITTI's left colour images (12 GB) and training labels (5 MB) from cvlibs.net/datasets/kitti, into "
-                   "ROOT/training/image_2 and label_2; torchvision's ResNet weights come by themselves"),
-    "coco": Scale((0,), (0,), 1, dict.fromkeys(TABLES[2:], ("dino",)), (), {}, ("--eval-every", "20000"), 118_287,
-                  (800, 1333),
-                  "COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from cocodataset.org, into "
-                  "ROOT/train2017, val2017 and annotations; torchvision's ResNet weights come by themselves"),
+# A row: (detectors, label, whose options it has, what differs from them). "student" and "teacher" are
+# trained without a teacher; a rival or a piece of the method has the options that tuning chose for it.
+# In what differs, a function changes the chosen value, None takes the method's default, and "steps" is
+# the length of the runs as a multiple of the recipe's. A row whose change changes nothing is left out.
+QUARTER, FOUR_TIMES = (lambda value: value / 4), (lambda value: value * 4)
+PLAN = {
+    # Where does the logit part earn its place? Alone, one change at a time. It made train.PRESETS.
+    "search": [
+        ("BA", "student", "student", {}),
+        ("BA", "logit part alone", "search", {}),
+        ("BA", "lambda_log = 0.1", "search", {"lambda_log": 0.1}),
+        ("BA", "lambda_log = 2", "search", {"lambda_log": 2.0}),
+        ("BA", "content: label", "search", {"content": "label"}),
+        ("BA", "content: label, noise 0.25", "search", {"content": "label", "label_noise": 0.25}),
+        ("BA", "content: frozen random", "search", {"content": "random"}),
+        ("BA", "content: zero", "search", {"content": "zero"}),
+        ("BA", "no box noise", "search", {"box_noise": 0.0}),
+        ("BA", "3 groups", "search", {"groups": 3}),
+        ("BA", "last layer only", "search", {"layers": "last"}),
+        ("BA", "divided by the number of queries", "search", {"normalise": "queries"}),
+        ("BA", "temperature 1", "search", {"temperature": 1.0}),
+        ("BA", "softmax over classes", "search", {"classes": "softmax_of_sigmoid"}),
+        ("BA", "and 24 random queries", "search", {"random_queries": 24}),
+        ("BA", "and the teacher's own queries", "search", {"learned": True}),
+    ],
+    "main": [
+        ("CABFED", "teacher", "teacher", {}),
+        ("CABFED", "student", "student", {}),
+        ("CABFED", "clockdistill", "clockdistill", {}),
+        ("AB", "clockdistill with the scale mask", "with_scale", {}),
+        ("AB", "clockdistill without the scale mask", "without_scale", {}),
+    ],
+    "rivals": [
+        ("AD", "student", "student", {}),
+        *(("AD", method, method, {}) for method in RIVALS),
+        ("AD", "clockdistill", "clockdistill", {}),
+        ("AD", "clockdistill without random queries", "clockdistill", {"random_queries": 0}),
+        ("A", "clockdistill with the scale mask", "with_scale", {}),
+        ("A", "clockdistill without the scale mask", "without_scale", {}),
+    ],
+    # The toy's second detector shows what each part adds, not what the parts are made of.
+    "ablation": [
+        ("ABD", "none", "student", {}),
+        ("A", "memory, every token alike", "memory_plain", {}),
+        ("A", "+ location mask", "memory_location", {}),
+        ("A", "+ scale mask", "memory", {}),
+        ("BD", "the memory part, as chosen", "memory_part", {}),
+        ("AD", "logits on the teacher's learned queries", "logit_part",
+         {"target": False, "learned": True, "random_queries": 0}),
+        ("AD", "logits on random fixed queries", "logit_part",
+         {"target": False, "random_queries": 24}),
+        ("AD", "logits on target-aware queries alone", "logit_part", {"random_queries": 0}),
+        ("ABD", "the logit part, as chosen", "logit_part", {}),
+        ("AD", "... with random queries", "logit_part", {"random_queries": 24}),
+        ("AD", "... content: label", "logit_part", {"content": "label"}),
+        ("AD", "... content: frozen random", "logit_part", {"content": "random"}),
+        ("AD", "... 1 group", "logit_part", {"groups": 1}),
+        ("AD", "... 3 groups", "logit_part", {"groups": 3}),
+        ("AD", "... no box noise", "logit_part", {"box_noise": 0.0}),
+        ("AD", "... no confidence weight", "logit_part",
+         {"confidence": False, "normalise": "queries"}),
+        ("ABD", "both parts: clockdistill", "clockdistill", {}),
+        ("A", "both parts, with the scale mask", "with_scale", {}),
+        ("A", "both parts, without the scale mask", "without_scale", {}),
+    ],
+    # Labels begin with one of PANELS, the settings that are drawn.
+    "sensitivity": [
+        ("AD", "student", "student", {}),
+        ("AD", "lambda_mem / 4", "clockdistill", {"lambda_mem": QUARTER}),
+        ("AD", "lambda_mem chosen", "clockdistill", {}),
+        ("AD", "lambda_mem x 4", "clockdistill", {"lambda_mem": FOUR_TIMES}),
+        ("AD", "lambda_log / 4", "clockdistill", {"lambda_log": QUARTER}),
+        ("AD", "lambda_log chosen", "clockdistill", {}),
+        ("AD", "lambda_log x 4", "clockdistill", {"lambda_log": FOUR_TIMES}),
+        ("AD", "alpha : beta 1 : 0", "clockdistill", {"beta": 0.0}),
+        ("AD", "alpha : beta 500 : 1", "clockdistill", {}),
+        ("AD", "alpha : beta 5 : 1", "clockdistill", {"beta": 1e-5}),
+        # Without the scale mask this is a plain copy of every token.
+        ("AD", "alpha : beta 1 : 1", "clockdistill", {"beta": 5e-5}),
+        ("AD", "temperature 1.0", "clockdistill", {"temperature": 1.0}),
+        ("AD", "temperature 3.0", "clockdistill", {"temperature": 3.0}),
+        ("AD", "temperature 10.0", "clockdistill", {}),
+    ],
+    "schedule": [
+        ("A", "student, 0.5 x the steps", "student", {"steps": 0.5}),
+        ("A", "distilled, 0.5 x the steps", "clockdistill", {"steps": 0.5}),
+        ("AD", "student, 1 x the steps", "student", {"steps": 1}),
+        ("AD", "distilled, 1 x the steps", "clockdistill", {"steps": 1}),
+        ("AD", "student, 2 x the steps", "student", {"steps": 2}),
+        ("AD", "distilled, 2 x the steps", "clockdistill", {"steps": 2}),
+    ],
 }
+TABLES = tuple(PLAN)
+PANELS = ("lambda_mem", "lambda_log", "alpha : beta", "temperature")
+# Rows that are CLoCKDistill as a whole: a picture of gains gives them its colour.
+WHOLE = ("clockdistill", "with_scale", "without_scale")
+OURS = {label for rows in PLAN.values() for _, label, what, _ in rows if what in WHOLE}
+
+# The setting that the search changes. DAB-DETR takes what won for Deformable DETR, which has no
+# denoising queries either.
+SEARCHED = {"lambda_mem": 0.0, "lambda_log": 0.5, "content": "own", "box_noise": 0.4,
+            "normalise": "confidence"}
 
 
 def scaled(options, factors=(1, 4, 16, 64)):
@@ -121,398 +172,485 @@ def scaled(options, factors=(1, 4, 16, 64)):
     return [{name: value * factor for name, value in options.items()} for factor in factors]
 
 
-def both_parts(lambda_mem, **switch):
-    """CLoCKDistill's four trials: the memory's weight in steps of four, and the middle one beside lighter answers."""
-    return [switch | {"lambda_mem": memory, "lambda_log": logits} for memory, logits in
-            ((lambda_mem // 4, 0.5), (lambda_mem, 0.5), (lambda_mem * 4, 0.5), (lambda_mem, 0.1))]
+def both_parts(light, middle, heavy):
+    """CLoCKDistill's trials: three weights of the memory, and the middle one with lighter answers."""
+    return [{"lambda_mem": memory, "lambda_log": logits} for memory, logits in
+            ((light, 0.5), (middle, 0.5), (heavy, 0.5), (middle, 0.1))]
 
 
-# What is tuned, by the same budget of four trials for every method: how heavy it is. The lightest trials begin near
-# detection's gradient (memory) or well below it (answers: heavy ones crowd detection out; `train.gradient_report`).
-# CLoCKDistill has two such budgets, with the scale mask S and without: the better one is "clockdistill" (`tuning`).
+# What is tuned, with four trials for every method: how heavy it is. The lightest trials begin near
+# detection's gradient (memory) or well below it (answers: heavy ones crowd detection out;
+# `train.gradient_report`). {what: (options of every trial, what differs)}. CLoCKDistill's have the
+# detector's preset too; the best of its eight, with or without the scale mask, is "clockdistill".
+HALVES = ("with_scale", "without_scale")
 TRIALS = {
-    "with_scale": both_parts(5000),
-    "without_scale": both_parts(960, scale=False),
-    "fitnets": scaled({"weight": 8}),
-    "hinton": scaled({"weight": 0.05}),
-    "fgd": scaled({"alpha": 4e-3, "beta": 2e-3, "gamma": 4e-3, "lambda_global": 2e-5}),
-    "mgd": scaled({"alpha": 1e-3}),
-    "gkd": scaled({"alpha": 0.01, "beta": 5}),
-    "kd_detr": [{"general": 24} | trial
-                for trial in scaled({"cls_weight": 1 / 64, "l1_weight": 5 / 64, "giou_weight": 2 / 64})],
-    "detrdistill": scaled({"logits": 1 / 16, "memory": 10 / 16, "prior": 1 / 16}),
-    "d3etr": scaled({"adaptive": 1 / 16, "fixed": 1 / 16}),
+    "with_scale": ({}, both_parts(1250, 5000, 20000)),
+    "without_scale": ({"scale": False}, both_parts(240, 960, 3840)),
+    "fitnets": ({}, scaled({"weight": 8})),
+    "hinton": ({}, scaled({"weight": 0.05})),
+    "fgd": ({}, scaled({"alpha": 4e-3, "beta": 2e-3, "gamma": 4e-3, "lambda_global": 2e-5})),
+    "mgd": ({}, scaled({"alpha": 1e-3})),
+    "gkd": ({}, scaled({"alpha": 0.01, "beta": 5})),
+    "kd_detr": ({"general": 24}, scaled({"cls_weight": 1 / 64, "l1_weight": 5 / 64,
+                                         "giou_weight": 2 / 64})),
+    "detrdistill": ({}, scaled({"logits": 1 / 16, "memory": 10 / 16, "prior": 1 / 16})),
+    "d3etr": ({}, scaled({"adaptive": 1 / 16, "fixed": 1 / 16})),
+    # The pieces of the memory part: a mask changes the size of the sum, so each is tuned. On the
+    # toy the first is just FitNets, with its very weights.
+    "memory_plain": ({"lambda_log": 0.0, "location": False, "scale": False},
+                     scaled({"lambda_mem": 15.625})),
+    "memory_location": ({"lambda_log": 0.0, "scale": False}, scaled({"lambda_mem": 60})),
+    "memory": ({"lambda_log": 0.0}, scaled({"lambda_mem": 600})),
 }
-# The memory part in pieces. Each piece's weight is tuned too: the masks change the size of the sum.
-MEMORY = {
-    "memory_plain": {"lambda_log": 0.0, "location": False, "scale": False},
-    "memory_location": {"lambda_log": 0.0, "scale": False},
-    "memory": {"lambda_log": 0.0},
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How far the plan goes on one kind of data. Steps are multiples of the recipe's."""
+    recipe: str                        # prefix of train.RECIPES
+    detectors: dict                    # {letter of the plan: detector}
+    main_seeds: tuple
+    seeds: tuple                       # of the other tables
+    steps: float                       # of the other tables; the main table's are 1
+    images: int                        # of the training split
+    image_size: tuple                  # (height, width) where cost is told
+    options: dict                      # of every run's command
+    download: str
+    tune_seeds: tuple = ()             # (): nothing is tuned
+    tune_steps: dict = field(default_factory=dict)       # of each detector
+    splits: dict = field(default_factory=dict)           # {"val" or "tune": a file, where it has one}
+
+
+SCALES = {
+    "toy": Scale(
+        "toy", TOY, main_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2), steps=1 / 2, images=4000,
+        image_size=(48, 160),
+        options={"eval_every": 400, "eval_batch": 20, "workers": 1},
+        download="nothing: the images are drawn on first use", tune_seeds=(100,),
+        # After a third of the steps DAB-DETR's AP is still near 0.
+        tune_steps={"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 1 / 2}),
+    "kitti": Scale(
+        "kitti", PAPER, main_seeds=(0, 1, 2), seeds=(0,), steps=1, images=5985,
+        image_size=(402, 1333), options={"eval_every": 5000},
+        download="KITTI's left colour images (12 GB) and training labels (5 MB) from "
+                 "cvlibs.net/datasets/kitti, into ROOT/training/image_2 and label_2; torchvision's "
+                 "ResNet weights come by themselves"),
+    "coco": Scale(
+        "coco", PAPER, main_seeds=(0,), seeds=(0,), steps=1, images=118_287,
+        image_size=(800, 1333), options={"eval_every": 20000},
+        download="COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from "
+                 "cocodataset.org, into ROOT/train2017, val2017 and annotations; torchvision's ResNet "
+                 "weights come by themselves"),
 }
-TRIALS |= {
-    "memory_plain": scaled({"lambda_mem": 15.625}),          # on the toy just FitNets, with its very weights
-    "memory_location": scaled({"lambda_mem": 60}),
-    "memory": scaled({"lambda_mem": 600}),
-}
-# Only DINO has label embeddings; the others are asked with a frozen random one, the same for both models.
-LABEL = {"dino": "label", "deformable_detr": "random_label", "dab_detr": "random_label"}
-# In which setting does the logit part earn its place? Alone, one change at a time from this one. DAB-DETR takes what
-# won for Deformable DETR, which has no denoising queries either.
-LOGITS = {"lambda_mem": 0.0, "lambda_log": 0.5, "content": "own", "box_noise": 0.4, "normalise": "confidence"}
-SEARCH = [
-    ("logit part alone", {}),
-    ("lambda_log = 0.1", {"lambda_log": 0.1}),
-    ("lambda_log = 2", {"lambda_log": 2.0}),
-    ("content: label", {"content": LABEL}),
-    ("content: label, noise 0.25", {"content": LABEL, "label_noise": 0.25}),
-    ("content: frozen random", {"content": "random"}),
-    ("content: zero", {"content": "zero"}),
-    ("no box noise", {"box_noise": 0.0}),
-    ("3 groups", {"groups": 3}),
-    ("last layer only", {"layers": "last"}),
-    ("divided by the number of queries", {"normalise": "queries"}),
-    ("temperature 1", {"temperature": 1.0}),
-    ("softmax over classes", {"classes": "softmax"}),
-    ("and 24 random queries", {"random_queries": 24}),
-    ("and the teacher's own queries", {"learned": True}),
-]
-# Around the chosen setting: {what: [(its value, change)]}; a function gets the chosen options.
-SENSITIVITY = {
-    "lambda_mem": [("/ 4", lambda o: {"lambda_mem": o["lambda_mem"] / 4}), ("chosen", lambda o: {}),
-                   ("x 4", lambda o: {"lambda_mem": o["lambda_mem"] * 4})],
-    "lambda_log": [("/ 4", lambda o: {"lambda_log": o["lambda_log"] / 4}), ("chosen", lambda o: {}),
-                   ("x 4", lambda o: {"lambda_log": o["lambda_log"] * 4})],
-    "alpha : beta": [("1 : 0", lambda o: {"beta": 0.0}), ("500 : 1", lambda o: {}),
-                     ("5 : 1", lambda o: {"beta": 1e-5}),
-                     ("1 : 1", lambda o: {"beta": 5e-5})],       # without S a plain copy of every token
-    "temperature": [(f"{t}", lambda o, t=t: {"temperature": t}) for t in (1.0, 3.0, 10.0)],
-}
-PLACES = ("root", "teacher", "init_from")                    # settings that only say where a file lies
 
 
-def pairs(options):
-    return tuple(sorted(options.items()))
+# ----------------------------------------------------------------------------------------------
+# From rows to runs
+# ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Study:
+    """One set of tables: where its files lie, what goes to every run, and the results so far."""
+    scale: str
+    root: str                          # folder of the data
+    work: Path                         # folder of the runs' folders
+    results: Path
+    shipped: dict                      # {detector: file} of teachers that need no training
+    changes: dict = field(default_factory=dict)          # further options of every run
+    of_students: dict = field(default_factory=dict)      # and of every run with a teacher
+    done: dict = field(default_factory=dict)             # {name of a run: its result}
+
+    @property
+    def scope(self):
+        return SCALES[self.scale]
 
 
-def changed(options, change):
-    """What of a change to CLoCKDistill's options is one, so that the same run is not planned under two names."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(CLoCKDistill).parameters.items()}
-    now = defaults | PRESETS[options.get("preset", "paper")] | options
-    return {name: value for name, value in change.items() if now[name] != value}
+@dataclass(frozen=True)
+class Job:
+    """One run. Two jobs of one name are the same run."""
+    name: str
+    role: str = field(compare=False)                   # "teacher" | "student"
+    steps: float = field(compare=False)                # as a multiple of the recipe's
+    arguments: tuple = field(compare=False)            # of train.py
+    cfg: train.Config = field(compare=False)
 
 
-def shard(text):
-    """'2/3' -> (1, 3), for argparse."""
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise argparse.ArgumentTypeError(f"want I/N, 1/3 to 3/3, not {text}")
-    return int(index) - 1, int(count)
+@dataclass(frozen=True)
+class Line:
+    """One row of a table for one detector: the same run with several seeds."""
+    table: str
+    detector: str
+    label: str
+    jobs: tuple
+    alone: tuple = ()                  # the same students without a teacher, its baseline
 
 
-def plan(scale, chosen, only=TABLES):
-    """-> [Row] of every table of `only`. chosen(detector, what): the options that tuning found (`tuning`)."""
-    scope, rows = SCALES[scale], []
+@functools.cache
+def shipped_weights(file):
+    """The fingerprint of a teacher that comes with the repository."""
+    return train.fingerprint(train.load_model(file)[0])
 
-    def detectors(table):
-        if table not in only:
-            return ()
-        return models.DETECTORS if table == "main" else scope.others.get(table, ())
 
-    def row(table, detector, label, seeds=scope.seeds, steps=scope.steps, **job):
-        rows.append(Row(table, detector, label,
-                        tuple(Job(scale, detector, seed=seed, steps=steps, **job) for seed in seeds)))
+def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, split="val"):
+    """The run of these settings, with its name and its command."""
+    scope, command, taught_by = study.scope, "fit", None
+    given = {"recipe": f"{scope.recipe}-{role}", "detector": detector, "root": study.root,
+             "seed": seed, "val_split": scope.splits.get(split, split), **scope.options}
+    if method:
+        command = "distill"
+        file, taught_by = teacher_of(study, detector)
+        given |= {"teacher": file, "method": method, **study.of_students}
+    given |= study.changes
 
-    def taught(table, detector, label, options, method="clockdistill", **job):
-        row(table, detector, label, role="student", method=method, options=pairs(options), **job)
+    # These come last: the length is a multiple of what the changes say.
+    cfg, _ = train.configure(command, **given)
+    if steps != 1 and cfg.steps is None:
+        given["epochs"] = cfg.epochs * steps
+    elif steps != 1:
+        given["steps"] = round(cfg.steps * steps)
+    if options:
+        given["method_options"] = [f"{name}={value}" for name, value in sorted(options.items())]
+    cfg, _ = train.configure(command, **given)
 
-    def other_mask(table, detector, label, **job):
-        """CLoCKDistill as tuned without S, or with S where the chosen one has none; no row where nothing is tuned."""
-        if scope.tune_seeds:
-            switch = "with" if chosen(detector, "clockdistill").get("scale") is False else "without"
-            taught(table, detector, f"{label} {switch} the scale mask", chosen(detector, f"{switch}_scale"), **job)
+    # The seeds of a row share their digest. A teacher that is not trained here is its weights.
+    name = f"{detector}-{method or role}" + (f"-x{steps:.2g}" if steps != 1 else "")
+    name += f"-{split}" if split != "val" else ""
+    if role == "teacher" and detector in study.shipped:
+        name += "-" + shipped_weights(study.shipped[detector])[:8]
+    else:
+        name += f"-{train.digest(dataclasses.replace(cfg, seed=0), taught_by)}-{seed}"
+    return Job(name, role, steps, (command, *as_words(given)), cfg)
 
-    for detector in detectors("search"):
-        tune = dict(seeds=scope.tune_seeds, split="tune", steps=scope.tune_steps[detector])
-        row("search", detector, "student", role="student", **tune)
-        for label, change in SEARCH:
-            change = {key: LABEL[detector] if value is LABEL else value for key, value in change.items()}
-            taught("search", detector, label, LOGITS | change, **tune)
-    for detector in detectors("main"):
-        main = dict(seeds=scope.main_seeds, steps=1)
-        row("main", detector, "teacher", (0,), 1, role="teacher")
-        row("main", detector, "student", role="student", **main)
-        taught("main", detector, "clockdistill", chosen(detector, "clockdistill"), **main)
-        if detector in scope.others["ablation"]:
-            other_mask("main", detector, "clockdistill", **main)
-    for detector in detectors("rivals"):
-        row("rivals", detector, "student", role="student")
-        for method in RIVALS:
-            taught("rivals", detector, method, chosen(detector, method), method=method)
-        best = chosen(detector, "clockdistill")
-        taught("rivals", detector, "clockdistill", best)
-        if fewer := changed(best, {"random_queries": 0}):            # the chosen ones have KD-DETR's beside them
-            taught("rivals", detector, "clockdistill without random queries", best | fewer)
-        other_mask("rivals", detector, "clockdistill")
-    for index, detector in enumerate(detectors("ablation")):
-        best = chosen(detector, "clockdistill")
-        memory, logits = best | {"lambda_log": 0.0}, best | {"lambda_mem": 0.0}
-        logits.pop("scale", None)                                    # of the memory part
-        row("ablation", detector, "none", role="student")
-        if index:                                  # a second detector shows what each part adds, not what it is made of
-            taught("ablation", detector, "the memory part, as chosen", memory)
-            taught("ablation", detector, "the logit part, as chosen", logits)
-            taught("ablation", detector, "both parts: clockdistill", best)
-            continue
-        if scope.tune_seeds:                       # each mask changes the size of the sum: each row's weight is tuned
-            for label, variant in (("memory, every token alike", "memory_plain"),
-                                   ("+ location mask", "memory_location"), ("+ scale mask", "memory")):
-                taught("ablation", detector, label, chosen(detector, variant))
+
+def as_words(given):
+    """{option: value} -> words of a command line."""
+    words = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            taught("ablation", detector, "the memory part, as chosen", memory)
-        variants = {
-            "logits on the teacher's learned queries": {"target": False, "learned": True, "random_queries": 0},
-            "logits on random fixed queries": {"target": False, "random_queries": 24},
-            "logits on target-aware queries alone": {"random_queries": 0},
-            "the logit part, as chosen": {},
-            "... with random queries": {"random_queries": 24},
-            "... content: label": {"content": LABEL[detector]}, "... content: frozen random": {"content": "random"},
-            "... 1 group": {"groups": 1}, "... 3 groups": {"groups": 3}, "... no box noise": {"box_noise": 0.0},
-            "... no confidence weight": {"confidence": False, "normalise": "queries"}}
-        for label, change in variants.items():
-            now = changed(logits, change)
-            if now or not change:                                    # else it is what was chosen, under another name
-                taught("ablation", detector, label, logits | now)
-        taught("ablation", detector, "both parts: clockdistill", best)
-        other_mask("ablation", detector, "both parts,")
-    for detector in detectors("sensitivity"):
-        best = chosen(detector, "clockdistill")
-        row("sensitivity", detector, "student", role="student")
-        for what, changes in SENSITIVITY.items():
-            for value, change in changes:
-                taught("sensitivity", detector, f"{what} {value}", best | changed(best, change(best)))
-    for detector in detectors("schedule"):
-        for steps in dict.fromkeys((scope.steps, 1, 2)):
-            row("schedule", detector, f"student, {steps:g} x the steps", role="student", steps=steps)
-            taught("schedule", detector, f"distilled, {steps:g} x the steps", chosen(detector, "clockdistill"),
-                   steps=steps)
-    return rows
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
-# -------------------------------------------------------------------------------------------------------------- running
-
-class Site:
-    """Where a table is made: its folders, and how its commands are read."""
-
-    def __init__(self, scale, root, work, results, parse, build, measure=None, identify=None, reads=None, changes=(),
-                 floor=None, teachers=None, device=torch.device("cpu"), machine=""):
-        """parse: the arguments of train.py -> its settings, as plain values. build: settings -> the model, untrained.
-        changes: further arguments of every run. floor: --teacher-floor of those with a teacher. teachers: {detector:
-        file} of teachers that need no training, of which measure(file) tells the result, identify(file) the name of
-        the weights, and reads(file) what `looks.reading` finds for each content of the queries. device: where images/s
-        is measured, on the machine of that name."""
-        self.scale, self.root, self.parse, self.build, self.changes = scale, root, parse, build, list(changes)
-        self.identify = functools.cache(identify or (lambda file: None))
-        self.work, self.results, self.teachers = Path(work), Path(results), teachers or {}
-        self.measure, self.reads, self.measuring = measure, reads, threading.Lock()
-        self.of_students = [] if floor is None else ["--teacher-floor", str(floor)]
-        self.scope, self.device, self.machine = SCALES[scale], device, machine
-
-    def model(self, job):
-        return self.build(self.parse(self.arguments(job)))
-
-    def defaults(self, detector):
-        """The recipe's options of CLoCKDistill for this detector, in the form of `Job.options`."""
-        command = ["distill", "--recipe", f"{self.scale}-student", "--detector", detector, "--teacher", "-"]
-        return self.parse(command)["method_options"]
-
-    def teacher(self, job):
-        """The checkpoint that teaches this job's student."""
-        shipped = self.teachers.get(job.detector)
-        return os.path.relpath(shipped or self.work / Job(job.scale, job.detector, "teacher").name, HERE)
-
-    def arguments(self, job):
-        """Of train.py."""
-        command = ["distill" if job.method else "fit", "--recipe", f"{job.scale}-{job.role}",
-                   "--detector", job.detector, "--root", str(self.root), "--seed", str(job.seed),
-                   "--val-split", job.split, *self.scope.arguments]
-        if job.method:
-            command += ["--teacher", self.teacher(job), "--method", job.method, *self.of_students]
-        command += self.changes
-        if job.steps != 1:
-            settings = self.parse(command)
-            command += (["--epochs", f"{settings['epochs'] * job.steps:g}"] if settings["steps"] is None else
-                        ["--steps", str(round(settings["steps"] * job.steps))])
-        if job.options:
-            command += ["--method-options", *(f"{name}={value}" for name, value in job.options)]
-        return command
-
-    def result(self, job):
-        """The JSON of a finished run, or None; also None, and said, when other settings or another teacher made it."""
-        path = self.results / "runs" / f"{job.name}.json"
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        if job.role == "teacher" and job.detector in self.teachers:
-            differ = [] if self.taught_by(job) == found["weights"] else ["weights"]
-        else:
-            wanted, taught_by = self.parse(self.arguments(job)), self.taught_by(job)
-            differ = [key for key, value in found["settings"].items() if wanted.get(key) != value]
-            differ += ["teacher"] if job.method and taught_by not in (None, found["taught_by"]) else []
-        if differ:
-            tqdm.write(f"{path} does not count, it was made with other settings ({', '.join(differ)})")
-            return None
-        return found
-
-    def taught_by(self, job):
-        """The name of the weights that teach this job's student; None when they are not there yet."""
-        if job.detector in self.teachers:
-            return self.identify(self.teachers[job.detector])
-        teacher = self.results / "runs" / f"{Job(job.scale, job.detector, 'teacher').name}.json"
-        return json.loads(teacher.read_text())["weights"] if teacher.exists() else None
-
-    def run(self, job, threads):
-        """Train, from where it was cut off, and file the result. Raises RuntimeError with the last line it said."""
-        facts = {"name": job.name, "detector": job.detector, "role": job.role, "method": job.method,
-                 "options": dict(job.options), "split": job.split}
-        if job.role == "teacher" and job.detector in self.teachers:
-            with self.measuring:                             # in this process, where FLOPs are counted by global hooks
-                self.file(facts | self.measure(self.teachers[job.detector]))
-            return
-        folder = self.work / job.name
-        set_aside(folder, self.parse(self.arguments(job)), self.taught_by(job) if job.method else None, tqdm.write)
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(HERE / "train.py"), *self.arguments(job), "--out", str(folder), "--resume"]
-        with open(folder / "output.txt", "a") as output:
-            code = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=output,
-                                  stderr=subprocess.STDOUT).returncode
-        if code:
-            lines = (folder / "output.txt").read_text().strip().splitlines() or ["it said nothing"]
-            raise RuntimeError(f"{job.name}: {lines[-1]} ({folder}/output.txt; exit code {code})")
-        facts["command"] = shlex.join("ROOT" if word == str(self.root) else word
-                                      for word in ["train.py", *self.arguments(job)])
-        self.file(facts | json.loads((folder / "result.json").read_text()))
-
-    def file(self, result):
-        """Keep a result where `result` finds it, without the places that only this machine has."""
-        settings = {name: value for name, value in result["settings"].items() if name not in PLACES}
-        (self.results / "runs").mkdir(parents=True, exist_ok=True)
-        write_json(self.results / "runs" / f"{result['name']}.json", result | {"settings": settings})
+def teacher_of(study, detector):
+    """-> (file or folder of a detector's teacher, its fingerprint or None while it is not trained)."""
+    if file := study.shipped.get(detector):
+        return os.path.relpath(file, HERE), shipped_weights(file)
+    name = make_job(study, detector, "teacher").name
+    return os.path.relpath(study.work / name, HERE), study.done.get(name, {}).get("weights")
 
 
-def run_all(site, jobs, workers, shard, rebuild):
-    """Run the jobs without a result, `workers` at a time -> {job: result or None}. A job that fails stops no other."""
-    done = {job: site.result(job) for job in jobs}
-    mine = [job for index, job in enumerate(jobs) if index % shard[1] == shard[0] and done[job] is None]
-    if rebuild or not mine:
-        return done
-    threads, failed, spent = max(1, (os.cpu_count() or 1) // workers), [], {}
-    for job, result in done.items():
-        if result:
-            spent.setdefault((job.detector, job.role, job.method), []).append(result["minutes"] / job.steps)
+def choices(study):
+    """{detector: {what: options}}: what tuning chose, or the recipe's CLoCKDistill; its two parts."""
+    chosen, by_detector = read_chosen(study), {}
+    for detector in study.scope.detectors.values():
+        recipe = train.RECIPES[f"{study.scope.recipe}-student"][detector]
+        options = {"search": SEARCHED, "clockdistill": recipe["method_options"]}
+        options |= dict.fromkeys(RIVALS, {}) | chosen.get(detector, {})
+        best = options["clockdistill"]
+        options["memory_part"] = best | {"lambda_log": 0.0}
+        options["logit_part"] = best | {"lambda_mem": 0.0}
+        options["logit_part"].pop("scale", None)       # of the memory part
+        # With or without the scale mask: the half that was chosen has a row of its own already.
+        by_detector[detector] = {what: value for what, value in options.items()
+                                 if what not in HALVES or value != best}
+    return by_detector
 
-    def remaining(left):
-        known = [minutes for times in spent.values() for minutes in times]
-        if not known:
-            return "?"
-        guess = [np.mean(spent.get((job.detector, job.role, job.method), known)) * job.steps for job in left]
-        return f"{sum(guess) / workers / 60:.1f} h"
 
-    left, lock = list(mine), threading.Lock()
-    with tqdm(total=len(mine), desc="runs", unit="run") as bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        bar.set_postfix_str(f"about {remaining(left)} to go")
+def plan(study, only=TABLES):
+    """The rows of the tables of `only`, expanded to runs -> [Line]."""
+    chosen, lines, detectors = choices(study), [], study.scope.detectors
+    for table in (name for name in TABLES if name in only):
+        order = dict.fromkeys("".join(row[0] for row in PLAN[table]))
+        for letter in filter(detectors.get, order):
+            for letters, *row in PLAN[table]:
+                if letter in letters:
+                    lines += expand(study, table, detectors[letter], chosen[detectors[letter]], *row)
+    return lines
 
-        def one(job):
-            tqdm.write(f"{time.strftime('%H:%M')}  {job.name}")
-            try:
-                site.run(job, threads)
-            except (RuntimeError, OSError, ValueError) as error:
-                failed.append(str(error))
-            with lock:
-                done[job] = site.result(job)
-                left.remove(job)
-                if done[job]:
-                    spent.setdefault((job.detector, job.role, job.method), []).append(done[job]["minutes"] / job.steps)
-                    tqdm.write(f"{time.strftime('%H:%M')}  {job.name}: AP {done[job]['AP']:.3f}")
-                bar.update()
-                bar.set_postfix_str(f"about {remaining(left)} to go")
 
-        waiting = [pool.submit(one, job) for job in mine]
+def expand(study, table, detector, chosen, label, what, change):
+    """One row of the plan for one detector -> [Line], or [] where it has nothing to show."""
+    scope, change = study.scope, dict(change)
+    seeds, steps, split = scope.seeds, scope.steps, "val"
+    if table == "main":
+        seeds, steps = scope.main_seeds, 1
+    if table == "search":
+        seeds, steps, split = scope.tune_seeds, scope.tune_steps[detector], "tune"
+    how = {"steps": change.pop("steps", steps), "split": split}
+
+    if what == "teacher":
+        return [Line(table, detector, label, (make_job(study, detector, "teacher"),))]
+    alone = tuple(make_job(study, detector, "student", seed=seed, **how) for seed in seeds)
+    if what == "student":
+        return [Line(table, detector, label, alone)]
+    if what not in chosen:
+        return []
+
+    # Drop entries of `change` that equal the current value, so that one run never gets two names.
+    method, options = method_of(what), dict(chosen[what])
+    now = train.method_defaults(method) | options
+    for name, value in change.items():
+        value = value(now[name]) if callable(value) else value
+        # Only DINO has an embedding of labels; the others ask with a frozen random one.
+        if value == "label" and detector != "dino":
+            value = "random_label"
+        if value != now[name]:
+            options[name] = value
+    if change and options == chosen[what]:
+        return []
+    jobs = (make_job(study, detector, "student", method, options, seed, **how) for seed in seeds)
+    return [Line(table, detector, label, tuple(jobs), alone)]
+
+
+def method_of(what):
+    """The method whose options are tuned under this name."""
+    return what if what in RIVALS else "clockdistill"
+
+
+def trials(study, only=TABLES):
+    """The trials of all that the tables of `only` need -> [Line], labelled with what is tuned."""
+    scope, needed, lines = study.scope, set(), []
+    for letter, detector in scope.detectors.items():
+        for what in (row[2] for table in only for row in PLAN[table] if letter in row[0]):
+            whole = what in ("clockdistill", "memory_part", "logit_part")
+            needed |= {(detector, name) for name in (HALVES if whole else [what])}
+    for what, (base, changes) in TRIALS.items():
+        for detector in scope.tune_steps:
+            if (detector, what) not in needed:
+                continue
+            preset = PRESETS[detector] if what in HALVES else {}
+            for options in (preset | base | change for change in changes):
+                jobs = (make_job(study, detector, "student", method_of(what), options, seed,
+                                 scope.tune_steps[detector], "tune") for seed in scope.tune_seeds)
+                lines.append(Line("tuning", detector, what, tuple(jobs)))
+    return lines
+
+
+def choose(done, lines):
+    """The best of the trials, by the mean over their seeds -> {detector: {what: options}}."""
+    chosen, scores = {}, {}
+    for line in lines:
+        score = np.mean([done[job.name]["AP"] for job in line.jobs])
+        for what in [line.label] + ["clockdistill"] * (line.label in HALVES):
+            if score > scores.get((line.detector, what), -1):
+                scores[line.detector, what] = score
+                chosen.setdefault(line.detector, {})[what] = line.jobs[0].cfg.method_options
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------
+# Running
+# ----------------------------------------------------------------------------------------------
+
+MEASURING = threading.Lock()           # FLOPs are counted by hooks that all threads share
+NUMBERS = ("AP", "minutes", "params", "gflops")
+
+
+def read_json(file):
+    """A small file. Raises ValueError, with its name and the remedy, when it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise ValueError(f"{file} cannot be read: delete it, and it is made again") from None
+
+
+def read_result(file):
+    """The JSON of a finished run. Raises ValueError when it lacks a number that tables need."""
+    result = read_json(file)
+    for name in NUMBERS:
+        if not isinstance(result, dict) or not isinstance(result.get(name), (int, float)):
+            raise ValueError(f"{file} holds no {name}")
+    return result
+
+
+def read_results(folder):
+    """{name: result} of all runs. Files that cannot be used are left out, counted and named."""
+    done, broken = {}, []
+    for file in sorted(folder.glob("*.json")):
         try:
-            for future in waiting:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)        # the running ones were interrupted too, and saved
-            raise
-    for line in failed:
-        tqdm.write(f"failed: {line}")
+            done[file.stem] = read_result(file)
+        except (OSError, ValueError) as error:
+            broken.append(str(error))
+    if broken:
+        print(f"{len(broken)} results are left out: {'; '.join(broken)}")
     return done
 
 
-# ----------------------------------------------------------------------------------------------------- what came of it
+def read_chosen(study):
+    """What tuning chose: {detector: {what: {option: value}}}."""
+    file = study.results / "chosen.json"
+    return read_json(file) if file.exists() else {}
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Yield the lock on a folder, or None while another process holds it.
+
+    The system frees it when its last holder ends; a child that outlives a killed parent holds it too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "table.lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+class Children:
+    """The processes of running jobs: they end with this one, after saving the step in hand."""
+
+    def __init__(self):
+        self.running, self.stopping = [], threading.Event()
+
+    def run(self, command, lock, threads, output):
+        """-> exit code. In a session of its own, a child hears of Ctrl-C from `stop` alone, once."""
+        child = subprocess.Popen(
+            command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            pass_fds=[lock.fileno()] if fcntl else [], env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        self.running.append(child)
+        if self.stopping.is_set():
+            child.terminate()
+        return child.wait()
+
+    def stop(self):
+        self.stopping.set()
+        for child in self.running:
+            child.terminate()
+
+
+@contextlib.contextmanager
+def ended_together(children, pool):
+    """Ctrl-C, TERM and HUP stop the children, and start no further job."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+        before = {number: signal.signal(number, stop) for number in numbers if number}
+    try:
+        yield
+    except BaseException:
+        children.stop()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_job(study, job, threads, children):
+    """Train, from where it was cut off, and file the result. Raises RuntimeError with the last line."""
+    if job.role == "teacher" and job.cfg.detector in study.shipped:
+        file = study.shipped[job.cfg.detector]
+        with MEASURING:
+            file_result(study, job, shipped_teacher(file, study.root, train.pick_device()))
+        return
+    folder = study.work / job.name
+    with locked(folder) as lock:
+        if lock is None:
+            raise RuntimeError(f"{job.name}: another process has it in hand")
+        command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder),
+                   "--resume"]
+        # Another process may have finished it since this one began.
+        if not (folder / "result.json").exists():
+            with open(folder / "output.txt", "a") as output:
+                code = children.run(command, lock, threads, output)
+            if code:
+                lines = (folder / "output.txt").read_text().strip().splitlines() or ["no output"]
+                raise RuntimeError(f"{job.name}: {lines[-1]} ({folder}/output.txt; exit code {code})")
+        file_result(study, job, read_json(folder / "result.json"))
+
+
+def file_result(study, job, result):
+    """Keep a result under its name, without the places that only this machine has."""
+    words = ["ROOT" if word == study.root else word for word in ("train.py", *job.arguments)]
+    settings = {k: v for k, v in result["settings"].items() if k not in train.PLACES}
+    file = study.results / "runs" / f"{job.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"name": job.name, "role": job.role, "command": shlex.join(words), **result,
+                      "settings": settings})
+    study.done[job.name] = read_result(file)
+
+
+def run_all(study, jobs, workers, shard=(0, 1)):
+    """Run the jobs without a result, `workers` at a time -> those that still have none.
+
+    A job that fails stops no other.
+    """
+    index, count = shard
+    missing = [job for job in jobs[index::count] if job.name not in study.done]
+    threads, failed, children = max(1, (os.cpu_count() or 1) // workers), [], Children()
+
+    def work(job):
+        tqdm.write(f"{time.strftime('%H:%M')}  {job.name}")
+        try:
+            run_job(study, job, threads, children)
+            tqdm.write(f"{time.strftime('%H:%M')}  {job.name}: AP {study.done[job.name]['AP']:.3f}")
+        except (RuntimeError, OSError, ValueError) as error:
+            failed.append(str(error))
+
+    if missing:
+        with (tqdm(total=len(missing), desc="runs", unit="run") as bar,
+              concurrent.futures.ThreadPoolExecutor(workers) as pool, ended_together(children, pool)):
+            for _ in concurrent.futures.as_completed([pool.submit(work, job) for job in missing]):
+                bar.update()
+    for line in failed:
+        tqdm.write(f"failed: {line}")
+    return [job for job in jobs if job.name not in study.done]
+
+
+# ----------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------
 
 def gain(scores, base):
-    """Paired by seed: {"mean", "low", "high"} of the mean difference with its 95 % interval (Student's t).
+    """The mean difference, paired by seed, with its 95 % interval (Student's t).
 
-    scores, base: {seed: AP}. Only seeds that both have count; with one the interval is not known (None).
+    scores, base: {seed: AP}. Returns {"mean", "low", "high"}, None without a common seed; with one
+    the interval is not known (None).
     """
-    difference = np.array([scores[seed] - base[seed] for seed in scores if seed in base])
-    if not len(difference):
+    difference = np.array([scores[seed] - base[seed] for seed in scores if seed in base])   # (seeds,)
+    n = len(difference)
+    if not n:
         return None
     mean = float(difference.mean())
-    if len(difference) == 1:
+    if n == 1:
         return {"mean": mean, "low": None, "high": None}
-    half = scipy.special.stdtrit(len(difference) - 1, 0.975) * difference.std(ddof=1) / math.sqrt(len(difference))
+    half = scipy.special.stdtrit(n - 1, 0.975) * difference.std(ddof=1) / math.sqrt(n)
     return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
-def summarise(rows, done):
-    """{table: [one dict a row]}, of the rows that have any result."""
+def summarise(lines, done):
+    """{table: [one dict a row]}, of the rows that have any result. done: {name of a run: result}."""
     tables = {}
-    for row in rows:
-        results = {job.seed: done[job] for job in row.jobs if done.get(job)}
+    for line in lines:
+        results, alone = ({job.cfg.seed: done[job.name] for job in jobs if job.name in done}
+                          for jobs in (line.jobs, line.alone))
         if not results:
             continue
-        base = {job.seed: done[job]["AP"] for job in plain_students(row) if done.get(job)}
-        scores = {seed: result["AP"] for seed, result in results.items()}
-        first = next(iter(results.values()))
-        line = {"detector": row.detector, "method": row.label, "steps": row.jobs[0].steps,
-                "seeds": list(results), "AP": list(scores.values()),
-                **{name: [result[name] for result in results.values()] for name in SHOWN[1:]},
-                "gain": gain(scores, base) if row.jobs[0].method else None,
-                "options": first["options"], "params": first["params"], "gflops": first["gflops"],
-                "minutes": [result["minutes"] for result in results.values()],
-                "runs": [result["name"] for result in results.values()]}
-        tables.setdefault(row.table, []).append(line)
+        first, *_ = made = list(results.values())
+        columns = {name: [result[name] for result in made] for name in SHOWN}
+        scores = dict(zip(results, columns["AP"]))
+        base = {seed: result["AP"] for seed, result in alone.items()}
+        tables.setdefault(line.table, []).append({
+            "detector": line.detector, "method": line.label, "steps": line.jobs[0].steps,
+            "seeds": list(results), **columns, "gain": gain(scores, base) if line.alone else None,
+            "options": line.jobs[0].cfg.method_options, "params": first["params"],
+            "gflops": first["gflops"], "minutes": [result["minutes"] for result in made],
+            "runs": [result["name"] for result in made]})
     return tables
 
 
-def plain_students(row):
-    """The runs that this row's are compared with: the same, without a teacher."""
-    return [dataclasses.replace(job, method=None, options=()) for job in row.jobs]
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
-
-def spread(values, digits=3):
-    """mean ± standard deviation over seeds."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    text = f"{np.mean(values):.{digits}f}"
-    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
-def scores_of(line):
-    """{seed: AP} of a row."""
-    return dict(zip(line["seeds"], line["AP"]))
-
-
-def interval(found):
-    if found is None:
-        return ""
-    text = f"{found['mean']:+.3f}"
-    return text + (f" ({found['low']:+.3f} to {found['high']:+.3f})" if found["low"] is not None else "")
-
+# ----------------------------------------------------------------------------------------------
+# Pages and pictures
+# ----------------------------------------------------------------------------------------------
 
 TITLES = {
     "main": "Three detectors",
@@ -524,141 +662,224 @@ TITLES = {
 }
 # What a reader of the toy's page has to know; nothing is tuned elsewhere.
 NOTES = {
-    "rivals": "Each rival's weights are the best of four trials on the split `tune` (`tuning.json`). Not equal: "
-              "CLoCKDistill's are the best of eight, four with the scale mask and four without, and its logit part has "
-              "the settings that won in the search below. Last column: CLoCKDistill's AP minus the row's, paired by "
-              "seed; the intervals are not corrected for there being several.",
-    "ablation": "The pieces of the memory part are tuned like a rival, each alone. A row with ... is the logit part as "
-                "chosen, alone, with that one change.",
+    "rivals": "Each rival's weights are the best of four trials on the split `tune` (`tuning.json`). "
+              "Not equal: CLoCKDistill's are the best of eight, four with the scale mask and four "
+              "without, and its logit part has the settings that won in the search below. Last "
+              "column: CLoCKDistill's AP minus the row's, paired by seed; the intervals are not "
+              "corrected for there being several.",
+    "ablation": "The pieces of the memory part are tuned like a rival, each alone. A row with ... is "
+                "the logit part as chosen, alone, with that one change.",
 }
 
 
+def spread(values, digits=3):
+    """mean ± standard deviation over seeds."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    text = f"{np.mean(values):.{digits}f}"
+    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def interval(gained):
+    """A gain in words: +0.100 (+0.050 to +0.150)."""
+    if gained is None:
+        return ""
+    text = "{mean:+.3f}".format(**gained)
+    return text + ("" if gained["low"] is None else " ({low:+.3f} to {high:+.3f})".format(**gained))
+
+
+def scores_of(line):
+    """{seed: AP} of a row of tables.json."""
+    return dict(zip(line["seeds"], line["AP"]))
+
+
 def markdown(tables, speed, scale):
-    """All tables as one page; the paired gain is against the same detector's student, with its 95 % interval."""
-    text = [f"# {scale}: tables\n\nMade by `python train.py table {scale}` from the JSON files in `runs/`. AP mean ± "
-            "standard deviation over seeds; gain: paired by seed against the same detector's student alone, with its "
-            "95 % interval (Student's t).\n"]
+    """All tables as one page."""
+    text = [f"# {scale}: tables\n\nMade by `python train.py table {scale}` from the JSON files in "
+            "`runs/`. AP mean ± standard deviation over seeds; gain: paired by seed against the same "
+            "detector's student alone, with its 95 % interval (Student's t).\n"]
     for name, lines in tables.items():
-        text.append(f"\n## {TITLES[name]}\n" + (f"\n{NOTES[name]}\n" if scale == "toy" and name in NOTES else ""))
+        text.append(f"\n## {TITLES[name]}\n")
+        if scale == "toy" and name in NOTES:
+            text[-1] += f"\n{NOTES[name]}\n"
         if name == "main":
             text.append(f"images/s: one at a time, all interleaved; {speed['machine']}.\n")
-            # The paper's own figures, for its own scales. Empty where they were not read, as yet everywhere.
-            theirs = {} if scale == "toy" else {"AP in the paper": ""}
-            columns = ["detector", "model", "AP", *theirs, "AP50", "AP75", "AP small / medium / large", "gain in AP",
-                       "parameters", "GFLOPs", "images/s", "seeds"]
-            text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-            for line in lines:
-                sizes = " / ".join(spread(line[key], 2) for key in ("APs", "APm", "APl"))
-                rate = speed.get(line["detector"], {}).get("teacher" if line["method"] == "teacher" else "student")
-                cells = [line["detector"], line["method"], spread(line["AP"]), *theirs.values(), spread(line["AP50"]),
-                         spread(line["AP75"]), sizes, interval(line["gain"]),
-                         f"{line['params'] / 1e6:.2f} M", f"{line['gflops']:.3g}", f"{rate:.0f}" if rate else "",
-                         str(len(line["seeds"]))]
-                text.append(f"| {' | '.join(cells)} |")
+            rows = [main_row(line, speed, scale) for line in lines]
         else:
-            ours = {line["detector"]: scores_of(line) for line in lines if line["method"] == "clockdistill"}
-            versus = name == "rivals"
-            columns = ["detector", "run", "AP", "AP50", "gain in AP", *["clockdistill - this"] * versus, "minutes",
-                       "seeds"]
-            text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-            for line in lines:
-                itself = line["method"] == "clockdistill"
-                behind = None if itself else gain(ours.get(line["detector"], {}), scores_of(line))
-                cells = [line["detector"], line["method"], spread(line["AP"]), spread(line["AP50"]),
-                         interval(line["gain"]), *[interval(behind)] * versus, f"{np.mean(line['minutes']):.1f}",
-                         str(len(line["seeds"]))]
-                text.append(f"| {' | '.join(cells)} |")
+            rows = [other_row(line, lines, name) for line in lines]
+        text += [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+        text += [f"| {' | '.join(row.values())} |" for row in rows]
     return "\n".join(text) + "\n"
 
 
-def learning_curves(lines, done_by_name):
-    """{label: [(step, [AP of each seed])]} for plots.curves."""
-    curves = {}
-    for line in lines:
-        points = {}
-        for name in line["runs"]:
-            for point in done_by_name[name]["history"]:
-                points.setdefault(point["step"], []).append(point["AP"])
-        curves[line["method"]] = sorted(points.items())
-    return curves
+def main_row(line, speed, scale):
+    """{column: cell} of the table "main"."""
+    role = "teacher" if line["method"] == "teacher" else "student"
+    rate = speed.get(line["detector"], {}).get(role)
+    # The paper's own figures, for its own scales. Empty where they were not read, as yet everywhere.
+    paper = {} if scale == "toy" else {"AP in the paper": ""}
+    sizes = " / ".join(spread(line[key], 2) for key in ("APs", "APm", "APl"))
+    return {"detector": line["detector"], "model": line["method"], "AP": spread(line["AP"]), **paper,
+            "AP50": spread(line["AP50"]), "AP75": spread(line["AP75"]),
+            "AP small / medium / large": sizes, "gain in AP": interval(line["gain"]),
+            "parameters": f"{line['params'] / 1e6:.2f} M", "GFLOPs": f"{line['gflops']:.3g}",
+            "images/s": f"{rate:.0f}" if rate else "", "seeds": str(len(line["seeds"]))}
 
 
-def final_scores(lines, by_name):
-    """{"student alone" or "distilled": [(steps of the run, [AP of each seed])]} of the table "schedule"."""
+def other_row(line, lines, table):
+    """{column: cell} of the other tables. Rivals have CLoCKDistill's lead over them too."""
+    ours = next((scores_of(other) for other in lines
+                 if (other["detector"], other["method"]) == (line["detector"], "clockdistill")), {})
+    lead = "" if line["method"] == "clockdistill" else interval(gain(ours, scores_of(line)))
+    return {"detector": line["detector"], "run": line["method"], "AP": spread(line["AP"]),
+            "AP50": spread(line["AP50"]), "gain in AP": interval(line["gain"]),
+            **({"clockdistill - this": lead} if table == "rivals" else {}),
+            "minutes": f"{np.mean(line['minutes']):.1f}", "seeds": str(len(line["seeds"]))}
+
+
+def learning_curve(line, results):
+    """[(step, [AP of each seed])] of a row, for plots.curves."""
+    points = {}
+    for name in line["runs"]:
+        for point in results[name]["history"]:
+            points.setdefault(point["step"], []).append(point["AP"])
+    return sorted(points.items())
+
+
+def final_scores(lines, results):
+    """{"student alone" or "distilled": [(steps, [AP of each seed])]} of the table "schedule"."""
     ends = {}
     for line in lines:
-        name = "distilled" if by_name[line["runs"][0]]["method"] else "student alone"
-        ends.setdefault(name, []).append((by_name[line["runs"][0]]["steps"], line["AP"]))
+        last = results[line["runs"][0]]
+        name = "distilled" if last["settings"]["method"] else "student alone"
+        ends.setdefault(name, []).append((last["steps"], line["AP"]))
     return {name: sorted(points) for name, points in ends.items()}
 
 
-def draw(tables, done, read, folder):
-    """The figures, each computed from the same rows as its table."""
-    by_name = {result["name"]: result for result in done.values() if result}
+def panels(lines):
+    """{setting: [(value, [AP of each seed])]} of the table "sensitivity"."""
+    return {what: [(line["method"].removeprefix(what + " "), line["AP"]) for line in lines
+                   if line["method"].startswith(what + " ")] for what in PANELS}
+
+
+def draw(tables, done, reading, folder):
+    """The figures, each from the same rows as its table."""
     figures = {}
     for detector in models.DETECTORS:
-        lines = [line for line in tables.get("main", []) if line["detector"] == detector]
-        if len(lines) > 1:
-            curves = learning_curves([line for line in lines if line["method"] in ("student", "clockdistill")], by_name)
-            for line in lines:
-                if line["method"] == "teacher":                  # its schedule is another: a level, not a curve
-                    curves["teacher"] = line["AP"][0]
-            figures[f"curves_{detector}"] = plots.curves(curves, "AP", f"{detector}: with and without a teacher")
-        longer = [line for line in tables.get("schedule", []) if line["detector"] == detector]
+        main, longer, varied = ({line["method"]: line for line in tables.get(name, [])
+                                 if line["detector"] == detector}
+                                for name in ("main", "schedule", "sensitivity"))
+        curves = {name: learning_curve(main[name], done) for name in ("student", "clockdistill")
+                  if name in main}
+        if "teacher" in main:                          # its schedule is another: a level, not a curve
+            curves["teacher"] = main["teacher"]["AP"][0]
+        if len(curves) > 1:
+            figures[f"curves_{detector}"] = plots.curves(
+                curves, "AP", f"{detector}: with and without a teacher")
         if longer:
-            figures[f"schedule_{detector}"] = plots.curves(final_scores(longer, by_name), "AP",
-                                                           f"{detector}: each point a finished run")
-        varied = {line["method"]: line["AP"] for line in tables.get("sensitivity", []) if line["detector"] == detector}
-        panels = {what: [(value, varied[f"{what} {value}"]) for value, _ in changes if f"{what} {value}" in varied]
-                  for what, changes in SENSITIVITY.items()}
-        if any(panels.values()):
-            figures[f"sensitivity_{detector}"] = plots.sensitivity(panels, varied.get("student", ()), f"{detector}: AP "
-                                                                   "of the distilled student, one setting at a time")
+            figures[f"schedule_{detector}"] = plots.curves(
+                final_scores(longer.values(), done), "AP", f"{detector}: each point a finished run")
+        if "student" in varied:
+            figures[f"sensitivity_{detector}"] = plots.sensitivity(
+                panels(varied.values()), varied["student"]["AP"],
+                f"{detector}: AP of the distilled student, one setting at a time")
     for name in ("main", "rivals", "ablation"):
-        gains = [(line["detector"], line["method"], line["gain"]) for line in tables.get(name, []) if line["gain"]]
+        gains = [(line["detector"], line["method"], line["gain"])
+                 for line in tables.get(name, []) if line["gain"]]
         if gains:
             figures[f"gains_{name}"] = plots.gains(gains, TITLES[name])
-    if read:
-        figures["reading"] = plots.reading(read)
+    if reading:
+        figures["reading"] = plots.reading(reading)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 
-def images_per_second(rows, site):
-    """{"machine": ..., detector: {role: images/s}} of the models of the main table.
+def write(study):
+    """tables.json, tables.md and the figures of all tables, from the results that there are."""
+    folder, lines, tried = study.results, plan(study), trials(study)
+    folder.mkdir(parents=True, exist_ok=True)
 
-    Speed does not depend on the weights: the models are built anew, and measured when no run is beside them.
+    def kept(name, compute):
+        """What takes a minute to measure is measured once."""
+        file = folder / f"{name}.json"
+        if not file.exists():
+            write_json(file, compute())
+        return read_json(file)
+
+    tables = summarise(lines, study.done)
+    speed = kept("speed", lambda: images_per_second(study, lines))
+    reading = kept("reading", lambda: {name: what_is_read(path, study.root)
+                                       for name, path in study.shipped.items()})
+    write_json(folder / "tables.json", tables)
+    write_json(folder / "tuning.json", [
+        {"detector": line.detector, "what": line.label, "options": job.cfg.method_options,
+         "seed": job.cfg.seed, "AP": study.done[job.name]["AP"]}
+        for line in tried for job in line.jobs if job.name in study.done])
+    write_text(folder / "tables.md", markdown(tables, speed, study.scale))
+    draw(tables, study.done, reading, folder)
+    absent = [job.name for job in jobs_of(lines + tried) if job.name not in study.done]
+    print(f"{sum(map(len, tables.values()))} rows: {folder}/tables.md, tables.json and figures"
+          + (f"; {len(absent)} runs have no result ({absent[0]}, ...)" if absent else ""))
+
+
+def images_per_second(study, lines):
+    """{"machine": ..., detector: {role: images/s}} of the main table's models.
+
+    Speed does not depend on the weights: the models are built anew, while no run is going on.
     """
-    jobs = {(row.detector, row.jobs[0].role): row.jobs[0] for row in rows if row.table == "main"}
-    networks = {key: site.model(job).to(site.device) for key, job in jobs.items()}
-    rates = bench.images_per_second(networks, torch.zeros(1, 3, *site.scope.image_size, device=site.device))
-    speed = {"machine": site.machine}
-    for (detector, role), rate in rates.items():
+    device = train.pick_device()
+    jobs = {(line.detector, line.jobs[0].role): line.jobs[0] for line in lines if line.table == "main"}
+    networks = {key: untrained(job.cfg).to(device) for key, job in jobs.items()}
+    image = torch.zeros(1, 3, *study.scope.image_size, device=device)
+    speed = {"machine": train.machine(device)}
+    for (detector, role), rate in bench.images_per_second(networks, image).items():
         speed.setdefault(detector, {})[role] = rate
     return speed
 
 
-# ------------------------------------------------------------------------------------------------------------ a dry run
+def what_is_read(path, root):
+    """{content of the target-aware queries: look.reading} of a toy teacher, on 200 images of "tune"."""
+    teacher, _ = train.load_model(path)
+    batches = list(data.eval_loader(data.build("toy", root, "tune", limit=200), 20))
+    embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
+    accuracy, width = {}, teacher.config["hidden_dim"]
+    for content, noise in (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.),
+                           ("random", 0.), ("zero", 0.)):
+        if content in embeddings and embeddings[content] is None:      # this detector has none
+            continue
+        method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
+                              num_classes=teacher.num_classes)
+        name = content + (f", noise {noise}" if noise else "")
+        accuracy[name] = look.reading(teacher, method, embeddings.get(content), batches)
+    return accuracy
+
+
+# ----------------------------------------------------------------------------------------------
+# A dry run
+# ----------------------------------------------------------------------------------------------
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd keeps for the backward pass, each storage once, parameters apart. Works on fake tensors."""
+    """Counts what autograd keeps for the backward pass, each storage once, parameters apart.
 
+    Works on fake tensors.
+    """
     def __init__(self, parameters):
-        self.seen = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self.counted = {parameter.untyped_storage()._cdata for parameter in parameters}
         self.kept, self.bytes = [], 0
         super().__init__(self.pack, lambda tensor: tensor)
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.kept.append(storage)                        # alive, so that no other storage gets its address
+        if storage._cdata not in self.counted:
+            self.counted.add(storage._cdata)
+            self.kept.append(storage)                  # alive, so that no other storage gets its address
             self.bytes += storage.nbytes()
         return tensor
 
 
 def training_bytes(model, batch, height, width):
-    """Estimated peak of a training step: weights, gradients, Adam's two averages, and what the forward pass keeps."""
+    """Estimated peak of a step: weights, gradients, Adam's two averages, and what forward keeps."""
     parameters = list(model.parameters())
     hooks = SavedBytes([*parameters, *model.buffers()])
     with FakeTensorMode(allow_non_fake_inputs=True), hooks:
@@ -667,192 +888,148 @@ def training_bytes(model, batch, height, width):
     return 16 * sum(p.numel() for p in parameters) + hooks.bytes
 
 
-def dry_run(site, jobs, tflops):
-    """Print every run with its command, and what it would take."""
-    sizes, total = {}, 0.
-    print(f"To download: {site.scope.download}.\n")
+def untrained(cfg):
+    """The model of a run, without weights to download."""
+    overrides = {name: value for name in models.described_options()
+                 if (value := getattr(cfg, name)) is not None}
+    frozen = overrides.pop("pretrained_backbone", "imagenet") != "none"
+    return models.build(cfg.detector, 80 if cfg.data == "coco" else 3, pretrained_backbone=False,
+                        frozen_backbone=frozen, **overrides)
+
+
+def print_costs(study, jobs, tflops):
+    """Print every run with its command, and what it would take. Teachers come before students."""
+    costs, total, (height, width) = {}, 0., study.scope.image_size
+    print(f"To download: {study.scope.download}.\n")
     for job in jobs:
-        settings = site.parse(site.arguments(job))
-        key = job.detector, job.role
-        if key not in sizes:
-            model = site.model(job)
-            sizes[key] = (models.gflops(model, *site.scope.image_size),
-                          training_bytes(model, settings["batch_size"], *site.scope.image_size),
+        cfg, key = job.cfg, (job.cfg.detector, job.role)
+        if key not in costs:
+            model = untrained(cfg)
+            costs[key] = (models.gflops(model, height, width),
+                          training_bytes(model, cfg.batch_size, height, width),
                           4 * sum(p.numel() for p in model.parameters()))
-        forward, memory, _ = sizes[key]
-        images = settings["epochs"] * site.scope.images
-        if settings["steps"]:
-            images = settings["steps"] * settings["batch_size"]
-        teacher, _, frozen = sizes.get((job.detector, "teacher"), (0, 0, 0)) if job.method else (0, 0, 0)
-        memory += frozen
-        hours = images * (3 * forward + teacher) * 2e9 / (tflops * 1e12) / 3600
+        forward, memory, _ = costs[key]
+        images = cfg.epochs * study.scope.images
+        if cfg.steps is not None:
+            images = cfg.steps * cfg.batch_size
+        gflops = 3 * forward                           # backward costs two forward passes
+        if cfg.method:
+            teacher, _, frozen = costs[cfg.detector, "teacher"]
+            gflops, memory = gflops + teacher, memory + frozen
+        hours = images * gflops * 2e9 / (tflops * 1e12) / 3600
         total += hours
         print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
-              f"  python {shlex.join(['train.py', *site.arguments(job)])}")
-    height, width = site.scope.image_size
-    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work (--tflops: the peak times "
-          "what training reaches of it, a fifth to a third), a step being three forward passes and one of the teacher. "
-          "Memory: weights (also the teacher's), gradients, Adam and saved activations in fp32 at "
-          f"{height} x {width}.")
+              f"  python {shlex.join(['train.py', *job.arguments])}")
+    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work (--tflops: "
+          "the peak times what training reaches of it, a fifth to a third), a step being three "
+          "forward passes and one of the teacher. Memory: weights (also the teacher's), gradients, "
+          f"Adam and saved activations in fp32 at {height} x {width}.")
 
 
-# --------------------------------------------------------------------------------------------------------------- tuning
+# ----------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------
 
-def tuning(site, only=TABLES):
-    """-> ([Job], chosen, done): every trial that the tables of `only` need, and chosen(detector, what) -> the options
-    of the best one in done {job: result}, or of the first when none has run. Where nothing is tuned, what recipe and
-    methods say."""
-    scope, done, asked = site.scope, {}, {}
-
-    def trials(detector, what):
-        if not scope.tune_seeds:
-            return [site.defaults(detector) if what == "clockdistill" else MEMORY.get(what, {})]
-        if what == "clockdistill":
-            return trials(detector, "with_scale") + trials(detector, "without_scale")
-        base = MEMORY.get(what, {})
-        if what in ("with_scale", "without_scale"):
-            base = {name: value for name, value in site.defaults(detector).items() if name != "scale"}
-        return [base | trial for trial in TRIALS[what]]
-
-    def jobs(detector, what):
-        method = what if what in RIVALS else "clockdistill"
-        return [Job(site.scale, detector, "student", method, pairs(options), seed, "tune",
-                    scope.tune_steps[detector])
-                for options in trials(detector, what) for seed in scope.tune_seeds]
-
-    def chosen(detector, what):
-        asked[detector, what] = jobs(detector, what)
-        scores = [done[job]["AP"] if done.get(job) else -math.inf for job in asked[detector, what]]
-        means = np.reshape(scores, (-1, max(1, len(scope.tune_seeds)))).mean(1)
-        return trials(detector, what)[int(means.argmax()) if len(means) else 0]
-
-    plan(site.scale, chosen, only)                               # to hear what it asks for
-    return list(dict.fromkeys(job for some in asked.values() for job in some)), chosen, done
-
-
-def make(site, only, workers, shard, rebuild, dry, tflops):
-    """The command `table`: teachers, tuning, tables; what other shards still have to do stops it in between."""
-    trials, chosen, tuned = tuning(site, only)
-    needed = {job.detector for job in trials} | {row.detector for row in plan(site.scale, chosen, only)}
-    teachers = [Job(site.scale, detector, "teacher") for detector in models.DETECTORS if detector in needed]
-    if dry:
-        tuned.update({job: site.result(job) for job in trials})
-        rows = plan(site.scale, chosen, only)
-        dry_run(site, list(dict.fromkeys([*teachers, *trials, *(job for row in rows for job in row.jobs)])), tflops)
-        return 0
-    for jobs, what in ((teachers, "teachers"), (trials, "tuning runs")):
-        done = run_all(site, jobs, workers, shard, rebuild)
-        tuned.update(done)
-        missing = [job.name for job in jobs if done[job] is None]
-        if missing and not rebuild:
-            raise ValueError(f"{len(missing)} {what} have no result yet ({missing[0]}, ...): failed, or another "
-                             f"shard's; bring their JSON files to {site.results}/runs (of teachers also their folders "
-                             f"to {site.work}) and repeat the command")
-    rows = plan(site.scale, chosen, only)
-    jobs = dict.fromkeys(job for row in rows for job in (*row.jobs, *plain_students(row)))
-    jobs = sorted(jobs, key=lambda job: job.seed)                # cut off early, every row has some of its seeds
-    done = run_all(site, jobs, workers, shard, rebuild)
-    write(site)
-    return int(any(done[job] is None for job in jobs) and not rebuild)
-
-
-def write(site):
-    """tables.json, tables.md and the figures of all tables, from the results that there are."""
-    site.results.mkdir(parents=True, exist_ok=True)
-    trials, chosen, done = tuning(site)
-    done.update({job: site.result(job) for job in trials})
-    if absent := [job.name for job in trials if done[job] is None]:
-        print(f"{len(absent)} of all tables' {len(trials)} tuning runs have no result ({absent[0]}, ...): their rows "
-              "take the best of the others, or the first trial")
-    rows = plan(site.scale, chosen)
-    done.update({job: site.result(job) for row in rows for job in (*row.jobs, *plain_students(row)) if job not in done})
-    tables = summarise(rows, done)
-    tried = [{"detector": job.detector, "method": job.method, "options": dict(job.options), "seed": job.seed,
-              "AP": done[job]["AP"]} for job in trials if done[job]]
-
-    def kept(name, compute):
-        """What takes a minute to measure is measured once: to measure it again, delete the file."""
-        file = site.results / f"{name}.json"
-        if not file.exists():
-            write_json(file, compute())
-        return json.loads(file.read_text())
-
-    speed = kept("speed", lambda: images_per_second(rows, site))
-    read = kept("reading", lambda: {name: site.reads(path) for name, path in site.teachers.items()})
-    write_json(site.results / "tables.json", tables)
-    write_json(site.results / "tuning.json", tried)
-    write_text(site.results / "tables.md", markdown(tables, speed, site.scale))
-    draw(tables, done, read, site.results)
-    print(f"{sum(map(len, tables.values()))} rows: {site.results}/tables.md, tables.json, tuning.json and figures")
-
-
-def settings_of(arguments):
-    """The arguments of a `fit` or `distill` -> its settings, as plain values."""
-    given = train.parse(arguments)
-    command, _ = given.pop("command"), given.pop("debug")
-    return train.plain(train.configure(command, **given)[0])
-
-
-def what_is_read(path, root):
-    """{content of the target-aware queries: look.reading} of a toy teacher, on 200 images of the split "tune"."""
-    teacher, _ = train.load_model(path)
-    batches = list(data.eval_loader(data.build("toy", root, "tune", limit=200), 20))
-    found = {}
-    for content, noise in (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.), ("random", 0.),
-                           ("zero", 0.)):
-        method = CLoCKDistill(*[teacher.config["hidden_dim"]] * 2, content=content, label_noise=noise, box_noise=0.4,
-                              num_classes=teacher.num_classes)
-        embedding = {"label": teacher.label_embedding, "own": teacher.learned_content}.get(content)
-        if embedding is not None or content.startswith(("random", "zero")):
-            name = content + (f", noise {noise}" if noise else "")
-            found[name] = look.reading(teacher, method, embedding, batches)
-    return found
+def shard(text):
+    """'2/3' -> (1, 3), for argparse."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"want I/N, 1/3 to 3/3, not {text}")
+    return int(index) - 1, int(count)
 
 
 def add_options(parser):
     """The options of `train.py table`."""
-    parser.epilog = ("Options of fit and distill after -- go to every run, and the figures elsewhere:\n"
+    parser.epilog = ("Options of fit and distill after -- go to every run, and the results elsewhere:\n"
                      "  python train.py table kitti --root DIR -- --steps 100 --size 160,540")
     parser.add_argument("scale", choices=SCALES)
     parser.add_argument("--root", help="folder of the data (toy: datasets/toy)")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
     parser.add_argument("--dry-run", action="store_true",
                         help="print every run's command and cost, and what to download")
-    parser.add_argument("--rebuild", action="store_true", help="no runs: tables and figures from the results there are")
-    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th run from the I-th")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one a CPU core, one in all on a GPU)")
-    parser.add_argument("--teachers", choices=("shipped", "scratch"), default="shipped", help="of the toy")
+    parser.add_argument("--rebuild", action="store_true",
+                        help="no runs: tables and figures from the results there are")
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N",
+                        help="every N-th run from the I-th")
+    parser.add_argument("--jobs", type=int,
+                        help="runs at once (default: one per CPU core, one in all on a GPU)")
+    parser.add_argument("--teachers", choices=("shipped", "scratch"), default="shipped",
+                        help="of the toy")
     parser.add_argument("--work", help="folder of the runs' folders (default: runs/table-SCALE)")
     parser.add_argument("--results", help="folder of the results (default: results/SCALE)")
-    parser.add_argument("--tflops", type=float, default=20., help="dry run: useful work a second (default: %(default)s)")
-    parser.add_argument("--teacher-floor", type=float, help="as of distill; 0 for runs too short to make a teacher")
+    parser.add_argument("--tflops", type=float, default=20.,
+                        help="dry run: useful work per second (default: %(default)s)")
+    parser.add_argument("--teacher-floor", type=float,
+                        help="as of distill; 0 for runs too short to make a teacher")
 
 
-def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers, teacher_floor, changes):
-    """The command `table`."""
-    def build(settings):
-        classes = 80 if scale == "coco" else 3
-        overrides = {name: settings[name] for name in models.described_options() if settings[name] is not None}
-        frozen = overrides.pop("pretrained_backbone", "imagenet") != "none"      # the same model, nothing downloaded
-        return models.build(settings["detector"], classes, pretrained_backbone=False, frozen_backbone=frozen,
-                            **overrides)
-
-    shipped = {name: path for name, path in train.SHIPPED_TEACHERS.items() if path.exists()}
-    if scale != "toy" or teachers == "scratch" or changes:
-        shipped = {}
-    root = root or ("datasets/toy" if scale == "toy" else None)
-    if root is None and not dry_run:
-        raise ValueError(f"table {scale} needs --root, the folder of the data ({SCALES[scale].download})")
-    results = results or (f"runs/table-{scale}-changed/results" if changes else f"results/{scale}")
-    work = work or (f"runs/table-{scale}-changed" if changes else f"runs/table-{scale}")
-    root, work = (path and str(Path(path).resolve()) for path in (root, work))    # the runs start where this file lies
-    device = train.pick_device()
+def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers,
+        teacher_floor, changes):
+    """The command `table`: teachers, tuning, tables. -> 0 when every run has its result."""
+    if root is None and scale != "toy" and not dry_run:
+        raise ValueError(f"table {scale} needs --root, the folder of the data "
+                         f"({SCALES[scale].download})")
+    # Runs of changed settings never mix with the published ones. All paths are absolute: the runs
+    # start where this repository lies.
+    folder = f"runs/table-{scale}" + ("-changed" if changes else "")
+    root = root or ("datasets/toy" if scale == "toy" else "ROOT")
+    results = results or (f"{folder}/results" if changes else f"results/{scale}")
+    work, results = Path(work or folder).resolve(), Path(results).resolve()
+    shipped = {}
+    if scale == "toy" and teachers == "shipped" and not changes:
+        shipped = {name: file for name, file in train.SHIPPED_TEACHERS.items() if file.exists()}
+    study = Study(
+        scale, root if root == "ROOT" else str(Path(root).resolve()), work, results, shipped,
+        {name: value for name, value in train.parse(["fit", *changes]).items()
+         if name not in ("command", "debug") and value is not None},
+        {} if teacher_floor is None else {"teacher_floor": teacher_floor},
+        read_results(results / "runs"))
+    if dry_run:
+        lines = trials(study, only) + plan(study, only)
+        print_costs(study, [*teachers_of(study, lines), *jobs_of(lines)], tflops)
+        return 0
+    if rebuild:
+        write(study)
+        return 0
+    if scale == "toy":
+        data.make_toy(root)                            # before several runs would draw it at once
     if jobs is None:
-        jobs = 1 if device.type != "cpu" else os.cpu_count() or 1
-    if scale == "toy" and not (rebuild or dry_run):
-        data.make_toy(root)                                  # before several runs would draw it at once
-    site = Site(scale, root or "ROOT", work, results, settings_of, build, changes=changes, floor=teacher_floor,
-                       teachers=shipped, measure=lambda path: shipped_teacher(path, root, device),
-                       identify=lambda path: train.fingerprint(train.load_model(path)[0]),
-                       reads=lambda path: what_is_read(path, root), device=device, machine=train.machine(device))
-    return make(site, only, jobs, shard, rebuild, dry_run, tflops)
+        jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
+    return make(study, only, jobs, shard)
+
+
+def jobs_of(lines):
+    """The runs of rows, each once, by seed: cut off early, every row has some of its seeds."""
+    jobs = dict.fromkeys(job for line in lines for job in (*line.jobs, *line.alone))
+    return sorted((job for job in jobs if job.role == "student"), key=lambda job: job.cfg.seed)
+
+
+def teachers_of(study, lines):
+    needed = {line.detector for line in lines}
+    return [make_job(study, name, "teacher") for name in models.DETECTORS if name in needed]
+
+
+def make(study, only, workers, shard):
+    """Run what is missing, stage by stage, and write the pages.
+
+    A stage is planned when the one before it is done: a student's name holds its teacher's weights,
+    and a table shows what tuning chose. What other shards still have to do stops it in between.
+    """
+    def stage(what, jobs):
+        if missing := run_all(study, jobs, workers, shard):
+            raise ValueError(f"{len(missing)} {what} have no result yet ({missing[0].name}, ...): "
+                             "they failed, or are another shard's; bring their JSON files to "
+                             f"{study.results}/runs (of teachers also their folders to "
+                             f"{study.work}) and repeat the command")
+
+    stage("teachers", teachers_of(study, trials(study, only) + plan(study, only)))
+    if lines := trials(study, only):
+        stage("tuning runs", jobs_of(lines))
+        chosen = read_chosen(study)
+        for detector, options in choose(study.done, lines).items():
+            chosen.setdefault(detector, {}).update(options)
+        study.results.mkdir(parents=True, exist_ok=True)
+        write_json(study.results / "chosen.json", chosen)
+    missing = run_all(study, jobs_of(plan(study, only)), workers, shard)
+    write(study)
+    return int(bool(missing))

@@ -71,7 +71,8 @@ print({name: f"{len(found)} rows" for name, found in TABLES.items()}, f"{len(RUN
 # twice, with the scale mask S and without; the better one is "clockdistill". No rival had that.
 
 # %%
-tried = {detector: [one for one in TUNING if one["options"].get("preset") == detector] for detector in DETECTORS}
+tried = {detector: [trial for trial in TUNING if (trial["detector"], trial["what"]) in
+                    ((detector, "with_scale"), (detector, "without_scale"))] for detector in DETECTORS}
 for detector, trials in tried.items():
     student, distilled = MAIN[detector]["student"], MAIN[detector]["clockdistill"]
     best = max(trials, key=lambda one: one["AP"])
@@ -80,11 +81,11 @@ for detector, trials in tried.items():
     assert best["options"] == distilled["options"] and len(trials) == 8
     teacher = RUNS[MAIN[detector]["teacher"]["runs"][0]]
     assert {RUNS[name]["taught_by"] for name in distilled["runs"]} == {teacher["weights"]}
-    assert all(RUNS[name]["split"] == "val" for row in (student, distilled) for name in row["runs"])
+    assert all(RUNS[name]["settings"]["val_split"] == "val" for row in (student, distilled) for name in row["runs"])
 
 tables_seeds = {seed for name, lines in TABLES.items() if name != "search" for row in lines for seed in row["seeds"]}
 assert not tables_seeds & {one["seed"] for one in TUNING}
-assert {len(trials) for trials in tables.TRIALS.values()} == {4}
+assert {len(trials) for _, trials in tables.TRIALS.values()} == {4}
 for kind in ("commit", "machine"):
     for which in ("teacher", "student"):
         count = collections.Counter(run[kind] for run in RUNS.values() if run["role"] == which)
@@ -393,15 +394,13 @@ figure = None
 if not missing("sensitivity"):
     for detector in filter(lambda one: rows("sensitivity", one), DETECTORS):
         found = rows("sensitivity", detector)
-        values = {what: [(value, f"{what} {value}") for value, _ in changes if f"{what} {value}" in found]
-                  for what, changes in tables.SENSITIVITY.items()}
+        panels = tables.panels(found.values())
         chosen = found.get("lambda_mem chosen", {}).get("options")
-        against(found, [(label, "lambda_mem chosen") for some in values.values() for _, label in some
-                        if found[label]["options"] != chosen])
+        against(found, [(label, "lambda_mem chosen") for label, row in found.items()
+                        if label != "student" and row["options"] != chosen])
         level = np.mean(found["lambda_mem chosen"]["AP"])
         assert all(abs(np.mean(row["AP"]) - level) < 0.03 for label, row in found.items() if label != "student")
-        figure = plots.sensitivity({what: [(value, found[label]["AP"]) for value, label in some]
-                                    for what, some in values.items()}, found["student"]["AP"],
+        figure = plots.sensitivity(panels, found["student"]["AP"],
                                    f"{DETECTORS[detector]}: AP of the distilled student, one setting at a time")
 figure
 

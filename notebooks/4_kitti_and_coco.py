@@ -19,7 +19,6 @@ sys.path.insert(0, os.getcwd())
 # %%
 import argparse
 import contextlib
-import inspect
 import io
 import json
 import re
@@ -38,7 +37,7 @@ import models
 from experiments import plots
 from experiments import tables
 import train
-from clockdistill import CLoCKDistill, location_mask
+from clockdistill import location_mask
 
 # %matplotlib inline
 torch.manual_seed(0)
@@ -172,8 +171,7 @@ plots.location_masks(picture_of(1), boxes, masks[:1])                          #
 
 # %%
 def settings(recipe, detector):
-    role = ["distill", "--teacher", "-"] if recipe.endswith("student") else ["fit"]
-    return tables.settings_of([*role, "--recipe", recipe, "--detector", detector])
+    return train.plain(train.Config(**train.RECIPES[recipe][detector]))
 
 
 def line(*cells):
@@ -190,7 +188,7 @@ for detector, name in short.items():
         line(what, form.format(**kitti), form.format(**coco), whose)
     assert (kitti["lr"], kitti["epochs"]) == (coco["lr"], coco["epochs"]) and kitti["batch_size"] == 8
 
-method = {name: parameter.default for name, parameter in inspect.signature(CLoCKDistill).parameters.items()}
+method = train.method_defaults("clockdistill")
 size = {name: "{}, {}".format(*data.DEFAULT_SIZE[name]) for name in ("kitti", "coco")}
 assert settings("kitti-teacher", "dino")["backbone"] == settings("coco-teacher", "dino")["backbone"] == "resnet50"
 line("weight decay, clip", *["{weight_decay:g}, {clip:g}".format(**one) for one in (kitti, coco)], "official")
