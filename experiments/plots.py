@@ -44,7 +44,8 @@ BRIGHT = ("#56B4E9", "#E69F00", "#CC79A7", "#F0E442", "#009E73", "#D55E00")
 # Colours of sampling points by level: no model's colour.
 LEVELS = ("#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#FFFFFF", "#999999")
 # Dashes of false alarms, of missed objects, and of the boxes that queries start from.
-FALSE, MISSED, REFERENCE = (0, (3, 1.5)), (0, (1, 1)), (0, (1, 1))
+FALSE = 0, (3, 1.5)
+MISSED = REFERENCE = 0, (1, 1)
 # The lightness of this colour map rises evenly: it also reads in grey print.
 WEIGHT_MAP = "viridis"
 PAGE_INCHES = 9
@@ -81,22 +82,22 @@ def model_style(name, index=0):
 def readable(classes):
     """Class names as pictures write them: on one line, cut after 20 letters, in fonts that exist.
 
-    A cut name ends with its label. A name is "class 7", of label 7, when it is empty or when no
-    installed font has its letters; a warning says so.
+    A cut name ends with its label. An empty name is its label, "class 7"; so is a name for which no
+    installed font has the letters, and a warning says so once.
     """
-    names, numbered = [], []
+    names, unwritten = [], []
     for label, name in enumerate(classes):
         short = " ".join(str(name).split())
         if len(short) > MAX_LETTERS:
             number = f"… ({label})"
             short = short[:MAX_LETTERS - len(number)] + number
-        if not short or _fonts(_missing(short))[1]:
-            numbered.append(label)
-            short = f"class {label}"
-        names.append(short)
-    if numbered:
-        warnings.warn(f"no installed font can write the class names of labels {numbered}: pictures "
-                      "number them; install a font of their script, such as Noto Sans CJK")
+        _, lacking = _fonts(_missing(short))
+        if lacking:
+            unwritten.append(label)
+        names.append(f"class {label}" if lacking or not short else short)
+    if unwritten:
+        warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures call "
+                      f"them by number; install a font of their script, such as Noto Sans CJK")
     return names
 
 
@@ -227,12 +228,13 @@ def predictions(image, result, classes, min_score=0.4):
         if scores[i] < min_score:
             continue
         label, (x, y) = int(labels[i]), boxes[i, :2]
+        # The text stands on its box, inside the image.
+        x, y = min(max(x, 0), width), max(y, type_pt * 2.3 / zoom)
         color = BRIGHT[label % len(BRIGHT)]
         _boxes(axes, boxes[i], color, width=type_pt / 5)
         frame = {"facecolor": color, "edgecolor": "none", "pad": type_pt / 8, "alpha": 0.85}
-        texts.append(axes.text(
-            min(max(x, 0), width), max(y, type_pt * 2.3 / zoom), f"{names[label]} {scores[i]:.2f}",
-            fontsize=type_pt, color="black", va="bottom", clip_on=True, bbox=frame))
+        texts.append(axes.text(x, y, f"{names[label]} {scores[i]:.2f}", fontsize=type_pt,
+                               color="black", va="bottom", clip_on=True, bbox=frame))
     _legible(figure)
 
     # A name that is too long for its place moves to the left.
@@ -364,10 +366,10 @@ def attention_mass(places, weights, height, width):
     map sums to the share of attention that falls on the image.
     """
     if weights.ndim == 3:
-        down, across = (_covered(torch.arange(new) / new, torch.arange(1, new + 1) / new, old)
-                        for new, old in zip((height, width), places))     # (height, H), (width, W)
-        maps = weights.mean(1).unflatten(-1, places)                      # (q, H, W)
-        return down.to(weights) @ maps @ across.to(weights).T
+        rows, columns = torch.arange(height + 1) / height, torch.arange(width + 1) / width
+        down = _covered(rows[:-1], rows[1:], places[0]).to(weights)       # (height, H)
+        across = _covered(columns[:-1], columns[1:], places[1]).to(weights)    # (width, W)
+        return down @ weights.mean(1).unflatten(-1, places) @ across.T
     inside = ((places >= 0) & (places <= 1)).all(-1)                      # (q, heads, levels, P)
     weights = (weights * inside).flatten(1) / weights.shape[1]            # (q, N)
     # 0 is the centre of the first cell.
@@ -462,7 +464,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     # In the heat map 1 is an even spread.
     heat = {name: m.numpy() * m[0].numel() for name, m in maps.items() if count}
     norm = LogNorm(1, max([2, *(m.max() for m in heat.values())]))
-    alike = {name: agreement(maps[next(iter(maps))], m) for name, m in maps.items() if grid}
+    target = next(iter(maps.values()), None)                              # of the first column
+    alike = {name: agreement(target, m) for name, m in maps.items() if grid}
 
     # One or two windows are large enough on a smaller page.
     columns, lines = max(len(looks), 1), max(count, 1)
@@ -500,7 +503,10 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             if look["boxes"] is not None and first["boxes"] is not None:
                 iou = _iou(first["boxes"][row].numpy(), box.numpy()[None])[0]
                 facts[-1] += f" (IoU {iou:.2f})" * bool(iou < MIN_IOU)
-        _title(axes, "\n".join([name] * (row == 0) + [between.join(facts)] * bool(facts)), 8, pad=3)
+        heading = [name] if row == 0 else []
+        if facts:
+            heading.append(between.join(facts))
+        _title(axes, "\n".join(heading), 8, pad=3)
         if look is first and named:
             axes.set_ylabel(rows[row], fontsize=8, color=INK)
         if context is not None:
@@ -511,7 +517,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     _keys(figure, _attention_keys(looks.values()))
     if grid and count and first["boxes"] is not None:
         even = even_mass(first["boxes"], (width, height), *grid)
-        even = agreement(maps[next(iter(maps))], even).mean()
+        even = agreement(target, even).mean()
         title += ("\n(for comparison, an even look over the box that the first answers agrees "
                   f"{even:.2f})")
     _heading(figure, title)
@@ -796,7 +802,8 @@ def dots(panels, title, log=False, marks=None):
     blocks = next(iter(panels.values()), {})
     lines = [(block, row) for block, rows in blocks.items()
              for row in [None] * bool(block) + list(rows)]
-    every = [row for blocks in panels.values() for rows in blocks.values() for row in rows.values()]
+    every = [row for blocks in panels.values() for rows in blocks.values()
+             for row in rows.values()]
     bars = any(isinstance(number, tuple) for row in every for number in row.values())
     apart = 0.7 / max(map(len, every)) if bars else 0                     # between dots of a row
     height = 1 + (0.75 if bars else 0.22) * len(lines)
@@ -1263,13 +1270,13 @@ def _judged(axes, result, truth, color, min_score, names=None):
 
 
 def _area(boxes):
-    return np.prod(np.maximum(boxes[..., 2:] - boxes[..., :2], 0), -1)
+    return (boxes[..., 2:] - boxes[..., :2]).clip(0).prod(-1)
 
 
 def _overlap(box, boxes):
     """(4,), (K, 4) -> (K,) areas of intersection in square pixels."""
-    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-    return _area(np.concatenate([low, high], 1))
+    low, high = np.tile(boxes[:, :2], 2), np.tile(boxes[:, 2:], 2)        # (K, 4) each
+    return _area(box.clip(low, high))
 
 
 def _iou(box, boxes):

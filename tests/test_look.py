@@ -146,6 +146,33 @@ def test_look_says_in_one_line_what_is_wrong(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_look_takes_folders_and_leaves_out_what_it_cannot_read(tmp_path, capsys):
+    """Class names are as they are: "$\\frac$", read as TeX, would stop the pictures."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    save_image(picture(), folder / "b.png")
+    (folder / "a.png").write_bytes(b"no image")
+    model = save(tmp_path / "one.pt", "dab_detr", classes=["$\\frac$"] * 3)
+    assert train.main(["look", "--checkpoint", model, "--best", "1", "--out", str(tmp_path / "x"), str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "left out 1 of 2 files" in error and "a.png" in error
+    (listed,) = json.loads((tmp_path / "x" / "look.json").read_text())
+    assert listed["image"].endswith("b.png") and listed["detections"][0]["class"] == "$\\frac$"
+    assert (tmp_path / "x" / "001_b_one_layers.png").exists()
+
+
+def test_look_names_image_and_detector_of_predictions_that_are_not_finite(tmp_path, capsys):
+    image = tmp_path / "0.png"
+    save_image(picture(), image)
+    broken = checkpoints.load(save(tmp_path / "bad.pt", "dab_detr"))
+    for name, values in broken["model"].items():
+        if "class_heads" in name:
+            values.fill_(3e38)                                            # finite, but infinity - infinity comes out
+    checkpoints.save(tmp_path / "bad.pt", broken)
+    assert train.main(["look", "--checkpoint", str(tmp_path / "bad.pt"), "--out", str(tmp_path / "x"), str(image)]) == 2
+    assert f"{image}, bad: the model's detections are not finite" in capsys.readouterr().err
+
+
 def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
     """The shipped teacher, asked with its label embeddings, names most classes from a memory of noise; asked with its
     learned contents it cannot (0.7 against 0.36 on 100 images), so only these make the logit part look at the image."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import attention
@@ -327,6 +328,61 @@ def test_self_attention_by_hand():
         plots.self_attention({"layer 0": weights}, groups={"learned": 2})
 
 
+TEX = ["$\\frac$", "US$ and $", r"C:\car_x^2", "a\\$b"]                   # the first would stop the picture, read as TeX
+HARD = [*TEX, "", "two\nlines", "vehicle.construction.with_arm", "Машина", "汽车", "🚗"]
+
+
+def test_class_names_that_pictures_write():
+    with pytest.warns(UserWarning, match=r"the classes \[8, 9\]: .* install a font"):
+        assert plots.readable(HARD) == [*TEX, "class 4", "two lines", "vehicle.constru… (6)", "Машина", "class 8",
+                                        "class 9"]
+
+
+@pytest.mark.filterwarnings("ignore:no installed font")
+def test_class_names_are_never_read_as_tex():
+    image, truth, result = scene()
+    one = sampled(3, truth["boxes"])
+    for figure in (plots.predictions(image, result, TEX), plots.first(image, truth, masks([0])[0], result, result, TEX),
+                   plots.detections([image], [truth], {"$x": [result]}, TEX),
+                   plots.detections([image], [truth], {TEX[0]: [result]}, HARD),                    # names on the boxes
+                   plots.query_attention(image, {TEX[0]: one}, TEX, title=TEX[0]),
+                   plots.self_attention({TEX[0]: torch.eye(3)[None]}, names=TEX[:3], title=TEX[0])):
+        figure.savefig(io.BytesIO(), format="png")
+        texts = [text for text in figure.findobj(Text) if text.get_text()]
+        assert not any(text.get_parse_math() for text in texts)
+        assert any("$" in text.get_text() for text in texts)
+
+
+def test_a_script_is_written_in_a_font_that_has_it():
+    """DejaVu Sans, the default, lacks the circled A; STIX, which matplotlib brings along, has it."""
+    image, _, result = scene()
+    text = plots.predictions(image, result, ["Ⓐ", "B", "C"]).axes[0].texts[-1]
+    assert text.get_text() == "Ⓐ 0.90" and "STIXGeneral" in text.get_fontfamily()
+    assert plots.predictions(image, result, CLASSES).axes[0].texts[-1].get_fontfamily() == ["sans-serif"]
+
+
+def test_long_names_stay_in_the_picture_and_a_legend_of_them_on_the_page():
+    image, truth, result = scene()
+    names = [f"{letter} long name of one class" for letter in "abcdef"]
+    result["boxes"][0] += torch.tensor([125., 0, 125, 0])                  # x 136..155 of 160
+    figure = plots.predictions(image, result, names)
+    text = figure.axes[0].texts[-1]
+    assert text.get_text() == "a long name of … (0) 0.90"
+    assert 0 < text.get_position()[0] < 136 and text.get_window_extent().x1 <= 160 * 6 + .5
+    figure = plots.detections([image], [truth], {"student": [result]}, names)
+    figure.draw_without_rendering()
+    extent = figure.legends[0].get_window_extent()
+    assert 0 <= extent.x0 and extent.x1 <= figure.bbox.x1 and len(legend(figure)) == 6 + 3 + 1
+
+
+def test_boxes_end_where_the_image_does():
+    image, truth, _ = scene(1)
+    beyond = {"scores": torch.tensor([.9]), "labels": torch.tensor([0]), "boxes": torch.tensor([[-9., 20, 200, 99]])}
+    for axes in (plots.predictions(image, beyond, CLASSES).axes[0],
+                 plots.detections([image], [nothing()], {"student": [beyond]}, CLASSES).axes[1]):
+        assert axes.patches[0].get_bbox().extents.tolist() == [0, 20, 160, 48]
+
+
 @pytest.mark.parametrize("width, height, zoom", [(1242, 375, 1), (1241, 374, 1), (160, 48, 6)])
 def test_predictions_keep_the_image_s_own_pixels(width, height, zoom):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -341,8 +397,23 @@ def test_a_model_has_one_colour_and_memory_sizes_must_agree():
     assert plots.model_style("distilled student")["color"] == plots.DISTILLED
     assert plots.model_style("Student alone")["color"] == plots.STUDENT
     assert plots.model_style("FGD", 1) != plots.model_style("MGD", 2)
+    roles = {plots.DISTILLED: ["clockdistill with the scale mask", "both parts: clockdistill", "distilled, 2 x the steps",
+                               "the same student, distilled"],
+             plots.TEACHER: ["teacher, trained for longer", "the teacher's own"],
+             plots.STUDENT: ["student", "student, 2 x the steps"],
+             plots.OTHERS[0]: ["detrdistill", "DETR-Distill", "kd_detr", "own queries"]}                 # rivals
+    for color, names in roles.items():
+        assert {plots.model_style(name)["color"] for name in names} == {color}
     with pytest.raises(ValueError, match="memory"):
         plots.memory_error(torch.rand(3, 48, 160), torch.rand(5, 8), torch.rand(5, 8), SHAPES)
+
+
+def test_gains_have_the_colour_of_their_role():
+    gain = {"mean": .1, "low": None, "high": None}
+    figure = plots.gains([("DINO", "detrdistill", gain), ("DINO", "clockdistill", gain | {"low": 0., "high": .3})], "Title")
+    (_, _, (rival,)), (_, _, (ours,)) = figure.axes[0].containers
+    assert ours.get_color().tolist() != rival.get_color().tolist()
+    assert ours.get_segments()[0][:, 0].tolist() == [0, .3] and rival.get_segments()[0][:, 0].tolist() == [.1, .1]
 
 
 def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
