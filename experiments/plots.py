@@ -97,7 +97,7 @@ def readable(classes):
         names.append(f"class {label}" if lacking or not short else short)
     if unwritten:
         warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures call "
-                      f"them by number; install a font of their script, such as Noto Sans CJK")
+                      "them by number; install a font of their script, such as Noto Sans CJK")
     return names
 
 
@@ -149,11 +149,11 @@ def detections(images, truths, results, classes, min_score=0.4):
     Objects not found are dotted in white.
     """
     names = ["ground truth", *results]
-    rows = max(len(images), 1)
     pixels = [_pixels(image) for image in images]
-    ratios = [p.shape[0] / p.shape[1] for p in pixels] or [0.3]           # height / width of a row
-    figure = _figure(PAGE_INCHES / len(names) * sum(ratios) + 0.04 * rows + 0.75)
-    grid = _grid(figure, rows, len(names), len(images) * len(names), height_ratios=ratios)
+    ratios = [_ratio(p) for p in pixels] or [0.3]                         # of each row
+    rows, columns = len(ratios), len(names)
+    figure = _figure(PAGE_INCHES / columns * sum(ratios) + 0.04 * rows + 0.75)
+    grid = _grid(figure, rows, columns, len(images) * columns, height_ratios=ratios)
     counts = {name: np.zeros(3, int) for name in results}
     classes, written = _class_names(classes)
     for panels, image, truth, *answers in zip(grid, pixels, truths, *results.values()):
@@ -183,7 +183,7 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4):
     `detections`.
     """
     pixels = _pixels(image)
-    figure = _figure(PAGE_INCHES * pixels.shape[0] / pixels.shape[1] + 0.8)
+    figure = _figure(PAGE_INCHES * _ratio(pixels) + 0.8)
     (scene, copy), (alone, taught) = figure.subplots(2, 2)
     classes, written = _class_names(classes)
     _ignored(_show(scene, pixels), truth)
@@ -217,7 +217,8 @@ def predictions(image, result, classes, min_score=0.4):
     height, width = pixels.shape[:2]
     zoom = max(1, math.ceil(900 / width))
     # 128 dots per inch divide without rounding: the picture has exactly zoom times the pixels.
-    figure = Figure(figsize=(width * zoom / 128, height * zoom / 128), dpi=128)
+    inches = np.array([width, height]) * zoom / 128
+    figure = Figure(inches, dpi=128)
     axes = _show(figure.add_axes((0, 0, 1, 1)), pixels)
     axes.set_axis_off()
     type_pt = min(max(width * zoom / 165, 6), 18)
@@ -227,7 +228,7 @@ def predictions(image, result, classes, min_score=0.4):
     for i in np.argsort(scores, kind="stable"):
         if scores[i] < min_score:
             continue
-        label, (x, y) = int(labels[i]), boxes[i, :2]
+        label, x, y = int(labels[i]), boxes[i, 0], boxes[i, 1]
         # The text stands on its box, inside the image.
         x, y = min(max(x, 0), width), max(y, type_pt * 2.3 / zoom)
         color = BRIGHT[label % len(BRIGHT)]
@@ -422,8 +423,8 @@ def _covered(low, high, cells):
     low, high: (N,). Returns (N, cells), from 0 to 1.
     """
     edges = torch.arange(cells + 1) / cells
-    low, high = (torch.maximum(low[:, None], edges[:-1]),
-                 torch.minimum(high[:, None], edges[1:]))                 # (N, cells) each
+    low = torch.maximum(low[:, None], edges[:-1])                         # (N, cells)
+    high = torch.minimum(high[:, None], edges[1:])                        # (N, cells)
     return ((high - low) * cells).clamp(min=0)
 
 
@@ -471,7 +472,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     columns, lines = max(len(looks), 1), max(count, 1)
     if count == 1 and columns > 4:
         columns, lines = 4, math.ceil(columns / 4)
-    shape = height / width
+    shape = _ratio(pixels)                                                # of every window
     if context is not None:
         shape = min(max(shape, 0.6), 0.8)
     page = PAGE_INCHES if columns > 2 or context is None else 6
@@ -558,21 +559,24 @@ def _window(looks, row, size, shape, context):
     whole image.
     """
     width, height = size
-    boxes, starts = ([look[key][row].numpy() for look in looks if look[key] is not None]
-                     for key in ("boxes", "references"))
+    boxes = [look["boxes"][row].numpy() for look in looks if look["boxes"] is not None]
+    starts = [look["references"][row].numpy() for look in looks if look["references"] is not None]
     if not boxes and not starts:
         return 0, 0, width, height
-    # A point is a box of no size.
-    low = np.min([place[:2] for place in boxes or starts], 0)
-    high = np.max([place[-2:] for place in boxes or starts], 0)
+    low, high = _around(boxes or starts)
     centre, half = (low + high) / 2, context * (high - low) / 2
-    low = np.min([centre - half, *(place[:2] for place in starts)], 0)
-    high = np.max([centre + half, *(place[-2:] for place in starts)], 0)
+    low, high = _around([(*centre - half, *centre + half), *starts])
     wide, tall = high - low
     tall = np.clip(max(tall, wide * shape), 4 / shape, min(height, width * shape))
     part = np.array([tall / shape, tall])
     low = np.clip((low + high - part) / 2, 0, size - part)
     return *low, *(low + part)
+
+
+def _around(places):
+    """The least and the greatest corner of boxes (4,) and points (2,)."""
+    return (np.min([place[:2] for place in places], 0),
+            np.max([place[-2:] for place in places], 0))
 
 
 def self_attention(weights, shown=None, names=(), groups=None,
@@ -961,9 +965,10 @@ def losses(history):
     others = [name for name in table if name not in ours]
     others.sort(key=lambda name: -table[name].sum())
     large, rest = others[:4], others[4:]
-    terms = {name: table[name] for name in [*large, *(name for name in ours if name in table)]}
+    terms = {}
     if rest:
-        terms = {f"the rest ({len(rest)} terms)": sum(table[name] for name in rest), **terms}
+        terms[f"the rest ({len(rest)} terms)"] = sum(table[name] for name in rest)
+    terms |= {name: table[name] for name in [*large, *ours] if name in table}
     window = max(1, len(steps) // 40)
     smooth = {name: _running_mean(values, window) for name, values in terms.items()}
     total = np.maximum(sum(smooth.values()), 1e-12)
@@ -1020,11 +1025,11 @@ def _banded(axes, scores, alpha, **how):
 def _interval(axes, place, gain, color, across=False, capsize=2.5, **how):
     """The mean of a gain at its place, with its interval if it has one."""
     mean = gain["mean"]
-    low, high = (mean if gain[side] is None else gain[side] for side in ("low", "high"))
-    x, y = (mean, place) if across else (place, mean)
-    bar = [[mean - low], [high - mean]]
-    axes.errorbar(x, y, **{"xerr" if across else "yerr": bar}, fmt="o", capsize=capsize,
-                  markersize=4, color=color, **how)
+    bar = [[0], [0]]
+    if gain["low"] is not None:
+        bar = [[mean - gain["low"]], [gain["high"] - mean]]
+    where = {"x": mean, "y": place, "xerr": bar} if across else {"x": place, "y": mean, "yerr": bar}
+    axes.errorbar(**where, fmt="o", capsize=capsize, markersize=4, color=color, **how)
 
 
 def _block(axes, place, name, **how):
@@ -1056,7 +1061,9 @@ def _deviation(values):
 
 def _running_mean(values, window):
     """Means over the last `window` values, over fewer at the start: nothing looks ahead."""
-    sums = np.convolve(values, np.ones(window))[:len(values)] if len(values) else values
+    if not len(values):
+        return values
+    sums = np.convolve(values, np.ones(window))[:len(values)]
     return sums / np.minimum(np.arange(len(values)) + 1, window)
 
 
@@ -1180,6 +1187,11 @@ def _pixels(image):
     return (pixels if image.is_floating_point() else pixels / 255).clip(0, 1)
 
 
+def _ratio(pixels):
+    height, width = pixels.shape[:2]
+    return height / width
+
+
 def _show(axes, pixels):
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0),
@@ -1203,14 +1215,18 @@ def _halo(width, color):
     return [patheffects.withStroke(linewidth=width, foreground=edge, alpha=0.75)]
 
 
+def _rectangle(axes, box, **how):
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **how))
+
+
 def _boxes(axes, boxes, color, linestyle="-", width=1.1, labels=None, names=None):
     """Rectangles, as far as the image reaches; with labels, the marker or name of each class."""
     _, right, bottom, _ = axes.images[0].get_extent()
     boxes = _corners(boxes).clip(0, [right, bottom] * 2)
     for i, (x0, y0, x1, y1) in enumerate(boxes):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color,
-                                 linestyle=linestyle, linewidth=width,
-                                 path_effects=_halo(width + 1, color)))
+        _rectangle(axes, (x0, y0, x1, y1), fill=False, edgecolor=color, linestyle=linestyle,
+                   linewidth=width, path_effects=_halo(width + 1, color))
         if labels is None:
             continue
         label = int(labels[i])
@@ -1235,9 +1251,8 @@ def _reference(axes, place):
 
 
 def _ignored(axes, truth):
-    for x0, y0, x1, y1 in _corners(truth.get("ignore", ())):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="none", edgecolor="#BBBBBB",
-                                 hatch="/////", linewidth=0.4))
+    for box in _corners(truth.get("ignore", ())):
+        _rectangle(axes, box, facecolor="none", edgecolor="#BBBBBB", hatch="/////", linewidth=0.4)
 
 
 def _judged(axes, result, truth, color, min_score, names=None):
@@ -1253,8 +1268,9 @@ def _judged(axes, result, truth, color, min_score, names=None):
     for i in np.argsort(-scores, kind="stable"):
         if scores[i] < min_score:
             break
-        iou = _iou(boxes[i], true_boxes) * (free & (true_labels == labels[i]))     # (K,)
-        inside = _overlap(boxes[i], ignored) / max(_area(boxes[i]), 1e-9)          # (N,)
+        box = boxes[i]
+        iou = _iou(box, true_boxes) * (free & (true_labels == labels[i]))          # (K,)
+        inside = _overlap(box, ignored) / max(_area(box), 1e-9)                    # (N,)
         if iou.max(initial=0) >= MIN_IOU:
             free[iou.argmax()] = False
             found += 1
@@ -1264,7 +1280,7 @@ def _judged(axes, result, truth, color, min_score, names=None):
         else:
             false += 1
             line = FALSE
-        _boxes(axes, boxes[i], color, line, labels=labels[i:i + 1], names=names)
+        _boxes(axes, box, color, line, labels=[labels[i]], names=names)
     _boxes(axes, true_boxes[free], TRUTH, linestyle=MISSED, width=0.9)
     return np.array([found, free.sum(), false])
 
@@ -1330,10 +1346,9 @@ def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
     """
     pixels, columns = _pixels(image), max(columns, 1)
     rows = max(math.ceil(len(panels) / columns), 1)
-    ratio = pixels.shape[0] / pixels.shape[1]
-    figure = _figure((PAGE_INCHES / columns * ratio + 0.2) * rows + 0.75)
+    figure = _figure((PAGE_INCHES / columns * _ratio(pixels) + 0.2) * rows + 0.75)
     grid = figure.add_gridspec(rows, columns)
-    spots = [grid[i // columns, i % columns] for i in range(columns * rows)]
+    spots = [grid[i] for i in range(rows * columns)]
     if len(panels) < len(spots):
         spots = [grid[0, :], *spots[columns:]]
     every, drawn = [], None
