@@ -236,7 +236,7 @@ def reading(teacher, method, embedding, batches, seed=0):
 
 def add_options(parser):
     """The options of `train.py look`."""
-    parser.epilog = FILES
+    parser.description, parser.epilog = __doc__.split("\n\n")[0], FILES
     parser.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
                         help="last.pt, best.pt, exported safetensors, or a run's folder; given "
                              "several times, the first one (the teacher) says which objects are "

@@ -1,4 +1,4 @@
-"""What detectors look at: all three of them through `watch`, the comparison of two, and the command."""
+"""What detectors look at: all three through `watch`, the comparison of two, the command."""
 import json
 
 import pytest
@@ -12,7 +12,8 @@ import models
 import train
 from clockdistill import CLoCKDistill
 
-TINY = dict(backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=16, heads=2, ffn_dim=16,
+TINY = dict(backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=16,
+            heads=2, ffn_dim=16,
             encoder_layers=2, decoder_layers=2, num_queries=12)
 OWN = {"dab_detr": dict(feature_stride=8), "dino": dict(feature_levels=3, points=2),
        "deformable_detr": dict(feature_levels=2, points=2, box_refine=True)}
@@ -36,7 +37,8 @@ def test_watch_shows_the_best_detections_that_are_different_objects(detector):
     found = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool)).detections
     scores, labels = found.logits[-1, 0].sigmoid().max(1)
     assert one["queries"][0] == scores.argmax() and 1 <= len(one["queries"]) <= 3
-    assert torch.equal(one["scores"], scores[one["queries"]]) and torch.equal(one["labels"], labels[one["queries"]])
+    assert torch.equal(one["scores"], scores[one["queries"]])
+    assert torch.equal(one["labels"], labels[one["queries"]])
     overlap = look.box_iou(one["boxes"], one["boxes"])
     assert (overlap - torch.eye(len(overlap))).max() <= 0.5
     (cx, cy, w, h), box = found.boxes[-1, 0, one["queries"][0]], one["boxes"][0]
@@ -50,9 +52,11 @@ def test_watch_records_the_queries_shown_and_the_tokens_in_their_middle(detector
     one = look.watch(model, picture()[None], picture(), best=3, layer=0)
     with torch.no_grad(), models.record(model) as seen:
         model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool))
-    cross, encoder, queries = seen["decoder.0.cross"].weights[0], seen["encoder.1"].weights[0], one["queries"]
+    cross, encoder = seen["decoder.0.cross"].weights[0], seen["encoder.1"].weights[0]
+    queries = one["queries"]
     if detector == "dab_detr":
-        cross, encoder = cross.transpose(0, 1), encoder.transpose(0, 1)    # (heads, queries, keys): queries first
+        # (heads, queries, keys): queries first
+        cross, encoder = cross.transpose(0, 1), encoder.transpose(0, 1)
     torch.testing.assert_close(one["look"]["weights"], cross[queries])
     torch.testing.assert_close(one["listen"][1], seen["decoder.1.self"].weights[0])
     middle = (one["boxes"][:, :2] + one["boxes"][:, 2:]) / 2
@@ -65,23 +69,27 @@ def test_watch_records_the_queries_shown_and_the_tokens_in_their_middle(detector
 
 
 def test_of_queries_with_one_box_the_best_is_shown_and_the_one_of_the_wanted_class_compared():
-    """DAB-DETR before training, with one anchor for all: 12 queries that differ in content, and in nothing else."""
+    """DAB-DETR before training, with one anchor for all: 12 queries with different contents."""
     torch.manual_seed(0)
-    model = models.build("dab_detr", 3, **TINY | dict(num_queries=3), num_patterns=4, feature_stride=8).eval()
+    model = models.build("dab_detr", 3, **TINY | dict(num_queries=3), num_patterns=4,
+                         feature_stride=8).eval()
     with torch.no_grad():
         model.anchors.weight.zero_()
-        logits = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool)).detections.logits[-1, 0]    # (12, 3)
+        output = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool))
+        logits = output.detections.logits[-1, 0]                          # (12, 3)
     best = look.watch(model, picture()[None], picture())
     assert best["queries"].tolist() == [logits.amax(1).argmax()]
     wanted = {"boxes": best["boxes"].expand(3, 4), "labels": torch.arange(3)}
-    assert torch.equal(look.watch(model, picture()[None], picture(), wanted=wanted)["queries"], logits.argmax(0))
+    assert torch.equal(look.watch(model, picture()[None], picture(), wanted=wanted)["queries"],
+                       logits.argmax(0))
 
 
 def test_a_detector_beside_itself_agrees_and_finds_the_same():
     model = tiny("dino")
     first = look.watch(model, picture()[None], picture())
     again = look.watch(model, picture()[None], picture(), wanted=first)
-    assert torch.equal(first["queries"], again["queries"]) and torch.equal(first["boxes"], again["boxes"])
+    assert torch.equal(first["queries"], again["queries"])
+    assert torch.equal(first["boxes"], again["boxes"])
     seen = look.compare({"teacher": first, "student": again})
     torch.testing.assert_close(seen["student"]["agreement"], torch.ones(len(first["queries"])))
     assert (seen["student"]["elsewhere"] < 0.999).all() and (seen["teacher"]["even"] < 0.999).all()
@@ -89,27 +97,35 @@ def test_a_detector_beside_itself_agrees_and_finds_the_same():
 
 
 def test_what_is_compared_by_hand():
-    """Two objects side by side on 1 x 2 cells; the second detector looks at the first cell only, both times."""
+    """Two objects side by side on 1 x 2 cells; the second detector looks at the first cell only."""
     def seen(*weights):
-        look = {"places": (1, 2), "weights": torch.tensor(weights)[:, None]}                # one head
-        return {"queries": torch.tensor([0, 1]), "labels": torch.tensor([0, 1]), "scores": torch.tensor([.5, .25]),
-                "boxes": torch.tensor([[0., 0, 80, 48], [80, 0, 160, 48]]), "iou": torch.tensor([1, .25]),
+        # There is one head.
+        look = {"places": (1, 2), "weights": torch.tensor(weights)[:, None]}
+        return {"queries": torch.tensor([0, 1]), "labels": torch.tensor([0, 1]),
+                "scores": torch.tensor([.5, .25]),
+                "boxes": torch.tensor([[0., 0, 80, 48], [80, 0, 160, 48]]),
+                "iou": torch.tensor([1, .25]),
                 "look": look, "grid": (1, 2), "side": (160, 48)}
-    found = look.compare({"teacher": seen([.75, .25], [0., 1.]), "student": seen([1., 0.], [1., 0.])})
-    assert found["teacher"]["even"].tolist() == [.75, 1] and found["student"]["agreement"].tolist() == [.75, 0]
+    found = look.compare({"teacher": seen([.75, .25], [0., 1.]),
+                          "student": seen([1., 0.], [1., 0.])})
+    assert found["teacher"]["even"].tolist() == [.75, 1]
+    assert found["student"]["agreement"].tolist() == [.75, 0]
     assert found["student"]["elsewhere"].tolist() == [.75, 0]
     objects = look.listed(found, CLASSES)
     assert objects[1] == {"class": "Pedestrian", "teacher": {
         "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "even": 1}, "student": {
-        "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "agreement": 0, "elsewhere": 0}}
+        "query": 1, "score": .25, "box": [80, 0, 160, 48], "iou": .25, "agreement": 0,
+        "elsewhere": 0}}
     text = " ".join(look.summary(objects, "teacher", ["student"]))
-    assert "1 of the 2 objects" in text and "0.75 on the same" in text         # not the one whose boxes differ
+    # The object whose boxes differ does not count.
+    assert "1 of the 2 objects" in text and "0.75 on the same" in text
     assert "0.38 on different" in text and "0.88 with uniform attention" in text
 
 
 def save(path, detector, seed=0, classes=CLASSES):
     model = tiny(detector, seed)
-    checkpoints.save(path, {"model": model.state_dict(), "detector": detector, "config": model.config, "data": "toy",
+    checkpoints.save(path, {"model": model.state_dict(), "detector": detector,
+                            "config": model.config, "data": "toy",
                             "classes": classes, "settings": {"size": None}, "metrics": {}})
     return str(path)
 
@@ -139,9 +155,11 @@ def test_look_says_in_one_line_what_is_wrong(tmp_path, capsys):
     save(tmp_path / "other.pt", "dino", classes=["Cat", "Dog", "Cow"])
     for more, message in ((["--best", "0"], "want at least 1"),
                           (["--layer", "2"], "the decoder layers of one are 0 to 1"),
-                          (["--checkpoint", str(tmp_path / "deeper" / "one")], "another one is called one too"),
+                          (["--checkpoint", str(tmp_path / "deeper" / "one")],
+                           "another one is called one too"),
                           (["--checkpoint", str(tmp_path / "other.pt")], "knows other classes")):
-        assert train.main(["look", "--checkpoint", one, "--out", str(tmp_path / "x"), *more, str(image)]) == 2
+        assert train.main(["look", "--checkpoint", one, "--out", str(tmp_path / "x"), *more,
+                           str(image)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
@@ -153,7 +171,8 @@ def test_look_takes_folders_and_leaves_out_what_it_cannot_read(tmp_path, capsys)
     save_image(picture(), folder / "b.png")
     (folder / "a.png").write_bytes(b"no image")
     model = save(tmp_path / "one.pt", "dab_detr", classes=["$\\frac$"] * 3)
-    assert train.main(["look", "--checkpoint", model, "--best", "1", "--out", str(tmp_path / "x"), str(folder)]) == 2
+    assert train.main(["look", "--checkpoint", model, "--best", "1", "--out", str(tmp_path / "x"),
+                       str(folder)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "left out 1 of 2 files" in error and "a.png" in error
     (listed,) = json.loads((tmp_path / "x" / "look.json").read_text())
@@ -167,22 +186,26 @@ def test_look_names_image_and_detector_of_predictions_that_are_not_finite(tmp_pa
     broken = checkpoints.load(save(tmp_path / "bad.pt", "dab_detr"))
     for name, values in broken["model"].items():
         if "class_heads" in name:
-            values.fill_(3e38)                                            # finite, but infinity - infinity comes out
+            # These weights are finite, but infinity - infinity comes out of them.
+            values.fill_(3e38)
     checkpoints.save(tmp_path / "bad.pt", broken)
-    assert train.main(["look", "--checkpoint", str(tmp_path / "bad.pt"), "--out", str(tmp_path / "x"), str(image)]) == 2
+    assert train.main(["look", "--checkpoint", str(tmp_path / "bad.pt"), "--out",
+                       str(tmp_path / "x"), str(image)]) == 2
     assert f"{image}, bad: the model's detections are not finite" in capsys.readouterr().err
 
 
 def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
-    """The shipped teacher, asked with its label embeddings, names most classes from a memory of noise; asked with its
-    learned contents it cannot (0.7 against 0.36 on 100 images), so only these make the logit part look at the image."""
+    """The shipped teacher, asked with its label embeddings, names most classes from a memory of
+    noise. Asked with its learned contents it cannot (0.7 against 0.36 on 100 images), so only these
+    make the logit part look at the image."""
     teacher, _ = train.load_model(train.SHIPPED_TEACHERS["dino"])
     data.make_toy(tmp_path, counts=dict(train=1, val=60, tune=1))
     batches = list(data.eval_loader(data.build("toy", tmp_path, "val"), 20))
     found = {}
     for content in ("label", "own"):
         method = CLoCKDistill(64, 64, content=content, box_noise=0.4)
-        found[content] = look.reading(teacher, method, {"label": teacher.label_embedding, "own": teacher.learned_content}[content],
-                                      batches)
-        assert found[content]["own"] > 0.8 and found[content]["own"] > found[content]["another's"] + 0.1
+        embedding = teacher.label_embedding if content == "label" else teacher.learned_content
+        found[content] = look.reading(teacher, method, embedding, batches)
+        assert found[content]["own"] > 0.8
+        assert found[content]["own"] > found[content]["another's"] + 0.1
     assert found["label"]["noise"] > 0.55 > 0.45 > found["own"]["noise"]

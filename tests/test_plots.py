@@ -1,4 +1,4 @@
-"""Pictures are checked by eye; here: each function returns a Figure that saves, counts right, leaves its inputs be."""
+"""Pictures are checked by eye; here: each Figure saves, counts right, leaves its inputs alone."""
 import copy
 import io
 import time
@@ -20,20 +20,26 @@ SHAPES = [(6, 20), (3, 10), (2, 5)]                                      # of a 
 
 
 def scene(objects=3):
-    """Image, truth and a result that finds object 0, misses the rest, and has false alarms of three kinds."""
+    """Image, truth and a result: object 0 found, the rest missed, false alarms of three kinds."""
     image = torch.rand(3, 48, 160, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[10., 20, 30, 40], [60, 10, 70, 40], [100, 20, 120, 44]])[:objects]
-    truth = {"labels": torch.arange(objects), "boxes": boxes, "ignore": torch.tensor([[130., 0, 160, 48]])}
+    truth = {"labels": torch.arange(objects), "boxes": boxes,
+             "ignore": torch.tensor([[130., 0, 160, 48]])}
     result = {"scores": torch.tensor([.9, .8, .7, .6, .3]), "labels": torch.tensor([0, 0, 2, 1, 1]),
-              "boxes": torch.tensor([[11., 20, 30, 41], [10, 20, 31, 40],     # right; the same object once more
-                                     [60, 10, 70, 40],                        # right place, wrong class
-                                     [140, 10, 150, 30],                      # in the ignored region: not judged
-                                     [60, 10, 70, 40]])}                      # right, but too weak to be drawn
+              # The first is right, the second the same object once more.
+              "boxes": torch.tensor([[11., 20, 30, 41], [10, 20, 31, 40],
+                                     # The place is right, the class wrong.
+                                     [60, 10, 70, 40],
+                                     # In the ignored region nothing is judged.
+                                     [140, 10, 150, 30],
+                                     # This one is right, but too weak to be drawn.
+                                     [60, 10, 70, 40]])}
     return image, truth, result
 
 
 def nothing():
-    return {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
+    return {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long),
+            "boxes": torch.zeros(0, 4)}
 
 
 def masks(boxes):
@@ -48,7 +54,8 @@ def masks(boxes):
 def sampled(queries, boxes=None, references=None):
     """A look of 4 heads at 3 levels, 2 points each."""
     weights = torch.rand(queries, 4, 3, 2).flatten(2).softmax(-1).view(queries, 4, 3, 2)
-    return {"places": torch.rand(queries, 4, 3, 2, 2), "weights": weights, "boxes": boxes, "references": references}
+    return {"places": torch.rand(queries, 4, 3, 2, 2), "weights": weights, "boxes": boxes,
+            "references": references}
 
 
 def dense(queries, boxes=None):
@@ -62,10 +69,13 @@ def pictures(objects, found):
     result = result if found else nothing()
     cells = sum(h * w for h, w in SHAPES)
     memory = torch.randn(cells, 8), torch.randn(cells, 8).bfloat16().requires_grad_()
-    history = {"teacher": 0.5, "student alone": [(0, .1), (9, float("nan"))], "rival": [(0, [.1, .2]), (9, [.2, .4])]}
-    terms = {f"loss_{i}": [(step, 1 / (1 + step)) for step in range(90)] for i in range(9)} | {"memory": [(3, .1)]}
+    history = {"teacher": 0.5, "student alone": [(0, .1), (9, float("nan"))],
+               "rival": [(0, [.1, .2]), (9, [.2, .4])]}
+    terms = {f"loss_{i}": [(step, 1 / (1 + step)) for step in range(90)] for i in range(9)}
+    terms["memory"] = [(3, .1)]
     boxes = truth["boxes"]
-    looks = {"teacher": sampled(objects, boxes, boxes[:, :2]), "distilled student": dense(objects, boxes + 1)}
+    looks = {"teacher": sampled(objects, boxes, boxes[:, :2]),
+             "distilled student": dense(objects, boxes + 1)}
     among = {f"layer {i}": torch.rand(4, objects, objects).softmax(-1) for i in range(4)}
     models = {"teacher": [result] * 2, "student": [result] * 2}
     levels = {name: [torch.rand(shape) for shape in SHAPES] for name in ("teacher", "student")}
@@ -73,12 +83,16 @@ def pictures(objects, found):
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
-    pairs = {"student": {5: [.1]}, "distilled": {5: [.2]}, "teacher": .5, "gain": {5: dict(mean=.1, low=.0, high=.2)}}
+    pairs = {"student": {5: [.1]}, "distilled": {5: [.2]}, "teacher": .5,
+             "gain": {5: dict(mean=.1, low=.0, high=.2)}}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
-            "memory_error": (4 + 1, (image, *memory, SHAPES, truth["boxes"], torch.arange(cells) % 5 == 0)),
-            "maps_over_scene": (2 * 3 + 1 if found else 0, (image, boxes, levels if found else {}, "chance", "Title")),
-            "query_attention": (2 * max(objects, 1) + (objects > 0), (image, looks, ["a", "b", "c"], (6, 20))),
+            "memory_error": (4 + 1, (image, *memory, SHAPES, truth["boxes"],
+                                     torch.arange(cells) % 5 == 0)),
+            "maps_over_scene": (2 * 3 + 1 if found else 0, (image, boxes, levels if found else {},
+                                                            "chance", "Title")),
+            "query_attention": (2 * max(objects, 1) + (objects > 0),
+                                (image, looks, ["a", "b", "c"], (6, 20))),
             "self_attention": (6 + 1, (among, None, ["a", "", "c"][:objects] if found else ())),
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
@@ -88,9 +102,11 @@ def pictures(objects, found):
             "dots": (2 if found else 1, (off if found else {}, "Title", True)),
             "gradients": (2, ({"student": report} if found else {},)),
             "stacked": (1, ({"a": {"memory": 1.}, "b": {}} if found else {}, "part", "Title")),
-            "lines": (2 if found else 1, ({"a": {"memory": [1., .5]}, "b": {"cls": (boxes[:, 0], boxes[:, 1])}}
+            "lines": (2 if found else 1, ({"a": {"memory": [1., .5]},
+                                           "b": {"cls": (boxes[:, 0], boxes[:, 1])}}
                                           if found else {}, "step", "loss", "Title")),
-            "numbers": (2 if found else 1, ({"a": (torch.rand(2, 3), "{:.2f}".format), "b": (torch.zeros(1, 1), str)}
+            "numbers": (2 if found else 1, ({"a": (torch.rand(2, 3), "{:.2f}".format),
+                                             "b": (torch.zeros(1, 1), str)}
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
             "predictions": (1, (image, result, CLASSES))}
@@ -101,7 +117,8 @@ def legend(figure):
 
 
 def dots(axes):
-    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() != "None"]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines
+            if line.get_marker() != "None"]
 
 
 def equal(a, b):
@@ -127,9 +144,10 @@ def test_a_figure_with_the_expected_axes_saves_and_leaves_inputs_alone(name, obj
 
 
 def test_found_missed_and_false_by_hand():
-    """One of three found; its double and the wrong class are false; ignored and weak ones do not count."""
+    """One of three found; its double and the wrong class are false; ignored, weak: not counted."""
     image, truth, result = scene()
-    figure = plots.detections([image], [truth], {"student": [result], "teacher": [nothing()]}, CLASSES)
+    figure = plots.detections([image], [truth], {"student": [result], "teacher": [nothing()]},
+                              CLASSES)
     assert [axes.get_title().split("\n")[1] for axes in figure.axes] == [
         "3 objects", "1 found, 2 missed, 2 false", "0 found, 3 missed, 0 false"]
 
@@ -138,7 +156,8 @@ def test_location_masks_name_the_share_of_the_objects():
     """3 objects of weight 1 beside a background of weight 1: 75 % on 3 of 120 cells."""
     image, truth, _ = scene()
     figure = plots.location_masks(image, truth["boxes"], masks(truth["boxes"]))
-    assert figure.axes[1].get_title() == "level 0, 20 x 6 cells; objects: 2.5% of the cells, 75% of S"
+    title = figure.axes[1].get_title()
+    assert title == "level 0, 20 x 6 cells; objects: 2.5% of the cells, 75% of S"
 
 
 def test_ground_truth_alone_has_no_legend_of_judgements():
@@ -156,18 +175,21 @@ def test_memory_error_in_given_colours_and_its_mean():
     image, truth, _ = scene(1)
     student, teacher = torch.zeros(2, 2), torch.tensor([[2., 0], [0, 3]])
     figure = plots.memory_error(image, student, teacher, [(1, 2)], truth["boxes"], low=1, high=100)
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["the scene, 1 object",
-                                                              "level 0, 2 x 1 cells: 6.5 a cell on average"]
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "the scene, 1 object", "level 0, 2 x 1 cells: 6.5 a cell on average"]
     drawn = figure.axes[1].images[-1]
     assert drawn.get_array().tolist() == [[4, 9]] and (drawn.norm.vmin, drawn.norm.vmax) == (1, 100)
 
 
 def test_maps_over_a_scene_share_their_colours():
     image, truth, _ = scene()
-    maps = {"a": [torch.tensor([[1., 2]]), torch.tensor([[3.]])], "b": [torch.tensor([[0., 8]]), torch.tensor([[5.]])]}
+    maps = {"a": [torch.tensor([[1., 2]]), torch.tensor([[3.]])],
+            "b": [torch.tensor([[0., 8]]), torch.tensor([[5.]])]}
     for high, top in ((None, 8), (20, 20)):
-        panels = plots.maps_over_scene(image, truth["boxes"], maps, "chance", "Title", high).axes[:4]
-        assert [axes.get_title() for axes in panels] == ["a, level 0", "b, level 0", "a, level 1", "b, level 1"]
+        panels = plots.maps_over_scene(image, truth["boxes"], maps, "chance", "Title",
+                                       high).axes[:4]
+        assert [axes.get_title() for axes in panels] == ["a, level 0", "b, level 0", "a, level 1",
+                                                         "b, level 1"]
         drawn = [axes.images[-1] for axes in panels]
         assert drawn[1].get_array().tolist() == [[None, 8]]                # 0 stays bare
         assert {(one.norm.vmin, one.norm.vmax) for one in drawn} == {(0, top)}
@@ -186,45 +208,57 @@ def test_attention_mass_of_a_point_goes_to_the_cells_whose_centres_surround_it()
     torch.testing.assert_close(plots.attention_mass(*one_point((.625, .75)), 2, 4)[0], expected)
     expected[1, 2], expected[1, 3] = .5, .5                                # between two
     torch.testing.assert_close(plots.attention_mass(*one_point((.75, .75)), 2, 4)[0], expected)
-    expected = torch.zeros(2, 4)                                           # a quarter of the way, on both axes
+    # A quarter of the way, on both axes.
+    expected = torch.zeros(2, 4)
     expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 1] = 9 / 16, 3 / 16, 3 / 16, 1 / 16
     torch.testing.assert_close(plots.attention_mass(*one_point((.1875, .375)), 2, 4)[0], expected)
 
 
 def test_attention_mass_outside_the_image_is_lost_and_at_its_edge_it_is_not():
-    places, weights = one_point((-.01, .5), (.5, 1.01), (0., 0.), (1., 1.), weights=[.5, .2, .1, .2])
+    places, weights = one_point((-.01, .5), (.5, 1.01), (0., 0.), (1., 1.),
+                                weights=[.5, .2, .1, .2])
     expected = torch.zeros(2, 4)
-    expected[0, 0], expected[1, 3] = .1, .2                                # the sum, .3, is what falls on the image
+    # The sum, .3, is what falls on the image.
+    expected[0, 0], expected[1, 3] = .1, .2
     torch.testing.assert_close(plots.attention_mass(places, weights, 2, 4)[0], expected)
 
 
 def test_attention_mass_is_what_deformable_attention_takes_from_each_token():
-    """Oracle: with unit vectors as values the inner product of attention.py returns each token's share."""
-    places = torch.rand(1, 5, 2, 1, 3, 2, generator=torch.Generator().manual_seed(0)) * .8 + .1    # half a cell inside
+    """Oracle: with unit vectors as values attention.py returns each token's share."""
+    # All places are at least half a cell inside.
+    places = torch.rand(1, 5, 2, 1, 3, 2, generator=torch.Generator().manual_seed(0)) * .8 + .1
     weights = torch.rand(1, 5, 2, 1, 3).flatten(3).softmax(-1).view(1, 5, 2, 1, 3)
-    tokens = torch.eye(50)[None, :, None].expand(1, 50, 2, 50)             # 5 x 10 of them, for 2 heads
-    taken = attention.deformable_sample(tokens, [(5, 10)], places, weights).view(5, 2, 5, 10).mean(1)
+    # There are 5 x 10 tokens, for 2 heads.
+    tokens = torch.eye(50)[None, :, None].expand(1, 50, 2, 50)
+    taken = attention.deformable_sample(tokens, [(5, 10)], places, weights)
+    taken = taken.view(5, 2, 5, 10).mean(1)
     torch.testing.assert_close(plots.attention_mass(places[0], weights[0], 5, 10), taken)
 
 
 def test_dense_attention_mass_is_spread_over_the_cells():
-    weights = torch.tensor([[[.5, .5], [0., 1.]]])                         # one query, two heads, 1 x 2 cells: .25, .75
-    for grid, expected in (((1, 4), [[.125, .125, .375, .375]]), ((1, 1), [[1.]]), ((1, 3), [[1 / 6, 1 / 3, 1 / 2]]),
+    # One query, two heads, 1 x 2 cells: .25, .75.
+    weights = torch.tensor([[[.5, .5], [0., 1.]]])
+    for grid, expected in (((1, 4), [[.125, .125, .375, .375]]), ((1, 1), [[1.]]),
+                           ((1, 3), [[1 / 6, 1 / 3, 1 / 2]]),
                            ((2, 2), [[.125, .375], [.125, .375]])):
-        torch.testing.assert_close(plots.attention_mass((1, 2), weights, *grid)[0], torch.tensor(expected))
+        torch.testing.assert_close(plots.attention_mass((1, 2), weights, *grid)[0],
+                                   torch.tensor(expected))
 
 
 def test_attention_mass_in_a_padded_batch_is_that_of_the_image_alone():
-    """Padding doubles the width: places are fractions of the padded image, so they halve; the right half is empty."""
+    """Padding doubles the width: places, fractions of the padded image, halve; the right half is
+    empty."""
     one = sampled(3)
-    places = one["places"] * .8 + .1                                       # at least half a cell from the edges
+    # At least half a cell from the edges.
+    places = one["places"] * .8 + .1
     padded = plots.attention_mass(places * torch.tensor([.5, 1.]), one["weights"], 4, 16)
     torch.testing.assert_close(padded[..., :8], plots.attention_mass(places, one["weights"], 4, 8))
     assert padded[..., 8:].abs().max() == 0
 
 
 def test_no_queries_give_no_maps():
-    assert plots.attention_mass(sampled(0)["places"], sampled(0)["weights"], 4, 8).shape == (0, 4, 8)
+    none = sampled(0)
+    assert plots.attention_mass(none["places"], none["weights"], 4, 8).shape == (0, 4, 8)
     assert plots.attention_mass((6, 20), dense(0)["weights"], 4, 8).shape == (0, 4, 8)
     assert plots.agreement(torch.zeros(0, 4, 8), torch.zeros(0, 4, 8)).shape == (0,)
     assert plots.even_mass(torch.zeros(0, 4), (160, 48), 4, 8).shape == (0, 4, 8)
@@ -233,7 +267,8 @@ def test_no_queries_give_no_maps():
 def test_agreement_of_the_same_of_apart_and_by_hand():
     a, b = torch.tensor([[.5, .5, 0, 0]]), torch.tensor([[0, 0, .5, .5]])
     c = torch.tensor([[.25, .25, .25, .25]])
-    assert plots.agreement(a, a / 4) == 1 and plots.agreement(a, b) == 0   # the scale of a map does not matter
+    # The scale of a map does not matter.
+    assert plots.agreement(a, a / 4) == 1 and plots.agreement(a, b) == 0
     assert plots.agreement(a, c) == .5
     assert plots.agreement(a, torch.zeros(1, 4)) == 0                      # all of it fell outside
     pairs = plots.agreement(torch.stack([a, b, c])[:, None], torch.stack([a, b, c]))
@@ -251,12 +286,17 @@ def test_an_even_look_over_a_box_by_hand():
 def test_a_look_has_the_queries_first_and_those_asked_for():
     points, weights = torch.rand(2, 5, 4, 3, 2, 2), torch.rand(2, 5, 4, 3, 2)
     boxes = torch.rand(5, 4)
-    found = plots.look(SimpleNamespace(points=points, weights=weights), SHAPES, [3, 1], boxes, image=1)
-    assert torch.equal(found["places"], points[1, [3, 1]]) and torch.equal(found["weights"], weights[1, [3, 1]])
+    found = plots.look(SimpleNamespace(points=points, weights=weights), SHAPES, [3, 1], boxes,
+                       image=1)
+    assert torch.equal(found["places"], points[1, [3, 1]])
+    assert torch.equal(found["weights"], weights[1, [3, 1]])
     assert torch.equal(found["boxes"], boxes[[3, 1]]) and found["references"] is None
-    weights = torch.rand(2, 4, 5, 120)                                     # dense: (batch, heads, queries, keys)
-    found = plots.look(SimpleNamespace(points=None, weights=weights), SHAPES[:1], torch.tensor([3, 1]))
-    assert found["places"] == (6, 20) and torch.equal(found["weights"], weights[0, :, [3, 1]].transpose(0, 1))
+    # Dense: (batch, heads, queries, keys).
+    weights = torch.rand(2, 4, 5, 120)
+    found = plots.look(SimpleNamespace(points=None, weights=weights), SHAPES[:1],
+                       torch.tensor([3, 1]))
+    assert found["places"] == (6, 20)
+    assert torch.equal(found["weights"], weights[0, :, [3, 1]].transpose(0, 1))
     with pytest.raises(ValueError, match="self_attention"):
         plots.look(SimpleNamespace(points=None, weights=torch.rand(1, 4, 5, 5)), SHAPES[:1])
 
@@ -272,23 +312,30 @@ def test_the_head_of_a_look_is_that_of_one_query():
 
 
 def test_query_attention_counts_the_weight_inside_the_box():
-    """One point of weight 3/4 in the middle of the box, the others in opposite corners of the image."""
-    image, truth, _ = scene(1)                                             # the box is x 10..30, y 20..40 of 160 x 48
+    """One point of weight 3/4 in the middle of the box, the others in corners of the image."""
+    # The box is x 10..30, y 20..40 of 160 x 48.
+    image, truth, _ = scene(1)
     places, weights = one_point((20 / 160, 30 / 48), (0., 0.), (1., 1.), weights=[.75, .15, .1])
-    figure = plots.query_attention(image, {"teacher": {"places": places, "weights": weights, "boxes": truth["boxes"]}})
+    figure = plots.query_attention(image, {"teacher": {"places": places, "weights": weights,
+                                                       "boxes": truth["boxes"]}})
     assert figure.axes[0].get_title() == "teacher\n75% in the box"
     assert sum(len(dots.get_offsets()) for dots in figure.axes[0].collections) == 3
     weights = torch.zeros(1, 1, 120)
-    weights[0, 0, 3 * 20 + 3] = weights[0, 0, 2 * 20 + 2] = .5             # cells x, y 24..32: 6/8 inside; 16..24: half
-    figure = plots.query_attention(image, {"student": {"places": (6, 20), "weights": weights, "boxes": truth["boxes"]}})
+    # Cells x, y 24..32: 6/8 inside; 16..24: half.
+    weights[0, 0, 3 * 20 + 3] = weights[0, 0, 2 * 20 + 2] = .5
+    figure = plots.query_attention(image, {"student": {"places": (6, 20), "weights": weights,
+                                                       "boxes": truth["boxes"]}})
     assert figure.axes[0].get_title() == "student\n62% in the box"        # (6/8 + 4/8) / 2
 
 
 def test_query_attention_says_how_far_the_columns_agree():
     image, truth, _ = scene(1)
-    one = {"places": one_point((.1, .6))[0], "weights": one_point((.1, .6))[1], "boxes": truth["boxes"]}
-    far = one | {"places": one["places"] + .3, "boxes": truth["boxes"] + 10}             # IoU 10 * 10 / 700
-    figure = plots.query_attention(image, {"teacher": one, "student": one, "far": far}, ["Car"], (6, 20))
+    one = {"places": one_point((.1, .6))[0], "weights": one_point((.1, .6))[1],
+           "boxes": truth["boxes"]}
+    # IoU 10 * 10 / 700
+    far = one | {"places": one["places"] + .3, "boxes": truth["boxes"] + 10}
+    figure = plots.query_attention(image, {"teacher": one, "student": one, "far": far}, ["Car"],
+                                   (6, 20))
     assert [axes.get_title().split("\n")[-1] for axes in figure.axes[:3]] == [
         "100% in the box", "100% in the box, agrees 1.00", "0% in the box, agrees 0.00 (IoU 0.14)"]
     assert figure.axes[0].get_ylabel() == "Car" and "an even look" in figure.get_suptitle()
@@ -304,14 +351,16 @@ def test_windows_lie_in_the_image_and_show_boxes_and_references():
         assert 0 <= top <= min(box[1], point[1]) and max(box[3], point[1]) <= bottom <= 48
     whole = plots.query_attention(image, {"teacher": one}, context=None).axes[0]
     assert whole.get_xlim() == (0, 160) and whole.get_ylim() == (48, 0)
-    assert plots.query_attention(image, {"teacher": sampled(1)}).axes[0].get_xlim() == (0, 160)    # nothing to look for
+    # Nothing to look for.
+    assert plots.query_attention(image, {"teacher": sampled(1)}).axes[0].get_xlim() == (0, 160)
 
 
 def test_heads_of_one_query_are_folded():
     image, truth, _ = scene(1)
     figure = plots.query_attention(image, plots.heads_apart(dense(1, truth["boxes"]) | {
         "weights": torch.rand(1, 8, 120).softmax(-1)}, 0))
-    assert [len({round(axes.get_position().y0, 3) for axes in figure.axes[:8]}), len(figure.axes)] == [2, 8 + 1]
+    assert [len({round(axes.get_position().y0, 3) for axes in figure.axes[:8]}),
+            len(figure.axes)] == [2, 8 + 1]
 
 
 def test_self_attention_by_hand():
@@ -322,31 +371,36 @@ def test_self_attention_by_hand():
     assert drawn.filled(-1).tolist() == [[1.5, .5, -1], [1, 1, -1], [-1, -1, 1]]
     assert figure.axes[0].get_title() == "layer 0: 75% to itself"          # (3/4 + 1/2 + 1) / 3
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "extra"]
-    figure = plots.self_attention({"layer 0": weights}, shown=torch.tensor([2, 0]), names=["last", ""])
+    figure = plots.self_attention({"layer 0": weights}, shown=torch.tensor([2, 0]),
+                                  names=["last", ""])
     assert figure.axes[0].images[0].get_array().filled(-1).tolist() == [[1, -1], [-1, 1.5]]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["last"]
     with pytest.raises(ValueError, match="3"):
         plots.self_attention({"layer 0": weights}, groups={"learned": 2})
 
 
-TEX = ["$\\frac$", "US$ and $", r"C:\car_x^2", "a\\$b"]                   # the first would stop the picture, read as TeX
+# Read as TeX, the first would stop the picture.
+TEX = ["$\\frac$", "US$ and $", r"C:\car_x^2", "a\\$b"]
 # No font has a code point that is no character: it stands for the scripts that a machine lacks.
-HARD = [*TEX, "", "two\nlines", "vehicle.construction.with_arm", "Машина", "\U0001FFFE", "car \U0001FFFE"]
+HARD = [*TEX, "", "two\nlines", "vehicle.construction.with_arm", "Машина", "\U0001FFFE",
+        "car \U0001FFFE"]
 
 
 def test_class_names_that_pictures_write():
     with pytest.warns(UserWarning, match=r"the classes \[8, 9\]: .* install a font"):
-        assert plots.readable(HARD) == [*TEX, "class 4", "two lines", "vehicle.constru… (6)", "Машина", "class 8",
-                                        "class 9"]
+        assert plots.readable(HARD) == [*TEX, "class 4", "two lines", "vehicle.constru… (6)",
+                                        "Машина", "class 8", "class 9"]
 
 
 @pytest.mark.filterwarnings("ignore:no installed font")
 def test_class_names_are_never_read_as_tex():
     image, truth, result = scene()
     one = sampled(3, truth["boxes"])
-    for figure in (plots.predictions(image, result, TEX), plots.first(image, truth, masks([0])[0], result, result, TEX),
+    for figure in (plots.predictions(image, result, TEX),
+                   plots.first(image, truth, masks([0])[0], result, result, TEX),
                    plots.detections([image], [truth], {"$x": [result]}, TEX),
-                   plots.detections([image], [truth], {TEX[0]: [result]}, HARD),                    # names on the boxes
+                   # Of many classes the names stand on the boxes.
+                   plots.detections([image], [truth], {TEX[0]: [result]}, HARD),
                    plots.query_attention(image, {TEX[0]: one}, TEX, title=TEX[0]),
                    plots.self_attention({TEX[0]: torch.eye(3)[None]}, names=TEX[:3], title=TEX[0])):
         figure.savefig(io.BytesIO(), format="png")
@@ -356,12 +410,14 @@ def test_class_names_are_never_read_as_tex():
 
 
 def test_a_script_is_written_in_a_font_that_has_it():
-    """DejaVu Sans, the default, lacks the circled A; STIX, which matplotlib brings along, has it."""
+    """DejaVu Sans, the default, lacks the circled A; STIX, also part of matplotlib, has it."""
     image, _, result = scene()
     text = plots.predictions(image, result, ["Ⓐ", "B", "C"]).axes[0].texts[-1]
     default, family = text.get_fontfamily()
-    files = [font_manager.findfont(font_manager.FontProperties([name])) for name in (default, family)]
-    has = [font_manager.get_font(file).get_char_index(ord("Ⓐ")) > 0 for file in files]
+    has = []
+    for name in (default, family):
+        file = font_manager.findfont(font_manager.FontProperties(family=[name]))
+        has.append(font_manager.get_font(file).get_char_index(ord("Ⓐ")) > 0)
     assert text.get_text() == "Ⓐ 0.90" and has == [False, True]
     assert plots.predictions(image, result, CLASSES).axes[0].texts[-1].get_fontfamily() == [default]
 
@@ -382,7 +438,8 @@ def test_long_names_stay_in_the_picture_and_a_legend_of_them_on_the_page():
 
 def test_boxes_end_where_the_image_does():
     image, truth, _ = scene(1)
-    beyond = {"scores": torch.tensor([.9]), "labels": torch.tensor([0]), "boxes": torch.tensor([[-9., 20, 200, 99]])}
+    beyond = {"scores": torch.tensor([.9]), "labels": torch.tensor([0]),
+              "boxes": torch.tensor([[-9., 20, 200, 99]])}
     for axes in (plots.predictions(image, beyond, CLASSES).axes[0],
                  plots.detections([image], [nothing()], {"student": [beyond]}, CLASSES).axes[1]):
         assert axes.patches[0].get_bbox().extents.tolist() == [0, 20, 160, 48]
@@ -390,7 +447,8 @@ def test_boxes_end_where_the_image_does():
 
 @pytest.mark.parametrize("width, height, zoom", [(1242, 375, 1), (1241, 374, 1), (160, 48, 6)])
 def test_predictions_keep_the_image_s_own_pixels(width, height, zoom):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3),
+                                                              dtype=np.uint8))
     plots.predictions(image, nothing(), CLASSES).savefig(file := io.BytesIO(), format="png")
     saved = Image.open(file).convert("RGB")
     assert saved.size == (width * zoom, height * zoom)
@@ -402,11 +460,13 @@ def test_a_model_has_one_colour_and_memory_sizes_must_agree():
     assert plots.model_style("distilled student")["color"] == plots.DISTILLED
     assert plots.model_style("Student alone")["color"] == plots.STUDENT
     assert plots.model_style("FGD", 1) != plots.model_style("MGD", 2)
-    roles = {plots.DISTILLED: ["clockdistill with the scale mask", "both parts: clockdistill", "distilled, 2 x the steps",
+    roles = {plots.DISTILLED: ["clockdistill with the scale mask", "both parts: clockdistill",
+                               "distilled, 2 x the steps",
                                "the same student, distilled"],
              plots.TEACHER: ["teacher, trained for longer", "the teacher's own"],
              plots.STUDENT: ["student", "student, 2 x the steps"],
-             plots.OTHERS[0]: ["detrdistill", "DETR-Distill", "kd_detr", "own queries"]}                 # rivals
+             # Rivals have none of our colours.
+             plots.OTHERS[0]: ["detrdistill", "DETR-Distill", "kd_detr", "own queries"]}
     for color, names in roles.items():
         assert {plots.model_style(name)["color"] for name in names} == {color}
     with pytest.raises(ValueError, match="memory"):
@@ -415,15 +475,18 @@ def test_a_model_has_one_colour_and_memory_sizes_must_agree():
 
 def test_gains_have_the_colour_of_their_role():
     gain = {"mean": .1, "low": None, "high": None}
-    figure = plots.gains([("DINO", "detrdistill", gain), ("DINO", "clockdistill", gain | {"low": 0., "high": .3})], "Title")
+    figure = plots.gains([("DINO", "detrdistill", gain),
+                          ("DINO", "clockdistill", gain | {"low": 0., "high": .3})], "Title")
     (_, _, (rival,)), (_, _, (ours,)) = figure.axes[0].containers
     assert ours.get_color().tolist() != rival.get_color().tolist()
-    assert ours.get_segments()[0][:, 0].tolist() == [0, .3] and rival.get_segments()[0][:, 0].tolist() == [.1, .1]
+    assert ours.get_segments()[0][:, 0].tolist() == [0, .3]
+    assert rival.get_segments()[0][:, 0].tolist() == [.1, .1]
 
 
 def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
     """.1, .2, .3: mean .2, deviation .1."""
-    figure = plots.sensitivity({"temperature": [("1", [.1, .2, .3]), ("10", [.4])], "lambda_mem": []}, [.1, .3])
+    figure = plots.sensitivity({"temperature": [("1", [.1, .2, .3]), ("10", [.4])],
+                                "lambda_mem": []}, [.1, .3])
     axes = figure.axes[0]
     assert axes.lines[0].get_ydata() == pytest.approx([.2, .4])
     bars = axes.containers[0].lines[2][0].get_segments()
@@ -436,7 +499,8 @@ def test_a_mask_shows_who_may_look_and_each_its_own_groups():
     may = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     groups = {"a": {"denoising": 0, "learned": 2, "extra": 1}, "b": {"extra": 3}}
     figure = plots.self_attention({"a": may, "b": may}, groups=groups)
-    assert len(figure.axes) == 2                                           # no colour bar: there are no weights
+    # No colour bar: there are no weights.
+    assert len(figure.axes) == 2
     drawn = figure.axes[0].images[0].get_array()
     assert drawn.filled(-1).tolist() == [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
@@ -445,28 +509,35 @@ def test_a_mask_shows_who_may_look_and_each_its_own_groups():
 
 
 def test_dots_stand_at_their_numbers_in_the_row_of_their_thing():
-    panels = {"AP": {"DINO": {"toy": {"teacher": .5, "student": .2}}, "DAB": {"toy": {"student": .1}, "kitti": {}}}}
+    panels = {"AP": {"DINO": {"toy": {"teacher": .5, "student": .2}},
+                     "DAB": {"toy": {"student": .1}, "kitti": {}}}}
     axes = (figure := plots.dots(panels, "Title")).axes[0]
-    assert dots(axes) == [(.5, 1), (.2, 1), (.1, 3)]                       # rows 0 and 2 are the headings
+    # Rows 0 and 2 are the headings.
+    assert dots(axes) == [(.5, 1), (.2, 1), (.1, 3)]
     assert [line.get_color() for line in axes.lines if line.get_marker() != "None"] == [
         plots.TEACHER, plots.STUDENT, plots.STUDENT]
-    assert axes.get_xlim()[0] < 0 < .5 < axes.get_xlim()[1]                # 0 is in view, and no dot is cut
-    assert [text.get_text() for text in axes.texts] == ["DINO", "DAB"] and legend(figure) == ["teacher", "student"]
+    # 0 is in view, and no dot is cut
+    assert axes.get_xlim()[0] < 0 < .5 < axes.get_xlim()[1]
+    assert [text.get_text() for text in axes.texts] == ["DINO", "DAB"]
+    assert legend(figure) == ["teacher", "student"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["toy", "toy", "kitti"]
 
 
 def test_dots_with_intervals_lie_one_beneath_the_other():
-    figure = plots.dots({"AP": {"": {"a": {"student": (.2, .1), "floor": .1}, "b": {"student": .3}}}}, "Title",
+    figure = plots.dots({"AP": {"": {"a": {"student": (.2, .1), "floor": .1},
+                                     "b": {"student": .3}}}}, "Title",
                         marks={"floor": {"marker": "|"}})
     axes = figure.axes[0]
     assert dots(axes) == [(.2, -.175), (.1, .175), (.3, 1)]
     bars = [line.get_xdata() for line in axes.lines if line.get_marker() == "None"]
     assert len(bars) == 1 and np.allclose(bars[0], [.1, .3])
-    assert {line.get_marker() for line in axes.lines} == {"None", "^", "|"} and legend(figure) == ["student", "floor"]
+    assert {line.get_marker() for line in axes.lines} == {"None", "^", "|"}
+    assert legend(figure) == ["student", "floor"]
 
 
 def test_pairs_are_those_of_the_seeds_that_both_have():
-    figure = plots.paired({"DINO": {"student": {0: .1, 1: .2, 2: .3}, "distilled": {2: .5, 0: .4}, "teacher": .6}},
+    figure = plots.paired({"DINO": {"student": {0: .1, 1: .2, 2: .3}, "distilled": {2: .5, 0: .4},
+                                    "teacher": .6}},
                           "AP", "Title")
     axes = figure.axes[0]
     assert axes.get_title() == "DINO, 2 seeds" and axes.texts[0].get_text() == "teacher 0.60"
@@ -476,7 +547,8 @@ def test_pairs_are_those_of_the_seeds_that_both_have():
 
 def test_curves_stand_over_their_gains():
     gain = {10: {"mean": .1, "low": -.1, "high": .3}}
-    figure = plots.curves_and_gains({"DINO": {"student": {10: [.1, .3]}, "distilled": {10: [.3]}, "teacher": .6,
+    figure = plots.curves_and_gains({"DINO": {"student": {10: [.1, .3]}, "distilled": {10: [.3]},
+                                              "teacher": .6,
                                               "gain": gain}}, "AP", "Title")
     above, below = figure.axes
     assert [line.get_ydata()[0] for line in above.lines] == [.6, .2, .3]
@@ -488,8 +560,10 @@ def test_curves_stand_over_their_gains():
 def test_gradients_have_share_and_norm_and_no_dot_for_a_term_that_is_off():
     figure = plots.gradients({"first": {"detection": (.75, 3.), "memory": (.25, .5)},
                               "later": {"detection": (1., 2.), "memory": (0., 0.)}})
-    assert [dots(axes) for axes in figure.axes] == [[(.75, 0), (1, 0), (.25, 1)], [(3, 0), (2, 0), (.5, 1)]]
-    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"] and legend(figure) == ["first", "later"]
+    assert [dots(axes) for axes in figure.axes] == [[(.75, 0), (1, 0), (.25, 1)],
+                                                    [(3, 0), (2, 0), (.5, 1)]]
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
+    assert legend(figure) == ["first", "later"]
 
 
 def test_reading_names_the_memories():
@@ -499,28 +573,35 @@ def test_reading_names_the_memories():
 
 
 def test_stacked_parts_start_where_the_last_ended():
-    figure = plots.stacked({"both": {"memory": 16, "cls": 47, "l1": 1}, "one": {"cls": 32}}, "GB", "Title", str)
-    bars = [(bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in figure.axes[0].patches]
+    figure = plots.stacked({"both": {"memory": 16, "cls": 47, "l1": 1}, "one": {"cls": 32}}, "GB",
+                           "Title", str)
+    bars = [(bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2)
+            for bar in figure.axes[0].patches]
     assert bars == [(0, 16, 0), (16, 47, 0), (63, 1, 0), (0, 32, 1)]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["16", "47", "32"]            # no room for the 1
+    # No room for the 1.
+    assert [text.get_text() for text in figure.axes[0].texts] == ["16", "47", "32"]
     assert legend(figure) == ["memory", "cls", "l1"]
     only = plots.stacked({"a": {"memory": .25}}, "part", "Title")
     assert not only.legends and only.axes[0].texts[0].get_text() == "25%"
 
 
 def test_lines_keep_their_look_from_panel_to_panel():
-    figure = plots.lines({"a": {"one": torch.tensor([3., 2, 1]), "two": [1]}, "b": {"two": ([5., 6], [7., 8])}},
+    figure = plots.lines({"a": {"one": torch.tensor([3., 2, 1]), "two": [1]},
+                          "b": {"two": ([5., 6], [7., 8])}},
                          "step", "loss", "Title")
     (one, two), (again,) = (axes.lines for axes in figure.axes)
     assert one.get_xdata().tolist() == [0, 1, 2] and one.get_ydata().tolist() == [3, 2, 1]
     assert again.get_xdata().tolist() == [5, 6] and again.get_ydata().tolist() == [7, 8]
-    assert two.get_color() == again.get_color() != one.get_color() and legend(figure) == ["one", "two"]
+    assert two.get_color() == again.get_color() != one.get_color()
+    assert legend(figure) == ["one", "two"]
 
 
 def test_numbers_stand_in_their_cells():
     values = torch.tensor([[1., 2, 3], [4, 5, 6]])
-    axes = plots.numbers({"M": (values, "{:.0f}".format), "S": (values, lambda v: f"1/{v:.0f}")}, "Title").axes
+    axes = plots.numbers({"M": (values, "{:.0f}".format), "S": (values, lambda v: f"1/{v:.0f}")},
+                         "Title").axes
     assert [(*text.get_position(), text.get_text()) for text in axes[0].texts] == [
         (column, row, f"{3 * row + column + 1}") for row in range(2) for column in range(3)]
     assert axes[1].texts[5].get_text() == "1/6" and axes[1].get_title() == "S"
-    assert (axes[0].texts[0].get_color(), axes[0].texts[5].get_color()) == ("white", "black")    # of viridis' ends
+    # Black and white stand on the ends of viridis.
+    assert (axes[0].texts[0].get_color(), axes[0].texts[5].get_color()) == ("white", "black")
