@@ -125,8 +125,8 @@ PLAN = {
         ("AD", "... no confidence weight", "logit_part",
          {"confidence": False, "normalise": "queries"}),
         ("ABD", "both parts: clockdistill", "clockdistill", {}),
-        ("A", "both parts, with the scale mask", "with_scale", {}),
-        ("A", "both parts, without the scale mask", "without_scale", {}),
+        ("A", "both parts: clockdistill with the scale mask", "with_scale", {}),
+        ("A", "both parts: clockdistill without the scale mask", "without_scale", {}),
     ],
     # Labels begin with one of PANELS, the settings that are drawn.
     "sensitivity": [

@@ -359,7 +359,7 @@ figure
 
 # %%
 CHOSEN, MEMORY, BOTH = "the logit part, as chosen", "+ location mask", "both parts: clockdistill"
-PART, MASKED, BOTH_MASKED = "the memory part, as chosen", "+ scale mask", "both parts, with the scale mask"
+PART, MASKED, BOTH_MASKED = "the memory part, as chosen", "+ scale mask", "both parts: clockdistill with the scale mask"
 figure = None
 if not missing("ablation"):
     for detector in filter(lambda one: rows("ablation", one), DETECTORS):
