@@ -4,6 +4,10 @@ import math
 import os
 import random
 import shutil
+import signal
+import struct
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +47,8 @@ def line(kind, *box):
     return f"{kind} 0.00 0 -10 {' '.join(map(str, box))} {REST}\n"
 
 
-def coco_folder(root, annotations, categories=((7, "cat"), (3, "dog")), images=((11, 60, 40), (5, 60, 40)), **replace):
+def coco_folder(root, annotations, categories=((7, "cat"), (3, "dog")),
+                images=((11, 60, 40), (5, 60, 40)), **replace):
     """images: (id, width, height), written as JPEG. replace: whole lists of the JSON."""
     (root / "annotations").mkdir(parents=True)
     (root / "val2017").mkdir()
@@ -55,8 +60,17 @@ def coco_folder(root, annotations, categories=((7, "cat"), (3, "dog")), images=(
     return root
 
 
+def change_json(root, **lists):
+    path = root / "annotations/instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | lists))
+
+
 def note(number, image_id=5, category_id=3, bbox=(10, 10, 20, 10), **more):
     return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), "iscrowd": 0} | more
+
+
+def picture(number, **more):
+    return {"id": number, "file_name": "5.jpg", "width": 60, "height": 40} | more
 
 
 def one_line_error(kind, *words):
@@ -256,21 +270,314 @@ def test_an_image_that_only_fails_to_decode_is_named_also_from_a_worker(tmp_path
 @pytest.mark.parametrize("change, words", [
     (dict(annotations=[note(1, category_id=4)]), ("annotation 1", "category 4")),
     (dict(annotations=[note(1, image_id=9)]), ("annotation 1", "image 9")),
-    (dict(annotations=[note(1), note(1)]), ("annotations id 1", "twice")),
     (dict(annotations=[], images=[{"id": 5, "file_name": "5.jpg", "width": 60, "height": 40}] * 2), ("images id 5",)),
     (dict(annotations=[], categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), ("categories id 1", "twice")),
     (dict(annotations=[note(1, bbox=(1, 2, 3, math.nan))]), ("annotation 1", "NaN")),
     (dict(annotations=[note(1, bbox=(1, 2, 3))]), ("annotation 1", "four numbers")),
     (dict(annotations=[{"id": 1}]), ("annotations[0]", "image_id")),
+    (dict(annotations=[note(1) | {"bbox": "1234"}]), ("annotation 1", "bbox", "four numbers")),
+    (dict(annotations=[note(1, iscrowd="yes")]), ("annotation 1", "iscrowd", "'yes'", "0 or 1")),
+    (dict(annotations=[note(1, iscrowd=2)]), ("annotation 1", "iscrowd", "0 or 1")),
+    (dict(annotations=[note(1, area="large")]), ("annotation 1", "area", "'large'")),
+    (dict(annotations=[note(1, area=-4)]), ("annotation 1", "area", "at least 0")),
+    (dict(annotations=[note(1, image_id=None)]), ("annotation 1", "image_id", "whole")),
+    (dict(annotations=[note(1, category_id=1.5)]), ("annotation 1", "category_id", "whole")),
+    (dict(annotations=[7]), ("annotations[0]", "7", "object")),
+    (dict(annotations={}), ("no list 'annotations'",)),
+    (dict(categories=[]), ("'categories' is empty",)),
+    (dict(categories=[{"id": 1, "name": None}]), ("categories[0]", "name", "text")),
+    (dict(annotations=[], categories=[{"id": 0, "name": "owl"}, {"id": 1, "name": "owl "}]),
+     ("categories 0 and 1", "'owl'", "remove 0")),
+    (dict(images=[picture(5, file_name=5)]), ("images[0]", "file_name", "text")),
+    (dict(images=[picture(5, height=None)]), ("images[0]", "height", "whole number")),
+    (dict(images=[picture(5, width=0)]), ("images[0]", "width", "at least 1")),
+    (dict(images=[picture(2 ** 63)]), ("images[0]", "id", "63 bits")),
+    (dict(annotations=[note(1, bbox=(.1, .1, .5, .8))]), ("coco", "fractions", "pixels")),
+    (dict(annotations=[note(1)] * 10_001), ("5.jpg", "10001 boxes", "10000")),
     (dict(annotations=[], images=[{"id": "a", "file_name": "5.jpg", "width": 6, "height": 4}]), ("images[0]", "whole")),
     (dict(annotations=[], images=[{"id": 5, "file_name": "5.jpg", "width": 40, "height": 60}]), ("60x40", "40x60")),
 ])
 def test_a_bad_coco_file_is_named(tmp_path, change, words):
     root = coco_folder(tmp_path / "coco", [])
-    path = root / "annotations/instances_val2017.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with one_line_error(ValueError, "instances_val2017.json", *words):
+    change_json(root, **change)
+    with one_line_error(ValueError, *words):
         data.build("coco", root, "val")
+
+
+@pytest.mark.parametrize("change, boxes", [
+    (dict(annotations=[note(1), note(1)]), 2),                      # nothing uses their ids
+    (dict(annotations=[note("a1b2"), note(None, id=[])]), 2),
+    (dict(annotations=[note(1, iscrowd=None), note(2, iscrowd=False)]), 2),
+    (dict(annotations=[note(1, iscrowd=True), note(2, iscrowd="1"), note(3, iscrowd="0")]), 1),
+    (dict(annotations=[note(1, area=None), note(2, area="200.0")]), 2),
+    (dict(annotations=[note(1, image_id="5", category_id="3", bbox=("10", 10, 20.0, "10"))]), 1),
+    (dict(images=[picture("5", width="60", height=40.0)], annotations=[note(1)]), 1),
+    (dict(images=[picture(5, file_name=".\\5.jpg")], annotations=[note(1)]), 1),
+    (dict(categories=[{"id": "3", "name": 8}], annotations=[note(1)]), 1),
+])
+def test_odd_but_clear_values_of_a_coco_file_are_read_as_meant(tmp_path, change, boxes):
+    root = coco_folder(tmp_path, [])
+    change_json(root, **change)
+    dataset = data.build("coco", root, "val")
+    objects = dataset.raw(0)[1]["boxes"].tolist()
+    assert dataset.ids[0] == 5 and objects == [[10, 10, 30, 20]] * boxes
+    assert {a["area"] for a in dataset.coco.anns.values()} == {200}
+    assert data.evaluate(truth(dataset), dataset)["AP"] == pytest.approx(1)
+
+
+def test_a_json_nested_too_deep_and_one_in_another_encoding(tmp_path):
+    path = coco_folder(tmp_path, [note(1)]) / "annotations/instances_val2017.json"
+    text = path.read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(text.replace("dog", "Käfer"), encoding=encoding)
+        assert data.build("coco", tmp_path, "val").classes == ["Käfer", "cat"]
+    for broken in ("[" * 100_000, "[]", "null", ""):
+        path.write_text(broken)
+        with one_line_error(ValueError, path, "COCO"):
+            data.build("coco", tmp_path, "val")
+
+
+def test_coco_folders_as_other_tools_write_them(tmp_path):
+    tools = {"cvat": ("annotations/instances_default.json", "images/default"),
+             "label-studio": ("result.json", "images"),
+             "roboflow": ("test/_annotations.coco.json", "test"),
+             "nested": ("labels/mine.json", "labels")}
+    for tool, (json_path, images) in tools.items():
+        root = coco_folder(tmp_path / tool, [note(1)])
+        for old, new in (("annotations/instances_val2017.json", json_path), ("val2017", images)):
+            (root / new).parent.mkdir(parents=True, exist_ok=True)
+            if (root / new).is_dir():                               # the JSON made it
+                for image in (root / old).iterdir():
+                    image.rename(root / new / image.name)
+            else:
+                (root / old).rename(root / new)
+        (root / "._junk.json").write_bytes(b"macOS")
+        for split in (json_path, str(root / json_path)):
+            assert data.build("coco", root, split).ids == [5, 11]
+        with one_line_error(FileNotFoundError, "instances_train2017.json", json_path, "as the split"):
+            data.build("coco", root, "train")
+    assert len(data.build("coco", tmp_path / "roboflow", "test")) == 2
+    for image in (tmp_path / "cvat/images/default").iterdir():
+        image.unlink()
+    with one_line_error(FileNotFoundError, "5.jpg", "images/default", "put the images"):
+        data.build("coco", tmp_path / "cvat", "annotations/instances_default.json")
+
+
+def test_two_splits_of_other_categories_are_told_apart(tmp_path):
+    path = coco_folder(tmp_path, [note(1)]) / "annotations/instances_val2017.json"
+    other = json.loads(path.read_text()) | {"images": [], "annotations": []}
+    other["categories"][1]["name"] = "wolf"
+    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(other))
+    with one_line_error(ValueError, "instances_val2017.json", "3 dog", "3 wolf"):
+        data.build("coco", tmp_path, "all")
+
+
+def test_the_summary_tells_what_a_user_must_know(tmp_path):
+    crowd = [note(n) for n in range(101)] + [note(200, bbox=(1, 1, .5, 8)), note(201, iscrowd=1)]
+    text = data.build("coco", coco_folder(tmp_path / "many", crowd), "val").summary
+    for words in ("102 objects (dog 102), at most 102 an image", "1 classes without objects (cat)",
+                  "1 images with more than the 100 detections", "1 boxes under a pixel",
+                  "1 ignored"):
+        assert words in text, text
+    for name, notes in (("none", []), ("crowd", [note(1, iscrowd=1)])):
+        dataset = data.build("coco", coco_folder(tmp_path / name, notes), "val")
+        assert "NO OBJECTS" in dataset.summary and dataset.most_objects == 0
+    corners = [note(1, bbox=(30, 20, 50, 30)), note(2, bbox=(2, 3, 58, 40))]
+    assert "2 boxes pass the border, but all would fit as corners" in data.build(
+        "coco", coco_folder(tmp_path / "corners", corners), "val").summary
+    whole = [note(1, bbox=(0, 0, 60, 40)), note(2, bbox=(30, 20, 10, 10))]
+    assert "corners" not in data.build("coco", coco_folder(tmp_path / "ok", whole), "val").summary
+
+
+def test_the_fingerprint_is_that_of_ids_classes_boxes_and_sizes(tmp_path):
+    def of(name, notes=(note(1),), **options):
+        return data.build("coco", coco_folder(tmp_path / name, list(notes), **options), "val").fingerprint
+
+    same = of("a")
+    assert len(same) == 12 and of("b") == same
+    others = [of("box", [note(1, bbox=(10, 10, 20, 11))]), of("class", [note(1, category_id=7)]),
+              of("name", categories=((7, "cat"), (3, "wolf"))), of("image", [note(1, image_id=11)]),
+              of("fewer", images=((5, 60, 40),)), of("size", images=((11, 60, 41), (5, 60, 40)))]
+    assert len({same, *others}) == 7
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(limit=0), "at least 1"), (dict(limit=-1), "at least 1"), (dict(size=(0, 0)), "size is"),
+    (dict(size=(-1, 9)), "size is"), (dict(size=(800,)), "size is")])
+def test_options_out_of_range_are_refused(tmp_path, options, words):
+    with one_line_error(ValueError, words):
+        data.build("kitti", kitti_folder(tmp_path, {"000001": ""}), "all", **options)
+
+
+# --- image files -----------------------------------------------------------------------------------------------------
+
+def rotated(path, orientation, size=(60, 40), **options):
+    """A picture whose left half is white as stored, with an EXIF tag."""
+    exif = Image.Exif()
+    exif[data.ORIENTATION] = orientation
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
+    image.save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_a_picture_that_exif_turns_is_turned_or_refused(tmp_path, orientation, suffix):
+    root = coco_folder(tmp_path, [note(1)])
+    file = tmp_path / f"val2017/5.{suffix}"
+    rotated(file, orientation)
+    change_json(root, images=[picture(5, file_name=file.name)])
+    with one_line_error(ValueError, file, f"orientation {orientation}", "auto-orient"):
+        data.build("coco", root, "val")                             # the JSON tells the stored size
+    change_json(root, images=[picture(5, file_name=file.name, width=40, height=60)])
+    if orientation < 5:
+        with one_line_error(ValueError, file, f"orientation {orientation}"):
+            data.build("coco", root, "val")
+        return
+    dataset = data.build("coco", root, "val")                       # it tells the upright one
+    assert "1 pictures turned upright" in dataset.summary
+    light = dataset.pixels(0).float().mean(0).mean(1) > 128         # (60,): left becomes top, or bottom
+    assert light.tolist() == [orientation == 6] * 30 + [orientation == 8] * 30
+
+
+def test_a_kitti_picture_that_exif_turns_is_refused_and_a_senseless_tag_is_not(tmp_path):
+    root = kitti_folder(tmp_path, {"000001": line("Car", 1, 2, 30, 40)})
+    file = root / "training/image_2/000001.png"
+    rotated(file, 0, (120, 40))
+    assert len(data.build("kitti", root, "all")) == 1
+    rotated(file, 3, (120, 40))
+    with one_line_error(ValueError, file, "orientation 3", "strip"):
+        data.build("kitti", root, "all")
+
+
+def deep_png(path):
+    """RGB in 16 bits, which Pillow opens as 8 bits and does not write."""
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    rows = zlib.compress(4 * (b"\0" + 24 * b"\x0f"))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+                     + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("dtype, suffix, mode", [
+    ("uint16", "png", "I;16"), ("uint16", "tif", "I;16"), ("int32", "tif", "mode I"),
+    ("float32", "tif", "mode F"), ("RGB", "png", "RGB, 16 bits")])
+def test_pixels_of_more_than_8_bits_are_refused_by_mode(tmp_path, dtype, suffix, mode):
+    file = tmp_path / f"deep.{suffix}"
+    if dtype == "RGB":
+        deep_png(file)
+    else:
+        Image.fromarray(np.arange(16, dtype=dtype).reshape(4, 4) * 100).save(file)
+    for read in (data.read_image, data.image_header):
+        with one_line_error(data.BrokenImage, file, mode, "8 bits"):
+            read(file)
+
+
+@pytest.mark.parametrize("mode, value", [("1", 255), ("L", 77), ("P", 77), ("RGBA", (77, 77, 77, 9)),
+                                         ("LA", (77, 9)), ("RGB", (77, 77, 77))])
+def test_pixels_of_8_bits_are_read_as_they_are(tmp_path, mode, value):
+    image = Image.new(mode, (4, 3), value)
+    if mode == "P":
+        image.putpalette([channel for channel in range(256) for _ in range(3)])
+    image.save(tmp_path / "a.png")
+    assert set(data.read_image(tmp_path / "a.png").flatten().tolist()) == {255 if mode == "1" else 77}
+
+
+def test_bytes_behind_the_end_marker_are_no_fault(tmp_path):
+    """Phones append a film; however long it is, decoding decides."""
+    root = coco_folder(tmp_path, [], images=((5, 60, 40),))
+    jpg = root / "val2017/5.jpg"
+    whole = jpg.read_bytes()
+    jpg.write_bytes(whole + bytes(5000))
+    assert len(data.build("coco", root, "val")) == 1
+    jpg.write_bytes(whole[:-9] + bytes(5000))
+    data.build("coco", root, "val", check=False)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size, words", [
+    ((4000, 1), "4000x1 pixels, thinner than 1:100"), ((3, 301), "thinner than 1:100"),
+    ((950, 950), "950x950 pixels, more than 894784"), ((1400, 1400), "more than 1789568 pixels")])
+def test_images_out_of_bounds_are_refused_with_their_true_cause(tmp_path, monkeypatch, size, words):
+    monkeypatch.setattr(data, "MAX_PIXELS", 894784)                 # a hundredth
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 894784)
+    root = kitti_folder(tmp_path, {"000001": ""}, size=size)
+    with one_line_error(data.BrokenImage, "000001.png", words):
+        data.build("kitti", root, "all")
+
+
+def test_a_thin_image_keeps_a_pixel():
+    image = torch.zeros(3, 1, 100, dtype=torch.uint8)
+    box = BoundingBoxes(torch.tensor([[10., 0, 20, 1]]), format="XYXY", canvas_size=(1, 100))
+    resized, boxes = data.resize(image, box, 40, 45)
+    assert resized.shape == (3, 1, 100) and boxes.tolist() == [[10, 0, 20, 1]]
+
+
+def test_an_image_that_changed_since_its_check_is_an_error(tmp_path):
+    root = kitti_folder(tmp_path, {"000001": ""})
+    dataset = data.build("kitti", root, "all")
+    file = root / "training/image_2/000001.png"
+    Image.new("RGB", (40, 120)).save(file)
+    with one_line_error(data.BrokenImage, file, "40x120", "120x40"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_name_with_a_line_break_is_shown_whole(tmp_path, workers):
+    root = kitti_folder(tmp_path, {"a\nb": ""})
+    dataset = data.build("kitti", root, "all")
+    (root / "training/image_2/a\nb.png").write_bytes(b"no image")
+    with one_line_error(data.BrokenImage, r"image_2/a\nb.png'"):
+        next(iter(data.loader(dataset, 1, steps=1, workers=workers)))
+
+
+# --- label files -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", [
+    "Truck 2 0.00 0 -10 10 10 50 30 " + REST,                       # a class of two words
+    "Truck 1 0.00 0 -10 10 10 50 30 " + REST,
+    "Truck 0 0.00 1 0 10 10 50 30 0 0 0 0 0 0 0",
+    "Truck 2 0 -10 10 10 50 30 " + REST, "Truck 0 7 -10 10 10 50 30 " + REST])
+def test_shifted_columns_are_refused(tmp_path, text):
+    root = kitti_folder(tmp_path, {"000001": text})
+    with one_line_error(ValueError, "000001.txt, line 1", "out of KITTI's range", "two words"):
+        data.build("kitti", root, "all", class_map="Truck")
+
+
+def test_truncation_and_occlusion_in_range_are_read(tmp_path):
+    heads = ("Car 0.00 0", "Car 1 3", "Car 0.5 2.0", "DontCare -1 -1", "Car -1 -1")
+    text = "".join(f"{head} -10 10 10 50 30 {REST}\n" for head in heads)
+    dataset = data.build("kitti", kitti_folder(tmp_path, {"000001": text}), "all")
+    assert dataset.raw(0)[1]["boxes"].tolist() == [[10, 10, 50, 30]] * 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_label_and_split_files_in_common_encodings(tmp_path, encoding):
+    root = kitti_folder(tmp_path, {"000001": "", "000002": ""})
+    for name, text in (("training/label_2/000001.txt", line("Fußgänger", 1, 2, 30, 40)),
+                       ("ids.txt", "000001\r\n000002\r\n")):
+        (root / name).write_text(text, encoding=encoding)
+    dataset = data.build("kitti", root, str(root / "ids.txt"), class_map="Fußgänger")
+    assert dataset.ids == [1, 2] and dataset.raw(0)[1]["labels"].tolist() == [0]
+
+
+def test_another_encoding_is_named(tmp_path):
+    root = kitti_folder(tmp_path, {"000001": ""})
+    for name, split in (("ids.txt", str(root / "ids.txt")), ("training/label_2/000001.txt", "all")):
+        (root / name).write_bytes("Fußgänger".encode("latin-1"))
+        with one_line_error(ValueError, root / name, "UTF-8"):
+            data.build("kitti", root, split)
+
+
+def test_files_of_macos_and_huge_numbers_as_names(tmp_path):
+    root = kitti_folder(tmp_path, {"1": "", str(2 ** 63): ""})
+    (root / "training/image_2/._1.png").write_bytes(b"macOS")
+    (root / "training/label_2/._1.txt").write_bytes(b"macOS")
+    dataset = data.build("kitti", root, "all")
+    assert dataset.ids == [0, 1] and "without image" not in dataset.summary
 
 
 def test_other_bad_coco_folders(tmp_path):
@@ -447,6 +754,46 @@ def test_ranks_share_the_global_batch_and_small_sets_fill_large_batches(toy):
     ranks = [[t["image_id"] for batch in data.eval_loader(dataset, 2, rank=rank, world=4) for t in batch.targets]
              for rank in range(4)]
     assert ranks == [[0, 4], [1, 5], [2], [3]]
+
+
+class Odd(torch.utils.data.Dataset):
+    """Items whose reading goes wrong in a worker."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        self.act()
+        return torch.zeros(3, 4, 4), {"image_id": key[1]}
+
+
+@pytest.mark.parametrize("act, words", [
+    (lambda: time.sleep(60), "timed out after 1 seconds"),
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal"),
+    (lambda: os._exit(3), "exited unexpectedly")])
+def test_workers_that_hang_or_die_end_the_run_in_one_line(monkeypatch, act, words):
+    monkeypatch.setattr(data, "PATIENCE", 1)
+    with one_line_error(OSError, "loading images", words, "--workers"):
+        next(iter(data.loader(Odd(act), 2, steps=1, workers=1)))
+
+
+def test_shared_memory_that_is_full_is_named(monkeypatch):
+    """A container gives 64 MB: without this the batch is lost in a thread, and the run waits for ever."""
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)        # also in forked workers
+    with one_line_error(data.SharedMemoryFull, "(2, 3, 4, 4)", "No space left", "--shm-size"):
+        next(iter(data.loader(Odd(lambda: None), 2, steps=1, workers=1)))
+    assert len(list(data.loader(Odd(lambda: None), 2, steps=3))) == 3
+
+
+def test_an_error_inside_a_worker_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError, match="Traceback"):
+        next(iter(data.loader(Odd(lambda: 1 / 0), 2, steps=1, workers=1)))
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
