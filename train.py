@@ -407,7 +407,8 @@ def _fit(cfg, run, device, rank, world):
                 "method": method, "balance": balance}
     stateful = {name: part for name, part in stateful.items() if part is not None}
     provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(),
-                  "machine": machine(device), "world": world, "taught_by": taught_by}
+                  "machine": machine(device), "world": world, "taught_by": taught_by,
+                  "images": [train_set.fingerprint, val_set.fingerprint]}
     # Where to begin: at step 0, or where the checkpoint stands.
     start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
     if run.resume and last.exists():
@@ -531,6 +532,9 @@ def open_data(cfg):
         differ = sorted({*train_set.classes} ^ {*val_set.classes}) or "another order"
         raise ValueError(f"the training and validation splits of {cfg.root} have different classes "
                          f"({differ}): give both the same --class-map or categories")
+    if not train_set.most_objects:
+        raise ValueError(f"no image of {cfg.train_split} in {cfg.root} has an object to learn from: "
+                         f"{train_set.summary}")
     return train_set, val_set
 
 
@@ -574,7 +578,8 @@ def restore(path, stateful, provenance):
     """
     def identity(facts):      # the teacher is known by its weights, wherever their file lies now
         return facts["settings"] | {"teacher": facts["taught_by"],
-                                    "number of processes": facts["world"]}
+                                    "number of processes": facts["world"],
+                                    "images, classes or boxes": facts.get("images")}
     saved = checkpoints.load(path)
     then = identity(saved)
     differ = [name for name, value in identity(provenance).items()
@@ -596,11 +601,23 @@ def restore(path, stateful, provenance):
 def trim_log(path, steps):
     """Forget what was logged after the last checkpoint: those steps are about to be made again.
 
-    steps: how many of them the checkpoint has behind it. A line that was cut off goes too.
+    steps: how many of them the checkpoint has behind it. Lines that cannot be read are left out, and
+    their number is said: a log is no reason to stop a run.
     """
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] < steps))
+    if not path.exists():
+        return
+    kept, lost = [], 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            lost += 1
+            continue
+        if number < steps:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+    if lost > 1 or len(kept) < steps:                     # one line may be cut off by a kill
+        say(f"note       {path} could not be read in {lost} lines; it holds {len(kept)} of {steps} steps")
 
 
 def open_teacher(cfg, run, dataset, device):
@@ -994,7 +1011,8 @@ def image_files(names):
     files = []
     for name in map(Path, names):
         if name.is_dir():
-            inside = sorted(p for p in name.iterdir() if p.suffix.lower() in data.IMAGE_SUFFIXES)
+            inside = sorted(p for p in name.iterdir() if p.suffix.lower() in data.IMAGE_SUFFIXES
+                            and not p.name.startswith("._"))          # macOS's shadows of files
             if not inside:
                 raise ValueError(f"{name}: holds no image ({', '.join(data.IMAGE_SUFFIXES)})")
             files += inside
@@ -1105,7 +1123,7 @@ class Settings:
                        "kitti, coco", choices=("toy", "kitti", "coco"))
     root: str = option("datasets/toy", "folder of the data set, in KITTI's or COCO's own layout")
     train_split: str = option("train", "train | val | all | a file with one image id per line (toy "
-                              "also: tune)")
+                              "also: tune; COCO also: test, an annotation file)")
     val_split: str = option("val", "the images that AP is reported on, in the same words")
     class_map: str | None = option(None, "KITTI layout: kitti3 | kitti8 | kitti3_merged | your own "
                                    "names, Car,Dog,...")
@@ -1642,7 +1660,10 @@ def main(arguments=None):
         print("stopped at once; the same command (fit and distill: with --resume) goes on from the "
               "last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:   # what a user can mend, in one line
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        # What a user can mend is said in one line; of torch's errors only that a worker died.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
         if debug:
             print(getattr(error, "details", ""), file=sys.stderr)   # a worker's own traceback
             raise

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -618,6 +619,34 @@ def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, 
         for found in entry["detections"]:
             x0, y0, x1, y1 = found["box"]
             assert 0 <= x0 <= x1 <= 160 and 0 <= y0 <= y1 <= 48
+
+
+def test_resuming_notices_images_that_are_gone(toy, tmp_path, capsys):
+    root = tmp_path / "toy"
+    shutil.copytree(toy, root)
+    command = ["fit", "--out", str(tmp_path / "run"), "--workers", "0", *flags({**TINY, "root": str(root)})]
+    assert train.main(command) == 0
+    (root / "training/image_2/000003.png").unlink()
+    assert train.main([*command, "--resume"]) == 2
+    assert "other settings (images, classes or boxes)" in capsys.readouterr().err
+
+
+def test_images_without_any_object_are_no_training_set(toy, tmp_path, capsys):
+    root = tmp_path / "toy"
+    shutil.copytree(toy, root)
+    for label in (root / "training/label_2").iterdir():
+        label.write_text("")
+    assert train.main(["fit", "--out", str(tmp_path / "run"), "--workers", "0",
+                       *flags({**TINY, "root": str(root)})]) == 2
+    assert "has an object to learn from" in capsys.readouterr().err
+
+
+def test_a_damaged_log_is_trimmed_and_told(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 0}\n\n\0\0\n{"step": 2}\n{"step": 3}\n{"st')
+    train.trim_log(log, 3)
+    assert log.read_text() == '{"step": 0}\n{"step": 2}\n'
+    assert "could not be read in 3 lines; it holds 2 of 3 steps" in capsys.readouterr().out
 
 
 def test_a_run_is_named_by_what_it_depends_on():
