@@ -211,7 +211,7 @@ class Scale:
     seeds: tuple                       # of the other tables
     steps: float                       # of the other tables; the main table's are 1
     images: int                        # of the training split
-    image_size: tuple                  # (height, width) where cost is told
+    image_size: tuple                  # (height, width) where costs are estimated
     options: dict                      # of every run's command
     download: str
     trials: dict = field(default_factory=dict)           # what is tuned, as TRIALS; {}: nothing
@@ -293,6 +293,7 @@ def shipped_weights(file):
 def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, split="val"):
     """The run of these settings, with its name and its command."""
     scope, command, taught_by = study.scope, "fit", None
+    # Later entries win, as on a command line: the recipe, then the scale, then the user.
     given = {"recipe": f"{scope.recipe}-{role}", "detector": detector, "root": study.root,
              "seed": seed, "val_split": scope.splits.get(split, split), **scope.options}
     if method:
@@ -361,6 +362,7 @@ def choices(study):
 def plan(study, only=TABLES):
     """The rows of the tables of `only`, expanded to runs -> [Line]."""
     chosen, lines, detectors = choices(study), [], study.scope.detectors
+    # A table has its detectors in the order in which its rows first name them.
     for table in (name for name in TABLES if name in only):
         order = dict.fromkeys("".join(row[0] for row in PLAN[table]))
         for letter in filter(detectors.get, order):
@@ -374,6 +376,7 @@ def plan(study, only=TABLES):
 def expand(study, table, detector, chosen, label, what, change):
     """One row of the plan for one detector -> [Line], or [] where it has nothing to show."""
     scope, change = study.scope, dict(change)
+    # The main table has more seeds and full length; the search must not touch the split "val".
     seeds, steps, split = scope.seeds, scope.steps, "val"
     if table == "main":
         seeds, steps = scope.main_seeds, 1
@@ -381,6 +384,7 @@ def expand(study, table, detector, chosen, label, what, change):
         seeds, steps, split = scope.tune_seeds, scope.tune_steps[detector], "tune"
     how = {"steps": change.pop("steps", steps), "split": split}
 
+    # What has no teacher has no options of a method either.
     if what == "teacher":
         return [Line(table, detector, label, (make_job(study, detector, "teacher"),))]
     alone = tuple(make_job(study, detector, "student", seed=seed, **how) for seed in seeds)
@@ -413,10 +417,12 @@ def method_of(what):
 def trials(study, only=TABLES):
     """The trials of all that the tables of `only` need -> [Line], labelled with what is tuned."""
     scope, needed, lines = study.scope, set(), []
+    # Which options do the rows have? CLoCKDistill's, whole or in part, come from both halves.
     for letter, detector in scope.detectors.items():
         for what in (row[2] for table in only for row in PLAN[table] if letter in row[0]):
             whole = what in ("clockdistill", "memory_part", "logit_part")
             needed |= {(detector, name) for name in (HALVES if whole else [what])}
+
     for what, (base, changes) in scope.trials.items():
         for detector in scope.tune_steps:
             if (detector, what) not in needed:
@@ -530,6 +536,7 @@ def ended_together(children, pool):
     def stop(number, frame):
         raise KeyboardInterrupt
 
+    # Only a process's main thread may listen to signals.
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
@@ -554,8 +561,7 @@ def run_job(study, job, threads, children):
     with locked(folder) as lock:
         if lock is None:
             raise RuntimeError(f"{job.name}: another process has it in hand")
-        command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder),
-                   "--resume"]
+        command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder), "--resume"]
         # Another process may have finished it since this one began.
         if not (folder / "result.json").exists():
             with open(folder / "output.txt", "a") as output:
@@ -598,7 +604,9 @@ def run_all(study, jobs, workers, shard=(0, 1)):
         with (tqdm(total=len(missing), desc="runs", unit="run") as bar,
               concurrent.futures.ThreadPoolExecutor(workers) as pool,
               ended_together(children, pool)):
-            for _ in concurrent.futures.as_completed([pool.submit(work, job) for job in missing]):
+            futures = [pool.submit(work, job) for job in missing]
+            for future in concurrent.futures.as_completed(futures):
+                future.result()                        # raises what is a mistake of this program
                 bar.update()
     for line in failed:
         tqdm.write(f"failed: {line}")
@@ -630,10 +638,12 @@ def summarise(lines, done):
     """{table: [one dict a row]}, of the rows that have a result. done: {name of a run: result}."""
     tables = {}
     for line in lines:
+        # By seed: a gain is a difference between two runs of the same seed.
         results, alone = ({job.cfg.seed: done[job.name] for job in jobs if job.name in done}
                           for jobs in (line.jobs, line.alone))
         if not results:
             continue
+
         first, *_ = made = list(results.values())
         columns = {name: [result[name] for result in made] for name in SHOWN}
         scores = dict(zip(results, columns["AP"]))
@@ -693,6 +703,12 @@ def scores_of(line):
     return dict(zip(line["seeds"], line["AP"]))
 
 
+# The columns of the page. The paper's own AP stays empty: its tables were not read.
+MAIN = ("detector", "model", "AP", "AP in the paper", "AP50", "AP75", "AP small / medium / large",
+        "gain in AP", "parameters", "GFLOPs", "images/s", "seeds")
+OTHER = ("detector", "run", "AP", "AP50", "gain in AP", "clockdistill - this", "minutes", "seeds")
+
+
 def markdown(tables, speed, scale):
     """All tables as one page."""
     text = [f"# {scale}: tables\n\nMade by `python train.py table {scale}` from the JSON files in "
@@ -701,41 +717,35 @@ def markdown(tables, speed, scale):
     for name, lines in tables.items():
         text.append(f"\n## {TITLES[name]}\n")
         if scale == "toy" and name in NOTES:
-            text[-1] += f"\n{NOTES[name]}\n"
+            text.append(f"{NOTES[name]}\n")
         if name == "main":
             text.append(f"images/s: one at a time, all interleaved; {speed['machine']}.\n")
-            rows = [main_row(line, speed, scale) for line in lines]
-        else:
-            rows = [other_row(line, lines, name) for line in lines]
-        text += [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-        text += [f"| {' | '.join(row.values())} |" for row in rows]
+        left_out = {"AP in the paper"} if scale == "toy" else set()
+        if name != "rivals":
+            left_out.add("clockdistill - this")
+        columns = [c for c in (MAIN if name == "main" else OTHER) if c not in left_out]
+        text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for line in lines:
+            row = cells(line, lines, speed.get(line["detector"], {}))
+            text.append(f"| {' | '.join(row[column] for column in columns)} |")
     return "\n".join(text) + "\n"
 
 
-def main_row(line, speed, scale):
-    """{column: cell} of the table "main"."""
-    role = "teacher" if line["method"] == "teacher" else "student"
-    rate = speed.get(line["detector"], {}).get(role)
-    # The paper's own figures, for its own scales. Empty: they were not read.
-    paper = {} if scale == "toy" else {"AP in the paper": ""}
-    sizes = " / ".join(spread(line[key], 2) for key in ("APs", "APm", "APl"))
-    return {"detector": line["detector"], "model": line["method"],
-            "AP": spread(line["AP"]), **paper, "AP50": spread(line["AP50"]),
-            "AP75": spread(line["AP75"]),
-            "AP small / medium / large": sizes, "gain in AP": interval(line["gain"]),
+def cells(line, lines, rates):
+    """{column: text} of a row. rates: {role: images/s} of its detector."""
+    label = line["method"]
+    rate = rates.get("teacher" if label == "teacher" else "student")
+    ours = [scores_of(other) for other in lines
+            if (other["detector"], other["method"]) == (line["detector"], "clockdistill")]
+    lead = gain(ours[0], scores_of(line)) if ours and label != "clockdistill" else None
+    return {"detector": line["detector"], "model": label, "run": label, "AP in the paper": "",
+            **{name: spread(line[name]) for name in ("AP", "AP50", "AP75")},
+            "AP small / medium / large": " / ".join(
+                spread(line[name], 2) for name in ("APs", "APm", "APl")),
+            "gain in AP": interval(line["gain"]), "clockdistill - this": interval(lead),
             "parameters": f"{line['params'] / 1e6:.2f} M", "GFLOPs": f"{line['gflops']:.3g}",
-            "images/s": f"{rate:.0f}" if rate else "", "seeds": str(len(line["seeds"]))}
-
-
-def other_row(line, lines, table):
-    """{column: cell} of the other tables. Rivals have CLoCKDistill's lead over them too."""
-    ours = next((scores_of(other) for other in lines
-                 if (other["detector"], other["method"]) == (line["detector"], "clockdistill")), {})
-    lead = "" if line["method"] == "clockdistill" else interval(gain(ours, scores_of(line)))
-    return {"detector": line["detector"], "run": line["method"], "AP": spread(line["AP"]),
-            "AP50": spread(line["AP50"]), "gain in AP": interval(line["gain"]),
-            **({"clockdistill - this": lead} if table == "rivals" else {}),
-            "minutes": f"{np.mean(line['minutes']):.1f}", "seeds": str(len(line["seeds"]))}
+            "images/s": f"{rate:.0f}" if rate else "", "minutes": f"{np.mean(line['minutes']):.1f}",
+            "seeds": str(len(line["seeds"]))}
 
 
 def learning_curve(line, results):
@@ -770,6 +780,7 @@ def draw(tables, done, reading, folder):
         main, longer, varied = ({line["method"]: line for line in tables.get(name, [])
                                  if line["detector"] == detector}
                                 for name in ("main", "schedule", "sensitivity"))
+        # The main table's runs as they learned.
         curves = {name: learning_curve(main[name], done) for name in ("student", "clockdistill")
                   if name in main}
         if "teacher" in main:                          # of another schedule: a level, not a curve
@@ -777,6 +788,7 @@ def draw(tables, done, reading, folder):
         if len(curves) > 1:
             figures[f"curves_{detector}"] = plots.curves(
                 curves, "AP", f"{detector}: with and without a teacher")
+        # Where longer runs end, and what a setting changes.
         if longer:
             figures[f"schedule_{detector}"] = plots.curves(
                 final_scores(longer.values(), done), "AP", f"{detector}: each point a finished run")
@@ -784,6 +796,8 @@ def draw(tables, done, reading, folder):
             figures[f"sensitivity_{detector}"] = plots.sensitivity(
                 panels(varied.values()), varied["student"]["AP"],
                 f"{detector}: AP of the distilled student, one setting at a time")
+
+    # Every row's gain over the student alone.
     for name in ("main", "rivals", "ablation"):
         gains = [(line["detector"], line["method"], line["gain"])
                  for line in tables.get(name, []) if line["gain"]]
@@ -812,6 +826,8 @@ def write(study):
         for line in tried for job in line.jobs if job.name in study.done])
     write_text(folder / "tables.md", markdown(tables, speed, study.scale))
     draw(tables, study.done, reading, folder)
+
+    # Say what the pages lack.
     absent = [job.name for job in jobs_of(lines + tried) if job.name not in study.done]
     print(f"{sum(map(len, tables.values()))} rows: {folder}/tables.md, tables.json and figures"
           + (f"; {len(absent)} runs have no result ({absent[0]}, ...)" if absent else ""))
@@ -906,12 +922,15 @@ def print_costs(study, jobs, tflops):
     print(f"To download: {study.scope.download}.\n")
     for job in jobs:
         cfg, key = job.cfg, (job.cfg.detector, job.role)
+        # Models of one role are alike: they are counted once.
         if key not in costs:
             model = untrained(cfg)
             costs[key] = (models.gflops(model, height, width),
                           training_bytes(model, cfg.batch_size, height, width),
                           4 * sum(p.numel() for p in model.parameters()))
         forward, memory, _ = costs[key]
+
+        # Images times multiply-adds, two floating-point operations each.
         images = cfg.epochs * study.scope.images
         if cfg.steps is not None:
             images = cfg.steps * cfg.batch_size
@@ -978,6 +997,7 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
     root = root or ("datasets/toy" if scale == "toy" else "ROOT")
     results = results or (f"{folder}/results" if changes else f"results/{scale}")
     work, results = Path(work or folder).resolve(), Path(results).resolve()
+    # The toy's teachers come with the repository, for the published recipe.
     shipped = {}
     if scale == "toy" and teachers == "shipped" and not changes:
         shipped = {name: file for name, file in train.SHIPPED_TEACHERS.items() if file.exists()}
@@ -1025,12 +1045,15 @@ def make(study, only, workers, shard):
                              f"{study.results}/runs (of teachers also their folders to "
                              f"{study.work}) and repeat the command")
 
+    # A teacher that comes with the repository is only measured.
     teachers = teachers_of(study, trials(study, only) + plan(study, only))
     for job in teachers:
         file = study.shipped.get(job.cfg.detector)
         if file and job.name not in study.done:
             file_result(study, job, shipped_teacher(file, study.root, train.pick_device()))
     stage("teachers", teachers)
+
+    # Keep what tuning chose for the tables of other commands.
     if lines := trials(study, only):
         stage("tuning runs", jobs_of(lines))
         chosen = read_chosen(study)
@@ -1038,6 +1061,7 @@ def make(study, only, workers, shard):
             chosen.setdefault(detector, {}).update(options)
         study.results.mkdir(parents=True, exist_ok=True)
         write_json(study.results / "chosen.json", chosen)
+
     missing = run_all(study, jobs_of(plan(study, only)), workers, shard)
     write(study)
     return int(bool(missing))
