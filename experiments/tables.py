@@ -1,16 +1,17 @@
 """The tables: a plan of runs, each a command of train.py, and the pages made from their results.
 
-    python train.py table toy              runs what is missing, resumes what was cut off, writes the pages
-    python train.py table toy --rebuild    only writes the pages, from the results there are
-    python train.py table toy --shard 2/3  a third of the runs, for another machine: afterwards bring the
-                                           files of results/toy/runs together (and teachers' folders)
+    python train.py table toy              runs what is missing, resumes what was cut off, then:
+    python train.py table toy --rebuild    writes the pages, from the results there are
+    python train.py table toy --shard 2/3  a third of the runs, for another machine: afterwards
+                                           bring the files of results/toy/runs together
 
-A run keeps its checkpoints in a folder under --work, and one small JSON in RESULTS/runs. Both have the
-run's name, which holds a digest of its settings and of the teacher's weights: a run of other settings
-has another name. Everything else in RESULTS is computed from these files:
+A run keeps its checkpoints in a folder under --work, and one small JSON in RESULTS/runs. Both have
+the run's name, which holds a digest of its settings and of its teacher's weights: a run of other
+settings has another name. Everything else in RESULTS is computed from these files:
 
-    chosen.json   {detector: {what was tuned: its best options}}; the tables read it
-    tuning.json   every trial            tables.json, tables.md, *.png   the tables
+    chosen.json                          what tuning chose; the tables read it
+    tuning.json                          every trial
+    tables.json, tables.md, *.png        the tables
     speed.json, reading.json             measured once; delete a file to measure it again
 """
 import argparse
@@ -63,10 +64,10 @@ SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TOY = {"A": "deformable_detr", "B": "dino", "C": "dab_detr"}
 PAPER = {"D": "dino", "E": "deformable_detr", "F": "dab_detr"}
 
-# A row: (detectors, label, whose options it has, what differs from them). "student" and "teacher" are
-# trained without a teacher; a rival or a piece of the method has the options that tuning chose for it.
-# In what differs, a function changes the chosen value, None takes the method's default, and "steps" is
-# the length of the runs as a multiple of the recipe's. A row whose change changes nothing is left out.
+# A row: (detectors, label, whose options it has, what differs from them). "student" and "teacher"
+# are trained without a teacher; a method, or a piece of ours, has the options that tuning chose for
+# it. In what differs, a function changes the chosen value, and "steps" is the length of the runs as
+# a multiple of the recipe's. A row whose change changes nothing is left out.
 QUARTER, FOUR_TIMES = (lambda value: value / 4), (lambda value: value * 4)
 PLAN = {
     # Where does the logit part earn its place? Alone, one change at a time. It made train.PRESETS.
@@ -157,9 +158,6 @@ PLAN = {
 }
 TABLES = tuple(PLAN)
 PANELS = ("lambda_mem", "lambda_log", "alpha : beta", "temperature")
-# Rows that are CLoCKDistill as a whole: a picture of gains gives them its colour.
-WHOLE = ("clockdistill", "with_scale", "without_scale")
-OURS = {label for rows in PLAN.values() for _, label, what, _ in rows if what in WHOLE}
 
 # The setting that the search changes. DAB-DETR takes what won for Deformable DETR, which has no
 # denoising queries either.
@@ -173,7 +171,7 @@ def scaled(options, factors=(1, 4, 16, 64)):
 
 
 def both_parts(light, middle, heavy):
-    """CLoCKDistill's trials: three weights of the memory, and the middle one with lighter answers."""
+    """CLoCKDistill's trials: three weights of the memory, the middle one with light answers too."""
     return [{"lambda_mem": memory, "lambda_log": logits} for memory, logits in
             ((light, 0.5), (middle, 0.5), (heavy, 0.5), (middle, 0.1))]
 
@@ -213,12 +211,13 @@ class Scale:
     seeds: tuple                       # of the other tables
     steps: float                       # of the other tables; the main table's are 1
     images: int                        # of the training split
-    image_size: tuple                  # (height, width) where cost is told
+    image_size: tuple                  # (height, width) where costs are estimated
     options: dict                      # of every run's command
     download: str
-    tune_seeds: tuple = ()             # (): nothing is tuned
+    trials: dict = field(default_factory=dict)           # what is tuned, as TRIALS; {}: nothing
+    tune_seeds: tuple = ()
     tune_steps: dict = field(default_factory=dict)       # of each detector
-    splits: dict = field(default_factory=dict)           # {"val" or "tune": a file, where it has one}
+    splits: dict = field(default_factory=dict)           # {"val" or "tune": its file}
 
 
 SCALES = {
@@ -226,7 +225,7 @@ SCALES = {
         "toy", TOY, main_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2), steps=1 / 2, images=4000,
         image_size=(48, 160),
         options={"eval_every": 400, "eval_batch": 20, "workers": 1},
-        download="nothing: the images are drawn on first use", tune_seeds=(100,),
+        download="nothing: the images are drawn on first use", trials=TRIALS, tune_seeds=(100,),
         # After a third of the steps DAB-DETR's AP is still near 0.
         tune_steps={"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 1 / 2}),
     "kitti": Scale(
@@ -239,8 +238,8 @@ SCALES = {
         "coco", PAPER, main_seeds=(0,), seeds=(0,), steps=1, images=118_287,
         image_size=(800, 1333), options={"eval_every": 20000},
         download="COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from "
-                 "cocodataset.org, into ROOT/train2017, val2017 and annotations; torchvision's ResNet "
-                 "weights come by themselves"),
+                 "cocodataset.org, into ROOT/train2017, val2017 and annotations; torchvision's "
+                 "ResNet weights come by themselves"),
 }
 
 
@@ -294,6 +293,7 @@ def shipped_weights(file):
 def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, split="val"):
     """The run of these settings, with its name and its command."""
     scope, command, taught_by = study.scope, "fit", None
+    # Later entries win, as on a command line: the recipe, then the scale, then the user.
     given = {"recipe": f"{scope.recipe}-{role}", "detector": detector, "root": study.root,
              "seed": seed, "val_split": scope.splits.get(split, split), **scope.options}
     if method:
@@ -335,7 +335,7 @@ def as_words(given):
 
 
 def teacher_of(study, detector):
-    """-> (file or folder of a detector's teacher, its fingerprint or None while it is not trained)."""
+    """-> (file or folder of a detector's teacher, its fingerprint or None before training)."""
     if file := study.shipped.get(detector):
         return os.path.relpath(file, HERE), shipped_weights(file)
     name = make_job(study, detector, "teacher").name
@@ -343,7 +343,7 @@ def teacher_of(study, detector):
 
 
 def choices(study):
-    """{detector: {what: options}}: what tuning chose, or the recipe's CLoCKDistill; its two parts."""
+    """{detector: {what: options}}: as tuning chose, or the recipe's CLoCKDistill; its two parts."""
     chosen, by_detector = read_chosen(study), {}
     for detector in study.scope.detectors.values():
         recipe = train.RECIPES[f"{study.scope.recipe}-student"][detector]
@@ -362,18 +362,21 @@ def choices(study):
 def plan(study, only=TABLES):
     """The rows of the tables of `only`, expanded to runs -> [Line]."""
     chosen, lines, detectors = choices(study), [], study.scope.detectors
+    # A table has its detectors in the order in which its rows first name them.
     for table in (name for name in TABLES if name in only):
         order = dict.fromkeys("".join(row[0] for row in PLAN[table]))
         for letter in filter(detectors.get, order):
+            detector = detectors[letter]
             for letters, *row in PLAN[table]:
                 if letter in letters:
-                    lines += expand(study, table, detectors[letter], chosen[detectors[letter]], *row)
+                    lines += expand(study, table, detector, chosen[detector], *row)
     return lines
 
 
 def expand(study, table, detector, chosen, label, what, change):
     """One row of the plan for one detector -> [Line], or [] where it has nothing to show."""
     scope, change = study.scope, dict(change)
+    # The main table has more seeds and full length; the search must not touch the split "val".
     seeds, steps, split = scope.seeds, scope.steps, "val"
     if table == "main":
         seeds, steps = scope.main_seeds, 1
@@ -381,6 +384,7 @@ def expand(study, table, detector, chosen, label, what, change):
         seeds, steps, split = scope.tune_seeds, scope.tune_steps[detector], "tune"
     how = {"steps": change.pop("steps", steps), "split": split}
 
+    # What has no teacher has no options of a method either.
     if what == "teacher":
         return [Line(table, detector, label, (make_job(study, detector, "teacher"),))]
     alone = tuple(make_job(study, detector, "student", seed=seed, **how) for seed in seeds)
@@ -413,11 +417,13 @@ def method_of(what):
 def trials(study, only=TABLES):
     """The trials of all that the tables of `only` need -> [Line], labelled with what is tuned."""
     scope, needed, lines = study.scope, set(), []
+    # Which options do the rows have? CLoCKDistill's, whole or in part, come from both halves.
     for letter, detector in scope.detectors.items():
         for what in (row[2] for table in only for row in PLAN[table] if letter in row[0]):
             whole = what in ("clockdistill", "memory_part", "logit_part")
             needed |= {(detector, name) for name in (HALVES if whole else [what])}
-    for what, (base, changes) in TRIALS.items():
+
+    for what, (base, changes) in scope.trials.items():
         for detector in scope.tune_steps:
             if (detector, what) not in needed:
                 continue
@@ -445,7 +451,6 @@ def choose(done, lines):
 # Running
 # ----------------------------------------------------------------------------------------------
 
-MEASURING = threading.Lock()           # FLOPs are counted by hooks that all threads share
 NUMBERS = ("AP", "minutes", "params", "gflops")
 
 
@@ -489,7 +494,7 @@ def read_chosen(study):
 def locked(folder):
     """Yield the lock on a folder, or None while another process holds it.
 
-    The system frees it when its last holder ends; a child that outlives a killed parent holds it too.
+    The system frees it when its last holder ends: a child that outlives a killed parent holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "table.lock", "a") as file:
@@ -506,20 +511,21 @@ class Children:
     """The processes of running jobs: they end with this one, after saving the step in hand."""
 
     def __init__(self):
-        self.running, self.stopping = [], threading.Event()
+        self.running, self.stopping = [], False
 
     def run(self, command, lock, threads, output):
-        """-> exit code. In a session of its own, a child hears of Ctrl-C from `stop` alone, once."""
+        """-> exit code. In its own session, a child hears of Ctrl-C from `stop` alone, once."""
         child = subprocess.Popen(
             command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            pass_fds=[lock.fileno()] if fcntl else [], env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            pass_fds=[lock.fileno()] if fcntl else [],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         self.running.append(child)
-        if self.stopping.is_set():
+        if self.stopping:                              # it began while `stop` went over the others
             child.terminate()
         return child.wait()
 
     def stop(self):
-        self.stopping.set()
+        self.stopping = True
         for child in self.running:
             child.terminate()
 
@@ -530,6 +536,7 @@ def ended_together(children, pool):
     def stop(number, frame):
         raise KeyboardInterrupt
 
+    # Only a process's main thread may listen to signals.
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
@@ -546,36 +553,33 @@ def ended_together(children, pool):
 
 
 def run_job(study, job, threads, children):
-    """Train, from where it was cut off, and file the result. Raises RuntimeError with the last line."""
-    if job.role == "teacher" and job.cfg.detector in study.shipped:
-        file = study.shipped[job.cfg.detector]
-        with MEASURING:
-            file_result(study, job, shipped_teacher(file, study.root, train.pick_device()))
-        return
+    """Train, from where it was cut off, and file the result.
+
+    Raises RuntimeError with the last line of a run that failed.
+    """
     folder = study.work / job.name
     with locked(folder) as lock:
         if lock is None:
             raise RuntimeError(f"{job.name}: another process has it in hand")
-        command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder),
-                   "--resume"]
+        command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder), "--resume"]
         # Another process may have finished it since this one began.
         if not (folder / "result.json").exists():
             with open(folder / "output.txt", "a") as output:
                 code = children.run(command, lock, threads, output)
             if code:
                 lines = (folder / "output.txt").read_text().strip().splitlines() or ["no output"]
-                raise RuntimeError(f"{job.name}: {lines[-1]} ({folder}/output.txt; exit code {code})")
-        file_result(study, job, read_json(folder / "result.json"))
+                raise RuntimeError(f"{job.name}: {lines[-1]} (exit code {code}, "
+                                   f"{folder}/output.txt)")
+        words = ["ROOT" if word == study.root else word for word in ("train.py", *job.arguments)]
+        file_result(study, job, read_json(folder / "result.json"), command=shlex.join(words))
 
 
-def file_result(study, job, result):
+def file_result(study, job, result, **facts):
     """Keep a result under its name, without the places that only this machine has."""
-    words = ["ROOT" if word == study.root else word for word in ("train.py", *job.arguments)]
     settings = {k: v for k, v in result["settings"].items() if k not in train.PLACES}
     file = study.results / "runs" / f"{job.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"name": job.name, "role": job.role, "command": shlex.join(words), **result,
-                      "settings": settings})
+    write_json(file, {"name": job.name, "role": job.role} | facts | result | {"settings": settings})
     study.done[job.name] = read_result(file)
 
 
@@ -598,8 +602,11 @@ def run_all(study, jobs, workers, shard=(0, 1)):
 
     if missing:
         with (tqdm(total=len(missing), desc="runs", unit="run") as bar,
-              concurrent.futures.ThreadPoolExecutor(workers) as pool, ended_together(children, pool)):
-            for _ in concurrent.futures.as_completed([pool.submit(work, job) for job in missing]):
+              concurrent.futures.ThreadPoolExecutor(workers) as pool,
+              ended_together(children, pool)):
+            futures = [pool.submit(work, job) for job in missing]
+            for future in concurrent.futures.as_completed(futures):
+                future.result()                        # raises what is a mistake of this program
                 bar.update()
     for line in failed:
         tqdm.write(f"failed: {line}")
@@ -616,7 +623,7 @@ def gain(scores, base):
     scores, base: {seed: AP}. Returns {"mean", "low", "high"}, None without a common seed; with one
     the interval is not known (None).
     """
-    difference = np.array([scores[seed] - base[seed] for seed in scores if seed in base])   # (seeds,)
+    difference = np.array([scores[seed] - base[seed] for seed in scores if seed in base])
     n = len(difference)
     if not n:
         return None
@@ -628,13 +635,15 @@ def gain(scores, base):
 
 
 def summarise(lines, done):
-    """{table: [one dict a row]}, of the rows that have any result. done: {name of a run: result}."""
+    """{table: [one dict a row]}, of the rows that have a result. done: {name of a run: result}."""
     tables = {}
     for line in lines:
+        # By seed: a gain is a difference between two runs of the same seed.
         results, alone = ({job.cfg.seed: done[job.name] for job in jobs if job.name in done}
                           for jobs in (line.jobs, line.alone))
         if not results:
             continue
+
         first, *_ = made = list(results.values())
         columns = {name: [result[name] for result in made] for name in SHOWN}
         scores = dict(zip(results, columns["AP"]))
@@ -662,13 +671,13 @@ TITLES = {
 }
 # What a reader of the toy's page has to know; nothing is tuned elsewhere.
 NOTES = {
-    "rivals": "Each rival's weights are the best of four trials on the split `tune` (`tuning.json`). "
-              "Not equal: CLoCKDistill's are the best of eight, four with the scale mask and four "
-              "without, and its logit part has the settings that won in the search below. Last "
-              "column: CLoCKDistill's AP minus the row's, paired by seed; the intervals are not "
-              "corrected for there being several.",
-    "ablation": "The pieces of the memory part are tuned like a rival, each alone. A row with ... is "
-                "the logit part as chosen, alone, with that one change.",
+    "rivals": "Each rival's weights are the best of four trials on the split `tune` "
+              "(`tuning.json`). Not equal: CLoCKDistill's are the best of eight, four with the "
+              "scale mask and four without, and its logit part has the settings that won in the "
+              "search below. Last column: CLoCKDistill's AP minus the row's, paired by seed; the "
+              "intervals are not corrected for there being several.",
+    "ablation": "The pieces of the memory part are tuned like a rival, each alone. A row with ... "
+                "is the logit part as chosen, alone, with that one change.",
 }
 
 
@@ -694,48 +703,49 @@ def scores_of(line):
     return dict(zip(line["seeds"], line["AP"]))
 
 
+# The columns of the page. The paper's own AP stays empty: its tables were not read.
+MAIN = ("detector", "model", "AP", "AP in the paper", "AP50", "AP75", "AP small / medium / large",
+        "gain in AP", "parameters", "GFLOPs", "images/s", "seeds")
+OTHER = ("detector", "run", "AP", "AP50", "gain in AP", "clockdistill - this", "minutes", "seeds")
+
+
 def markdown(tables, speed, scale):
     """All tables as one page."""
     text = [f"# {scale}: tables\n\nMade by `python train.py table {scale}` from the JSON files in "
-            "`runs/`. AP mean ± standard deviation over seeds; gain: paired by seed against the same "
-            "detector's student alone, with its 95 % interval (Student's t).\n"]
+            "`runs/`. AP mean ± standard deviation over seeds; gain: paired by seed against the "
+            "same detector's student alone, with its 95 % interval (Student's t).\n"]
     for name, lines in tables.items():
         text.append(f"\n## {TITLES[name]}\n")
         if scale == "toy" and name in NOTES:
-            text[-1] += f"\n{NOTES[name]}\n"
+            text.append(f"{NOTES[name]}\n")
         if name == "main":
             text.append(f"images/s: one at a time, all interleaved; {speed['machine']}.\n")
-            rows = [main_row(line, speed, scale) for line in lines]
-        else:
-            rows = [other_row(line, lines, name) for line in lines]
-        text += [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-        text += [f"| {' | '.join(row.values())} |" for row in rows]
+        left_out = {"AP in the paper"} if scale == "toy" else set()
+        if name != "rivals":
+            left_out.add("clockdistill - this")
+        columns = [c for c in (MAIN if name == "main" else OTHER) if c not in left_out]
+        text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for line in lines:
+            row = cells(line, lines, speed.get(line["detector"], {}))
+            text.append(f"| {' | '.join(row[column] for column in columns)} |")
     return "\n".join(text) + "\n"
 
 
-def main_row(line, speed, scale):
-    """{column: cell} of the table "main"."""
-    role = "teacher" if line["method"] == "teacher" else "student"
-    rate = speed.get(line["detector"], {}).get(role)
-    # The paper's own figures, for its own scales. Empty where they were not read, as yet everywhere.
-    paper = {} if scale == "toy" else {"AP in the paper": ""}
-    sizes = " / ".join(spread(line[key], 2) for key in ("APs", "APm", "APl"))
-    return {"detector": line["detector"], "model": line["method"], "AP": spread(line["AP"]), **paper,
-            "AP50": spread(line["AP50"]), "AP75": spread(line["AP75"]),
-            "AP small / medium / large": sizes, "gain in AP": interval(line["gain"]),
+def cells(line, lines, rates):
+    """{column: text} of a row. rates: {role: images/s} of its detector."""
+    label = line["method"]
+    rate = rates.get("teacher" if label == "teacher" else "student")
+    ours = [scores_of(other) for other in lines
+            if (other["detector"], other["method"]) == (line["detector"], "clockdistill")]
+    lead = gain(ours[0], scores_of(line)) if ours and label != "clockdistill" else None
+    return {"detector": line["detector"], "model": label, "run": label, "AP in the paper": "",
+            **{name: spread(line[name]) for name in ("AP", "AP50", "AP75")},
+            "AP small / medium / large": " / ".join(
+                spread(line[name], 2) for name in ("APs", "APm", "APl")),
+            "gain in AP": interval(line["gain"]), "clockdistill - this": interval(lead),
             "parameters": f"{line['params'] / 1e6:.2f} M", "GFLOPs": f"{line['gflops']:.3g}",
-            "images/s": f"{rate:.0f}" if rate else "", "seeds": str(len(line["seeds"]))}
-
-
-def other_row(line, lines, table):
-    """{column: cell} of the other tables. Rivals have CLoCKDistill's lead over them too."""
-    ours = next((scores_of(other) for other in lines
-                 if (other["detector"], other["method"]) == (line["detector"], "clockdistill")), {})
-    lead = "" if line["method"] == "clockdistill" else interval(gain(ours, scores_of(line)))
-    return {"detector": line["detector"], "run": line["method"], "AP": spread(line["AP"]),
-            "AP50": spread(line["AP50"]), "gain in AP": interval(line["gain"]),
-            **({"clockdistill - this": lead} if table == "rivals" else {}),
-            "minutes": f"{np.mean(line['minutes']):.1f}", "seeds": str(len(line["seeds"]))}
+            "images/s": f"{rate:.0f}" if rate else "", "minutes": f"{np.mean(line['minutes']):.1f}",
+            "seeds": str(len(line["seeds"]))}
 
 
 def learning_curve(line, results):
@@ -770,13 +780,15 @@ def draw(tables, done, reading, folder):
         main, longer, varied = ({line["method"]: line for line in tables.get(name, [])
                                  if line["detector"] == detector}
                                 for name in ("main", "schedule", "sensitivity"))
+        # The main table's runs as they learned.
         curves = {name: learning_curve(main[name], done) for name in ("student", "clockdistill")
                   if name in main}
-        if "teacher" in main:                          # its schedule is another: a level, not a curve
+        if "teacher" in main:                          # of another schedule: a level, not a curve
             curves["teacher"] = main["teacher"]["AP"][0]
         if len(curves) > 1:
             figures[f"curves_{detector}"] = plots.curves(
                 curves, "AP", f"{detector}: with and without a teacher")
+        # Where longer runs end, and what a setting changes.
         if longer:
             figures[f"schedule_{detector}"] = plots.curves(
                 final_scores(longer.values(), done), "AP", f"{detector}: each point a finished run")
@@ -784,6 +796,8 @@ def draw(tables, done, reading, folder):
             figures[f"sensitivity_{detector}"] = plots.sensitivity(
                 panels(varied.values()), varied["student"]["AP"],
                 f"{detector}: AP of the distilled student, one setting at a time")
+
+    # Every row's gain over the student alone.
     for name in ("main", "rivals", "ablation"):
         gains = [(line["detector"], line["method"], line["gain"])
                  for line in tables.get(name, []) if line["gain"]]
@@ -799,18 +813,12 @@ def write(study):
     """tables.json, tables.md and the figures of all tables, from the results that there are."""
     folder, lines, tried = study.results, plan(study), trials(study)
     folder.mkdir(parents=True, exist_ok=True)
-
-    def kept(name, compute):
-        """What takes a minute to measure is measured once."""
-        file = folder / f"{name}.json"
-        if not file.exists():
-            write_json(file, compute())
-        return read_json(file)
-
+    # What takes a minute to measure is measured once.
+    for name, measure in (("speed", images_per_second), ("reading", what_is_read)):
+        if not (folder / f"{name}.json").exists():
+            write_json(folder / f"{name}.json", measure(study))
+    speed, reading = (read_json(folder / f"{name}.json") for name in ("speed", "reading"))
     tables = summarise(lines, study.done)
-    speed = kept("speed", lambda: images_per_second(study, lines))
-    reading = kept("reading", lambda: {name: what_is_read(path, study.root)
-                                       for name, path in study.shipped.items()})
     write_json(folder / "tables.json", tables)
     write_json(folder / "tuning.json", [
         {"detector": line.detector, "what": line.label, "options": job.cfg.method_options,
@@ -818,19 +826,23 @@ def write(study):
         for line in tried for job in line.jobs if job.name in study.done])
     write_text(folder / "tables.md", markdown(tables, speed, study.scale))
     draw(tables, study.done, reading, folder)
+
+    # Say what the pages lack.
     absent = [job.name for job in jobs_of(lines + tried) if job.name not in study.done]
     print(f"{sum(map(len, tables.values()))} rows: {folder}/tables.md, tables.json and figures"
           + (f"; {len(absent)} runs have no result ({absent[0]}, ...)" if absent else ""))
 
 
-def images_per_second(study, lines):
+def images_per_second(study):
     """{"machine": ..., detector: {role: images/s}} of the main table's models.
 
     Speed does not depend on the weights: the models are built anew, while no run is going on.
     """
-    device = train.pick_device()
-    jobs = {(line.detector, line.jobs[0].role): line.jobs[0] for line in lines if line.table == "main"}
-    networks = {key: untrained(job.cfg).to(device) for key, job in jobs.items()}
+    device, networks = train.pick_device(), {}
+    for detector in study.scope.detectors.values():
+        for role in ("teacher", "student"):
+            model = untrained(make_job(study, detector, role).cfg)
+            networks[detector, role] = model.to(device)
     image = torch.zeros(1, 3, *study.scope.image_size, device=device)
     speed = {"machine": train.machine(device)}
     for (detector, role), rate in bench.images_per_second(networks, image).items():
@@ -838,21 +850,28 @@ def images_per_second(study, lines):
     return speed
 
 
-def what_is_read(path, root):
-    """{content of the target-aware queries: look.reading} of a toy teacher, on 200 images of "tune"."""
-    teacher, _ = train.load_model(path)
-    batches = list(data.eval_loader(data.build("toy", root, "tune", limit=200), 20))
-    embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
-    accuracy, width = {}, teacher.config["hidden_dim"]
-    for content, noise in (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.),
-                           ("random", 0.), ("zero", 0.)):
-        if content in embeddings and embeddings[content] is None:      # this detector has none
-            continue
-        method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
-                              num_classes=teacher.num_classes)
-        name = content + (f", noise {noise}" if noise else "")
-        accuracy[name] = look.reading(teacher, method, embeddings.get(content), batches)
-    return accuracy
+# Contents of the queries, and how many of their labels are wrong.
+CONTENTS = (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.), ("random", 0.),
+            ("zero", 0.))
+
+
+def what_is_read(study):
+    """{detector: {content of the queries: look.reading}} of the shipped teachers, on "tune"."""
+    reading = {}
+    for detector, path in study.shipped.items():
+        teacher, _ = train.load_model(path)
+        batches = list(data.eval_loader(data.build("toy", study.root, "tune", limit=200), 20))
+        embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
+        width, accuracy = teacher.config["hidden_dim"], reading.setdefault(detector, {})
+        for content, noise in CONTENTS:
+            embedding = embeddings.get(content)
+            if content in embeddings and embedding is None:            # this detector has none
+                continue
+            method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
+                                  num_classes=teacher.num_classes)
+            name = content + (f", noise {noise}" if noise else "")
+            accuracy[name] = look.reading(teacher, method, embedding, batches)
+    return reading
 
 
 # ----------------------------------------------------------------------------------------------
@@ -873,7 +892,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.counted:
             self.counted.add(storage._cdata)
-            self.kept.append(storage)                  # alive, so that no other storage gets its address
+            self.kept.append(storage)                  # alive: no other storage gets its address
             self.bytes += storage.nbytes()
         return tensor
 
@@ -903,12 +922,15 @@ def print_costs(study, jobs, tflops):
     print(f"To download: {study.scope.download}.\n")
     for job in jobs:
         cfg, key = job.cfg, (job.cfg.detector, job.role)
+        # Models of one role are alike: they are counted once.
         if key not in costs:
             model = untrained(cfg)
             costs[key] = (models.gflops(model, height, width),
                           training_bytes(model, cfg.batch_size, height, width),
                           4 * sum(p.numel() for p in model.parameters()))
         forward, memory, _ = costs[key]
+
+        # Images times multiply-adds, two floating-point operations each.
         images = cfg.epochs * study.scope.images
         if cfg.steps is not None:
             images = cfg.steps * cfg.batch_size
@@ -920,10 +942,10 @@ def print_costs(study, jobs, tflops):
         total += hours
         print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
               f"  python {shlex.join(['train.py', *job.arguments])}")
-    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work (--tflops: "
-          "the peak times what training reaches of it, a fifth to a third), a step being three "
-          "forward passes and one of the teacher. Memory: weights (also the teacher's), gradients, "
-          f"Adam and saved activations in fp32 at {height} x {width}.")
+    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work "
+          "(--tflops: the peak times what training reaches of it, a fifth to a third), a step "
+          "being three forward passes and one of the teacher. Memory: weights (also the "
+          f"teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -940,7 +962,7 @@ def shard(text):
 
 def add_options(parser):
     """The options of `train.py table`."""
-    parser.epilog = ("Options of fit and distill after -- go to every run, and the results elsewhere:\n"
+    parser.epilog = ("Options of fit after -- go to every run, and the results elsewhere:\n"
                      "  python train.py table kitti --root DIR -- --steps 100 --size 160,540")
     parser.add_argument("scale", choices=SCALES)
     parser.add_argument("--root", help="folder of the data (toy: datasets/toy)")
@@ -975,6 +997,7 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
     root = root or ("datasets/toy" if scale == "toy" else "ROOT")
     results = results or (f"{folder}/results" if changes else f"results/{scale}")
     work, results = Path(work or folder).resolve(), Path(results).resolve()
+    # The toy's teachers come with the repository, for the published recipe.
     shipped = {}
     if scale == "toy" and teachers == "shipped" and not changes:
         shipped = {name: file for name, file in train.SHIPPED_TEACHERS.items() if file.exists()}
@@ -1022,7 +1045,15 @@ def make(study, only, workers, shard):
                              f"{study.results}/runs (of teachers also their folders to "
                              f"{study.work}) and repeat the command")
 
-    stage("teachers", teachers_of(study, trials(study, only) + plan(study, only)))
+    # A teacher that comes with the repository is only measured.
+    teachers = teachers_of(study, trials(study, only) + plan(study, only))
+    for job in teachers:
+        file = study.shipped.get(job.cfg.detector)
+        if file and job.name not in study.done:
+            file_result(study, job, shipped_teacher(file, study.root, train.pick_device()))
+    stage("teachers", teachers)
+
+    # Keep what tuning chose for the tables of other commands.
     if lines := trials(study, only):
         stage("tuning runs", jobs_of(lines))
         chosen = read_chosen(study)
@@ -1030,6 +1061,7 @@ def make(study, only, workers, shard):
             chosen.setdefault(detector, {}).update(options)
         study.results.mkdir(parents=True, exist_ok=True)
         write_json(study.results / "chosen.json", chosen)
+
     missing = run_all(study, jobs_of(plan(study, only)), workers, shard)
     write(study)
     return int(bool(missing))

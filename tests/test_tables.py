@@ -66,7 +66,10 @@ def fake_runs(monkeypatch):
 # ----------------------------------------------------------------------------------------------
 
 def test_gain_by_hand():
-    """Differences .1, .2, .3: mean .2, deviation .1, t(0.975, 2) = 4.3027, so half = 4.3027 * .1 / sqrt(3)."""
+    """Differences .1, .2, .3: mean .2, deviation .1, t(0.975, 2) = 4.3027.
+
+    So half of the interval is 4.3027 * .1 / sqrt(3).
+    """
     gained = tables.gain({0: 0.4, 1: 0.6, 2: 0.8}, {0: 0.3, 1: 0.4, 2: 0.5, 3: 0.1})
     assert gained["mean"] == pytest.approx(0.2)
     assert gained["high"] - gained["mean"] == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
@@ -74,12 +77,14 @@ def test_gain_by_hand():
 
 
 def test_gain_of_one_seed_has_no_interval_and_of_none_is_none():
-    assert tables.gain({0: 0.4}, {0: 0.3}) == {"mean": pytest.approx(0.1), "low": None, "high": None}
+    mean = pytest.approx(0.1)
+    assert tables.gain({0: 0.4}, {0: 0.3}) == {"mean": mean, "low": None, "high": None}
     assert tables.gain({0: 0.4}, {1: 0.3}) is None
 
 
-def test_rows_hold_the_scores_in_the_order_of_the_seeds_and_gains_against_their_own_student(tmp_path):
-    lines = [line for line in tables.plan(study(tmp_path), ("main",)) if line.detector == "dab_detr"]
+def test_rows_hold_scores_in_the_order_of_the_seeds_and_gains_against_their_student(tmp_path):
+    lines = [line for line in tables.plan(study(tmp_path), ("main",))
+             if line.detector == "dab_detr"]
     done = {job.name: made_up(job) for line in lines for job in (*line.jobs, *line.alone)}
     teacher, student, distilled = tables.summarise(lines, done)["main"]
     assert teacher["gain"] is None and student["gain"] is None
@@ -100,9 +105,11 @@ def test_without_any_result_there_is_nothing_to_tell(tmp_path):
 
 def test_the_schedule_is_drawn_by_where_its_runs_end():
     line = lambda run, scores: {"runs": [run], "AP": scores}
-    runs = {"long": {"settings": {"method": None}, "steps": 20}, "short": {"settings": {"method": None}, "steps": 5},
+    runs = {"long": {"settings": {"method": None}, "steps": 20},
+            "short": {"settings": {"method": None}, "steps": 5},
             "taught": {"settings": {"method": "clockdistill"}, "steps": 5}}
-    ends = tables.final_scores([line("long", [.3]), line("short", [.1, .2]), line("taught", [.4])], runs)
+    lines = [line("long", [.3]), line("short", [.1, .2]), line("taught", [.4])]
+    ends = tables.final_scores(lines, runs)
     assert ends == {"student alone": [(5, [.1, .2]), (20, [.3])], "distilled": [(5, [.4])]}
 
 
@@ -131,7 +138,8 @@ def test_the_plan_compares_every_method_on_the_seeds_of_its_students(published):
 
 
 def test_a_row_shows_the_half_that_was_not_chosen(tmp_path):
-    halves = {"with_scale": {"lambda_mem": 1.0}, "without_scale": {"lambda_mem": 2.0, "scale": False}}
+    halves = {"with_scale": {"lambda_mem": 1.0},
+              "without_scale": {"lambda_mem": 2.0, "scale": False}}
     for best, other in (("with_scale", "without"), ("without_scale", "with")):
         chosen = {"deformable_detr": halves | {"clockdistill": halves[best]}}
         labels = [line.label for line in tables.plan(study(tmp_path, chosen=chosen), ("rivals",))]
@@ -162,7 +170,8 @@ def test_an_ablation_does_not_repeat_what_was_chosen(scale, detector, tmp_path):
 
 
 def test_the_ablation_of_a_second_detector_has_the_parts_alone(published):
-    labels = [line.label for line in tables.plan(published, ("ablation",)) if line.detector == "dino"]
+    lines = tables.plan(published, ("ablation",))
+    labels = [line.label for line in lines if line.detector == "dino"]
     assert labels == ["none", "the memory part, as chosen", "the logit part, as chosen",
                       "both parts: clockdistill"]
 
@@ -222,6 +231,21 @@ def test_a_name_holds_the_settings_and_the_teacher_s_weights(tmp_path, monkeypat
     assert tables.make_job(shipped, "dino", "teacher").name == "dino-teacher-01234567"
 
 
+def test_another_kind_of_data_is_one_entry(tmp_path, monkeypatch):
+    split = "splits/kitti_cyclists_{}.txt".format
+    small = tables.Scale("small", {"D": "dino"}, (0, 1), (0,), 1, 703, (128, 424),
+                         {"train_split": split("train")}, "nothing", tables.TRIALS, (100,),
+                         {"dino": 1 / 2}, {"val": split("val"), "tune": split("tune")})
+    monkeypatch.setitem(tables.SCALES, "kitti-small", small)
+    here = study(tmp_path, "kitti-small")
+    main = tables.plan(here, ("main",))
+    assert [(line.label, len(line.jobs)) for line in main] == [("teacher", 1), ("student", 2),
+                                                               ("clockdistill", 2)]
+    cfg = main[2].jobs[1].cfg
+    assert (cfg.val_split, cfg.train_split, cfg.steps) == (split("val"), split("train"), 1600)
+    assert {line.jobs[0].cfg.val_split for line in tables.trials(here)} == {split("tune")}
+
+
 @pytest.mark.parametrize("scale", list(tables.SCALES))
 def test_names_tell_runs_apart(scale, tmp_path):
     here = study(tmp_path, scale)
@@ -239,7 +263,7 @@ def test_the_published_runs_are_those_of_the_plan(published):
     for job in jobs:
         planned = {k: v for k, v in train.plain(job.cfg).items() if k not in train.PLACES}
         assert published.done[job.name]["settings"] == planned
-    for name, result in published.done.items():             # also those that no table shows any more
+    for name, result in published.done.items():             # also those that no table shows
         assert result["name"] == name
         if result["role"] == "student":
             cfg = train.Config(**result["settings"] | {"seed": 0})
@@ -252,12 +276,14 @@ def test_the_published_runs_are_those_of_the_plan(published):
 
 def test_every_method_has_the_same_budget_of_trials_on_the_tuning_split(published):
     lines = tables.trials(published)
-    assert all(job.cfg.val_split == "tune" and job.cfg.seed == 100 for line in lines for job in line.jobs)
+    assert all((job.cfg.val_split, job.cfg.seed) == ("tune", 100)
+               for line in lines for job in line.jobs)
     budgets = {}
     for line in lines:
         budgets.setdefault((line.detector, line.label), []).append(line)
     assert {len(budget) for budget in budgets.values()} == {4}
-    assert {detector for detector, what in budgets if what in tables.HALVES} == set(models.DETECTORS)
+    whole = {detector for detector, what in budgets if what in tables.HALVES}
+    assert whole == set(models.DETECTORS)
 
 
 def test_a_table_is_tuned_for_what_it_shows(tmp_path):
@@ -280,7 +306,8 @@ def test_the_best_trial_is_chosen_by_the_mean_of_its_seeds(tmp_path, monkeypatch
 
 
 def test_clockdistill_is_the_better_half(tmp_path):
-    lines = [line for line in tables.trials(study(tmp_path), ("main",)) if line.detector == "dab_detr"]
+    lines = [line for line in tables.trials(study(tmp_path), ("main",))
+             if line.detector == "dab_detr"]
     done = {line.jobs[0].name: {"AP": score}
             for line, score in zip(lines, (.1, .2, .1, .1, .1, .1, .3, .1))}
     chosen = tables.choose(done, lines)["dab_detr"]
@@ -318,7 +345,8 @@ def test_shards_share_all_runs_and_none_twice(tmp_path, fake_runs):
     assert sorted(fake_runs) == sorted(job.name for job in students(here, count=7))
 
 
-def test_a_run_that_fails_stops_no_other_and_finished_ones_are_not_repeated(tmp_path, fake_runs, capsys):
+def test_a_run_that_fails_stops_no_other_and_finished_ones_are_not_repeated(tmp_path, fake_runs,
+                                                                            capsys):
     here = study(tmp_path)
     jobs = students(here, "deformable_detr")
     for _ in range(2):
@@ -389,8 +417,10 @@ def test_shards_that_do_not_exist_are_refused(text):
 
 
 def test_saved_bytes_by_hand():
-    """A linear layer keeps its input for the weight's gradient, a sigmoid its output: 3 x 4 and 3 x 5
-    floats; the weight itself is a parameter and not counted."""
+    """A linear layer keeps its input for the weight's gradient, a sigmoid its output.
+
+    That is 3 x 4 and 3 x 5 floats; the weight itself is a parameter and not counted.
+    """
     layer = nn.Linear(4, 5)
     saved = tables.SavedBytes(layer.parameters())
     with saved:
@@ -427,7 +457,7 @@ def toy(tmp_path_factory):
 
 def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
         toy, tmp_path, monkeypatch, capsys):
-    """One detector, one seed, runs of two steps: the command of `table toy`, from teacher to page."""
+    """One detector, one seed, runs of two steps: `table toy` from the teacher to the page."""
     monkeypatch.setitem(tables.SCALES, "toy", dataclasses.replace(
         tables.SCALES["toy"], main_seeds=(0,), detectors={"C": "dino"}, tune_steps={"dino": 1}))
     monkeypatch.setattr(train.data, "make_toy", lambda root: None)
@@ -446,11 +476,12 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
     chosen = json.loads((results / "chosen.json").read_text())["dino"]
     assert chosen["clockdistill"] == chosen["with_scale"] == PRESETS["dino"] | {"lambda_mem": 100.0}
     runs = [json.loads(path.read_text()) for path in (results / "runs").iterdir()]
-    assert len(runs) == 4                                             # teacher, trial, student, distilled
+    assert len(runs) == 4                              # teacher, trial, student, distilled
     for run in runs:
         assert {"name", "role", "commit", "machine", "seed", "settings", "command"} <= run.keys()
         assert run["settings"]["steps"] == 2 and "--root ROOT" in run["command"]
-    monkeypatch.setattr(tables, "run_job", lambda *_: pytest.fail("a finished run was started again"))
+    again = lambda *_: pytest.fail("a finished run was started again")
+    monkeypatch.setattr(tables, "run_job", again)
     assert train.main([*command, *changes]) == 0
     (results / "tables.json").unlink()
     assert train.main([*command, "--rebuild", *changes]) == 0
