@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Array(np.ndarray):
         raise Refused("calls numpy.ndarray, which takes any memory for an array")
 
     def __setstate__(self, state):
-        if hasattr(self, "filled"):                              # a second time would free memory that others look at
+        if hasattr(self, "filled"):            # a second time would free memory that others look at
             raise Refused("holds a numpy array that changes while it is read")
         version, shape, kind, fortran, content = state
         whole = isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int and n >= 0 for n in shape)
@@ -111,22 +112,46 @@ def save(path: str | Path, payload: dict, half: bool = False) -> None:
         payload = payload | {"model": {key: value.half() if value.is_floating_point() else value
                                        for key, value in payload["model"].items()}}
     check_finite(weights_of(payload), path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+
+    def write(temporary):
         if path.suffix == ".safetensors":
             weights = {key: value.contiguous() for key, value in payload["model"].items()}
             rest = {key: value for key, value in payload.items() if key != "model"}
             save_file(weights, temporary, metadata={"payload": json.dumps(rest)})
         else:
             torch.save(payload, temporary)
+
+    write_file(path, write)
+
+
+def write_file(path: str | Path, write) -> None:
+    """Let `write(temporary path)` make a file, and put it in place at once when it is whole.
+
+    A crash at any moment leaves the old file or the new one. Raises OSError with one line that names
+    the file when it could not be written; the old one is then as it was.
+    """
+    path, temporary = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)                           # mkstemp makes private files
+        with contextlib.suppress(OSError):                   # mkstemp makes private files; some
+            os.chmod(temporary, 0o644)                       # mounts know no rights at all
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # On a full disk torch and safetensors raise errors of their own, which do not say so.
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f"; {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on its disk"
+        raise OSError(f"{path} was not written ({reason}{free}): what stood there before is as it "
+                      "was; make room, or choose another folder") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def load(path: str | Path, map_location="cpu") -> dict:
@@ -138,14 +163,17 @@ def load(path: str | Path, map_location="cpu") -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: check the path")
-    broken = f"{path} is not a readable checkpoint: it is damaged or of another kind; copy or download it again"
+    broken = f"{path} is not a readable checkpoint: {what_it_is(path)}"
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt", device=str(map_location)) as file:
                 rest = json.loads((file.metadata() or {}).get("payload", "{}"))
+                if not isinstance(rest, dict):
+                    raise ValueError(f"{broken} (its metadata is a {type(rest).__name__}, no "
+                                     "dictionary)")
                 payload = {**rest, "model": {key: file.get_tensor(key) for key in file.keys()}}
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{broken} ({error})") from None
+        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{broken} ({str(error)[:120]})") from None
         check_finite(payload["model"], path)
         return payload
     try:
@@ -153,30 +181,83 @@ def load(path: str | Path, map_location="cpu") -> dict:
             payload = torch.load(path, map_location=map_location, weights_only=True)
     except Refused as error:
         raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None
-    except Exception as error:                               # torch raises many kinds for a damaged file
+    except Exception as error:                          # torch raises many kinds for a damaged file
         text = " ".join(str(error).split())
         if found := re.search(r"GLOBAL ([\w.]+)", text):
-            raise ValueError(f"{path} holds a {found[1]}, which could execute code when loaded: refused; save tensors "
-                             "where it was made, torch.save({'model': model.state_dict()}, FILE)") from None
+            raise ValueError(f"{path} holds a {found[1]}, which could execute code when loaded: "
+                             "refused; save tensors where it was made, "
+                             "torch.save({'model': model.state_dict()}, FILE)") from None
         raise ValueError(f"{broken} ({text[:120]})") from None
     check_finite(weights_of(payload), path)
     return payload
 
 
+def what_it_is(path: Path) -> str:
+    """What a file that cannot be read is, where its first bytes tell; never a guess."""
+    with open(path, "rb") as file:
+        start = file.read(200)
+    if not start:
+        return "it is empty; copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page; download the file that the page leads to"
+    return "it is damaged or of another kind; copy it again, or give a .pth, .pt or .safetensors"
+
+
 def weights_of(payload) -> dict[str, Tensor]:
-    """The state_dict in a payload, or the payload itself where it is one."""
-    if not isinstance(payload, dict):
-        return {}
-    state = next((payload[key] for key in ("model", "state_dict") if isinstance(payload.get(key), dict)), payload)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    """The state_dict in a payload, see `find_weights`."""
+    return find_weights(payload)[0]
+
+
+def find_weights(payload) -> tuple[dict[str, Tensor], str]:
+    """-> (the state_dict in a payload, or the payload itself where it is one; where it lay, "" = there).
+
+    Programs wrap their weights in dictionaries of many names, three deep at most. Averaged weights are
+    preferred to raw ones: they are what their programs evaluate. Ours say which are evaluated.
+    """
+    found = {}                                               # {where: state_dict}
+
+    def search(part, where, depth):
+        if not isinstance(part, dict) or depth > 3:
+            return
+        state = {key: value for key, value in part.items() if isinstance(value, Tensor)}
+        if any("." in str(key) for key in state):
+            found[where] = state
+        for key, value in part.items():
+            if not re.search("optim|sched|resume|scaler|criterion", str(key), re.I):
+                search(value, f"{where}.{key}".lstrip("."), depth + 1)
+
+    search(payload, "", 0)
+    if isinstance(payload, dict) and "model" in found and "detector" in payload:
+        return found["model"], ""
+    averaged = [where for where in found if re.search(r"(^|[._])(ema|averaged?|swa)([._]|$)", where)]
+    usual = [where for where in ("", "model", "state_dict") if where in found]
+    largest = sorted(found, key=lambda where: -len(found[where]))
+    for where in averaged + usual + largest:
+        return found[where], where
+    own = {k: v for k, v in payload.items() if isinstance(v, Tensor)} if isinstance(payload, dict) else {}
+    return own, ""
+
+
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without what a wrapper put before every name: "module." of DDP, "_orig_mod." of compile."""
+    for _ in range(3):
+        if any(contains(state, mark) for mark, _ in FORMATS.values()):
+            break
+        heads = {key.partition(".")[0] for key in state if "." in key}
+        if len(heads) != 1:
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items() if "." in key}
+    return state
 
 
 def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
     """Raises ValueError with the first tensor that holds NaN or infinity: a broken model answers with nonsense."""
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{origin}: {name} is not finite: weights of a run that blew up, or too large for their "
-                             "precision; take an earlier checkpoint")
+            raise ValueError(f"{origin}: {name} is not finite: weights of a run that blew up, or "
+                             "too large for their precision; take an earlier checkpoint")
 
 
 def load_from_hub(name: str) -> dict:
@@ -194,14 +275,16 @@ def load_from_hub(name: str) -> dict:
             if not isinstance(error, FileNotFoundError):     # which it is without a connection
                 return None
             reason = error
-        except Exception as error:                           # names, rights, connections: many kinds
+        except Exception as error:                          # names, rights, connections: many kinds
             reason = error
-        raise ValueError(f"cannot fetch hf:{name} ({' '.join(str(reason).split())[:120]}): check the name and the "
-                         "connection, or download its model.safetensors and give that file")
+        raise ValueError(f"cannot fetch hf:{name} ({' '.join(str(reason).split())[:120]}): check "
+                         "the name and the connection, or download its model.safetensors and give "
+                         "that file")
 
     path = fetch("model.safetensors") or fetch("pytorch_model.bin")
     if path is None:
-        raise ValueError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin: is it a PyTorch model?")
+        raise ValueError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin: is it a "
+                         "PyTorch model?")
     payload, config = load(path), fetch("config.json")
     said = {"config": json.loads(Path(config).read_text())} if config else {}
     return said | (payload if "model" in payload else {"model": payload})
@@ -235,7 +318,7 @@ OF_DETECTOR = {
         ("_attention.(?:v|value)_proj.", "_attention.value."),
         ("coder.query_scale.", "coder.position_scale."), ("^decoder.ref_anchor_head.", "decoder.anchor_size."),
         ("^decoder.(class_heads|box_heads).(?=[a-z])", r"decoder.\1.0."),     # the one head has no number
-        ("^encoder.project.0.0.", "encoder.project."),                        # in MMDetection a list of one
+        ("^encoder.project.0.0.", "encoder.project."),                # in MMDetection a list of one
         ("^(?:refpoint_embed|anchor_box_embed|query_embedding).", "anchors."),
     ],
     "deformable_detr": DEFORMABLE_NORMS + [
@@ -256,7 +339,7 @@ MMCV_LAYERS = [   # mmcv's transformer, of which MMDetection is made and, after 
     ("D.norms.0.", "D.self_norm."), ("D.norms.1.", "D.cross_norm."), ("D.norms.2.", "D.norm3."),
     (".post_norm(?:_layer)?.", ".norm."),
     ("^neck.convs.#.conv.", "input_proj.#.0."), ("^neck.convs.#.(?:norm|gn).", "input_proj.#.1."),
-    ("^neck.extra_convs.#.conv.", "input_proj.+#.0."),                        # + counts on from the last of convs
+    ("^neck.extra_convs.#.conv.", "input_proj.+#.0."),          # + counts on from the last of convs
     ("^neck.extra_convs.#.(?:norm|gn).", "input_proj.+#.1."),
 ]
 DETREX = MMCV_LAYERS + [
@@ -299,7 +382,7 @@ FORMATS = {   # program: (by which name its files are known, rows), tried in thi
 }
 DETECTORS = {"dab_detr": "ref_anchor_head|anchor_size", "dino": "label_enc|label_embed",
              "deformable_detr": "sampling_offsets"}                  # in this order
-FUSED = ("q_proj", "k_proj", "v_proj")                           # three matrices that are one in ours, in_proj
+FUSED = ("q_proj", "k_proj", "v_proj")                # three matrices that are one in ours, in_proj
 IGNORED = re.compile(r"num_batches_tracked$|^backbone\.fc\.")    # nothing depends on it; ImageNet's classes
 PER_CLASS = re.compile(r"class_heads?\.|label_embed\.")          # a row for each class
 PER_QUERY = re.compile(r"(content|anchors|queries)\.")           # a row for each query
@@ -338,6 +421,15 @@ COCO = {91: COCO_91, 80: [name for name in COCO_91 if name not in ("__background
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
+def read_json(path: str | Path):
+    """What a JSON file holds. Raises ValueError, naming the file and the remedy, when it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({str(error)[:80]}): delete it and repeat "
+                         "the command that made it") from None
+
+
 def write_json(path: str | Path, content) -> None:
     """JSON that any reader takes: an AP that is not defined (NaN) becomes null."""
     def strict(x):
@@ -351,9 +443,7 @@ def write_json(path: str | Path, content) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Atomic, so that a kill never leaves half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_file(path, lambda temporary: Path(temporary).write_text(text))
 
 
 PATIENCE = 10                                                    # seconds
@@ -377,28 +467,12 @@ def locked(folder: str | Path, wait: bool = False):
                 break
             except BlockingIOError:
                 if not wait and time.monotonic() > patience:
-                    raise ValueError(f"{folder} is in the hands of another run: wait for its end, or choose another "
-                                     "folder") from None
+                    raise ValueError(f"{folder} is in the hands of another run: wait for its end, "
+                                     "or choose another folder") from None
                 time.sleep(0.2)
         yield
     finally:
         os.close(handle)
-
-
-def set_aside(folder: str | Path, settings: dict, taught_by: str | None, say) -> None:
-    """Rename the folder of a run that was made with other settings or by another teacher, so that it can begin anew.
-
-    settings: as the run's config.json has them; the path of the teacher does not count, taught_by, its weights, does.
-    say: gets the one line that tells so.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        return
-    begun = json.loads((folder / "config.json").read_text())
-    if begun["taught_by"] != taught_by or begun["settings"] | {"teacher": settings["teacher"]} != settings:
-        aside = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        say(f"{folder} was made with other settings or another teacher; moved to {aside}")
 
 
 @dataclass
@@ -408,6 +482,7 @@ class Report:
     loaded: dict[str, str] = field(default_factory=dict)         # our name -> source name
     resized: dict[str, str] = field(default_factory=dict)        # our name -> what was done
     skipped: list[str] = field(default_factory=list)             # of parts that the model lacks
+    note: str = ""                                             # what a reader should know beside it
     missing: list[str] = field(default_factory=list)             # of the model, not in the source: left as they were
 
     def __str__(self):
@@ -415,18 +490,25 @@ class Report:
                   self.resized.values()}
         resized = "; ".join(f"{', '.join(names)} {change}" for change, names in groups.items()) or "none"
         return (f"{self.source}: loaded {len(self.loaded)} tensors, skipped {len(self.skipped)}, "
-                f"missing {len(self.missing)}, resized: {resized}")
+                f"missing {len(self.missing)}, resized: {resized}{self.note}")
+
+    @property
+    def fresh_heads(self) -> list[str]:
+        """Rows of classes that were left as the model's own initialisation."""
+        return [name for name, change in self.resized.items() if "re-initialised" in change]
 
 
 def load_weights(model: nn.Module, source_weights: str | Path | dict, source: str = "auto",
-                 classes: list[str] | None = None, made_with: dict | None = None) -> Report:
+                 classes: list[str] | None = None, made_with: dict | None = None,
+                 source_classes: list[str] | None = None) -> Report:
     """Copy weights into the model, whichever known program made them, and print one line about it.
 
     source_weights: a file, "hf:organisation/model", a payload, or a state_dict. source: one of FORMATS, or "auto" to
     recognise it by its names.
     classes: names of the model's classes. Rows of class heads and label embeddings go to their namesakes, rows without
     one keep the model's own initialisation. The source's names come with it (ours, MMDetection's, the hub's); without
-    names 80 and 91 classes are COCO's, on either side, and equal numbers are copied as they are.
+    names 80 and 91 classes are COCO's, on either side, and equal numbers are copied as they are, which the line says.
+    source_classes: names of the source's classes, where it does not tell them.
     made_with: options of models.build that the source was made with, where you know better than PUBLISHED.
     Of another number of queries the first ones are used. A part of the model (backbone, encoder, ...) is loaded whole
     or not at all.
@@ -438,23 +520,33 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         payload = load_from_hub(origin.removeprefix("hf:"))
     else:
         payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
-    state = weights_of(payload)
+    state, where = find_weights(payload)
     check_finite(state, origin)
     if source == "auto":
+        state = unwrapped(state)
         source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
     if source not in FORMATS:
-        raise ValueError(f"{origin}: names of no known format ({', '.join(FORMATS)}): is it a detector's checkpoint?")
+        first = f"the first is {next(iter(state))!r}" if state else "it holds no tensors"
+        raise ValueError(f"{origin}: names of no known format ({', '.join(FORMATS)}; {first}): is "
+                         "it a detector's checkpoint?")
     known = next((name for name, mark in DETECTORS.items() if contains(state, mark)), None)
     detector = payload.get("detector", known)
     if detector not in (None, wanted := getattr(model, "detector", detector)):
-        raise ValueError(f"{origin} holds a {detector}, the model is a {wanted}: build that detector instead")
+        raise ValueError(f"{origin} holds a {detector}, the model is a {wanted}: build that "
+                         "detector instead")
 
     own, report, rows = model.state_dict(), Report(f"{origin} ({source})"), {}
+    if where not in ("", "model", "state_dict"):
+        report.note = f"; of its weights those under {where!r} were taken"
     found = translate(state, source, detector, origin)           # {our name: (source name, value)}
     options = options_of(found, state, source, detector) | said_by(payload, origin) | (made_with or {})
     check_options(model, options, report.source)
     found = share_heads(found, own, origin)
+    if source_classes:
+        payload = payload | {"classes": source_classes}
     names = class_names(payload, found, own, classes)
+    if classes is not None and names[0] and not isinstance(names[0][0], str):
+        report.note += "; it names no classes, as many as the model has: heads were copied row by row"
     for name, (key, value) in found.items():
         if name not in own:
             report.skipped += [] if IGNORED.search(name) else [key]
@@ -463,21 +555,24 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         elif value.shape == own[name].shape:
             report.loaded[name] = key
         else:
-            raise ValueError(f"{origin}: {key} is {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}: "
-                             "another architecture; build the model with the checkpoint's sizes")
+            raise ValueError(f"{origin}: {key} is {tuple(value.shape)}, the model's {name} "
+                             f"{tuple(own[name].shape)}: another architecture; build the model "
+                             "with the checkpoint's sizes")
     done = report.loaded | report.resized
     report.missing = [name for name in own if name not in done and not IGNORED.search(name)]
     if not report.loaded:
-        raise ValueError(f"{origin}: none of its {len(state)} tensors fits this model: is it another architecture's?")
+        raise ValueError(f"{origin}: none of its {len(state)} tensors fits this model: is it "
+                         "another architecture's?")
     parts = {name.split(".")[0] for name in report.loaded}
     strays = [name for name in report.missing + [name for name in found if name not in own and not IGNORED.search(name)]
               if name.split(".")[0] in parts]
     if strays:
-        raise ValueError(f"{origin}: another architecture, {strays[0]} and {len(strays) - 1} more have no counterpart; "
-                         "build the model with the checkpoint's depths and options")
+        raise ValueError(f"{origin}: another architecture, {strays[0]} and {len(strays) - 1} more "
+                         "have no counterpart; build the model with the checkpoint's depths and "
+                         "options")
     with torch.no_grad():
         for name in report.loaded:
-            own[name].copy_(found[name][1])                      # state_dict() shares the model's memory
+            own[name].copy_(found[name][1])                 # state_dict() shares the model's memory
         for name, (ours, theirs) in rows.items():
             own[name][ours] = found[name][1][theirs].to(own[name])
     print(report)
@@ -506,7 +601,8 @@ def translate(state: dict, source: str, detector: str | None, origin: str) -> di
         for theirs, ours in rows:
             name = theirs.sub(ours, name, count=1)
         if name in found and not torch.equal(value, found[name][1]):         # modules that are stored twice
-            raise ValueError(f"{origin}: {key} differs from {found[name][0]}, but one should be the other")
+            raise ValueError(f"{origin}: {key} differs from {found[name][0]}, but one should be "
+                             "the other")
         found.setdefault(name, (key, value))
     for name in [name for name in found if f".{FUSED[0]}." in name]:
         three = [name.replace(FUSED[0], matrix) for matrix in FUSED]
@@ -516,7 +612,7 @@ def translate(state: dict, source: str, detector: str | None, origin: str) -> di
     levels = len({name.split(".")[2] for name in found if re.match(r"encoder\.project\.\d", name)})
     layers = len({name.split(".")[2] for name in found if name.startswith("decoder.layers.")})
 
-    def settle(name):                        # one head more than decoder layers: the last is that of the proposals
+    def settle(name):         # one head more than decoder layers: the last is that of the proposals
         name = re.sub(r"^encoder\.project\.\+(\d+)", lambda m: f"encoder.project.{levels + int(m[1])}", name)
         return re.sub(rf"^decoder\.(class|box)_heads\.{layers}\.", r"proposals.\1_head.", name)
     found = {settle(name): entry for name, entry in found.items()}
@@ -560,7 +656,8 @@ def said_by(payload: dict, origin: str) -> dict:
     args = payload.get("args")
     said = dict_of(payload, "config") | (vars(args) if isinstance(args, argparse.Namespace) else {})
     if said.get("dilation"):
-        raise ValueError(f"{origin} was made with dilation (DC5), which these models do not have: choose another file")
+        raise ValueError(f"{origin} was made with dilation (DC5), which these models do not have: "
+                         "choose another file")
     return {SAID[name]: value for name, value in said.items() if name in SAID and value is not None}
 
 
@@ -572,8 +669,9 @@ def check_options(model: nn.Module, options: dict, origin: str) -> None:
     if wrong:
         theirs = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         ours = ", ".join(f"{name}={config[name]!r}" for name in wrong)
-        raise ValueError(f"{origin} was made with {theirs}, the model with {ours}: build it with models.build("
-                         f"{model.detector!r}, ..., {theirs}), or give made_with={{...}} if you know better")
+        raise ValueError(f"{origin} was made with {theirs}, the model with {ours}: build it with "
+                         f"models.build({model.detector!r}, ..., {theirs}), or give "
+                         f"made_with={{...}} if you know better")
 
 
 def share_heads(found: dict, own: dict, origin: str) -> dict:
@@ -585,7 +683,8 @@ def share_heads(found: dict, own: dict, origin: str) -> dict:
     for name, (key, value) in found.items():
         only = name not in own and numbered(name, 0) in own and numbered(name, 0) in found
         if only and not torch.equal(value, found[numbered(name, 0)][1]):
-            raise ValueError(f"{origin}: {key} differs from {found[numbered(name, 0)][0]}, this model has one for both")
+            raise ValueError(f"{origin}: {key} differs from {found[numbered(name, 0)][0]}, this "
+                             "model has one for both")
         fitting |= {} if only else {name: (key, value)}
     return fitting | {name: found[numbered(name, 0)] for name in own if name not in found
                       and numbered(name, 0) in found and numbered(name, 1) not in found}
@@ -600,12 +699,15 @@ def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> 
     if classes is None and theirs == ours:
         return list(range(theirs)), list(range(ours))
     if classes is not None and len(classes) != ours:
-        raise ValueError(f"classes names {len(classes)}, but the model has {ours}: give a name for each")
-    meta = dict_of(payload, "meta")                              # of MMDetection 2, dataset_meta of 3
+        raise ValueError(f"classes names {len(classes)}, but the model has {ours}: give a name for "
+                         "each")
+    meta = dict_of(payload, "meta")                            # of MMDetection 2, dataset_meta of 3
     dataset, labels = dict_of(meta, "dataset_meta"), dict_of(dict_of(payload, "config"), "id2label")
     said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"), dataset.get("classes"),
             list(labels.values()), COCO.get(theirs)]
     named = next((names for names in said if names and len(names) == theirs), [])
+    if not named and theirs == ours:                      # nothing says otherwise: the same classes
+        return list(range(theirs)), list(range(ours))
     return [name.lower() for name in named], [name.lower() for name in classes or COCO.get(ours, [])]
 
 

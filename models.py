@@ -112,6 +112,10 @@ def read_state(path: str, advice: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
             return load_file(path)
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        for wrapper in ("state_dict", "model"):
+            state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+        if all(key.startswith("module.") for key in state):
+            state = {key.removeprefix("module."): value for key, value in state.items()}
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError("values that are no tensors")
         return state

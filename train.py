@@ -381,7 +381,7 @@ def _fit(cfg, run, device, rank, world):
     if steps is None:
         steps = math.ceil(cfg.epochs * len(train_set) / (cfg.batch_size * world))
     if rank == 0:
-        for leftover in out.glob(".*.pt.*"):      # of a kill in the middle of a save
+        for leftover in out.glob(".*.*.*"):       # of a kill in the middle of a save
             leftover.unlink()
 
     student = open_student(cfg, train_set).to(device)
@@ -533,8 +533,8 @@ def open_data(cfg):
         raise ValueError(f"the training and validation splits of {cfg.root} have different classes "
                          f"({differ}): give both the same --class-map or categories")
     if not train_set.most_objects:
-        raise ValueError(f"no image of {cfg.train_split} in {cfg.root} has an object to learn from: "
-                         f"{train_set.summary}")
+        raise ValueError(f"no image of {cfg.train_split} in {cfg.root} has an object to learn "
+                         f"from: {train_set.summary}")
     return train_set, val_set
 
 
@@ -547,8 +547,14 @@ def open_student(cfg, train_set):
     torch.manual_seed(cfg.seed)
     student = build_model(cfg, len(train_set.classes))
     if cfg.init_from:
-        checkpoints.load_weights(student, cfg.init_from, classes=train_set.classes,
-                                 made_with=cfg.made_with or None)
+        source = Path(cfg.init_from, "last.pt") if Path(cfg.init_from).is_dir() else cfg.init_from
+        named = [name.strip() for name in cfg.init_classes.split(",")] if cfg.init_classes else None
+        report = checkpoints.load_weights(student, source, classes=train_set.classes,
+                                          source_classes=named, made_with=cfg.made_with or None)
+        if cfg.steps == 0 and report.fresh_heads:
+            raise ValueError(f"{cfg.init_from}: heads of other classes were re-initialised and "
+                             "--steps 0 trains nothing: name its classes in order with "
+                             "--init-classes, or train")
     return student
 
 
@@ -617,7 +623,8 @@ def trim_log(path, steps):
             kept.append(line + "\n")
     write_text(path, "".join(kept))
     if lost > 1 or len(kept) < steps:                     # one line may be cut off by a kill
-        say(f"note       {path} could not be read in {lost} lines; it holds {len(kept)} of {steps} steps")
+        say(f"note       {path} could not be read in {lost} lines; it holds {len(kept)} of {steps} "
+            "steps")
 
 
 def open_teacher(cfg, run, dataset, device):
@@ -1048,10 +1055,24 @@ def load_payload(path):
     if path.is_dir():                                    # a run's folder
         path = path / "last.pt"
     payload = checkpoints.load(path)
-    needed = {"model", "detector", "config", "classes", "data", "settings", "metrics"}
-    if not isinstance(payload, dict) or not needed <= payload.keys():
+    kinds = {"model": dict, "detector": str, "config": dict, "classes": list, "data": str,
+             "settings": dict, "metrics": dict}
+    if not isinstance(payload, dict) or not kinds.keys() <= payload.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt "
                          "that `fit` or `distill` wrote, or an exported .safetensors")
+    # A file may be safe to read and still absurd.
+    wrong = [name for name, kind in kinds.items() if not isinstance(payload[name], kind)]
+    if not wrong:
+        wrong += ["classes"] * (not all(isinstance(name, str) for name in payload["classes"]))
+        wrong += ["detector"] * (payload["detector"] not in models.DETECTORS)
+        wrong += ["data"] * (payload["data"] not in data.DEFAULT_SIZE)
+        for name in LIMITS.keys() & payload["config"].keys():
+            value, (least, end) = payload["config"][name], LIMITS[name]
+            if not (isinstance(value, (int, float)) and least <= value < end):
+                wrong.append(f"config.{name}")
+    if wrong:
+        raise ValueError(f"{path}: its {wrong[0]!r} is not what a checkpoint of this project "
+                         "holds: make it again")
     return payload | {"path": path}
 
 
@@ -1170,8 +1191,10 @@ class Settings:
                                   "never refuse")
     # --- where the first weights come from
     init_from: str | None = option(None, "start from these weights, of any known program, or "
-                                   "hf:ORGANISATION/MODEL (fine-tuning; --resume continues a run "
-                                   "instead)")
+                                   "hf:ORGANISATION/MODEL, or the folder of a run (fine-tuning; "
+                                   "--resume continues a run instead)")
+    init_classes: str | None = option(None, "classes of --init-from in the order of its rows, "
+                                      "Car,Dog,..., where its file does not name them")
     made_with: dict = option({}, "model options that --init-from was made with, where "
                              "checkpoints.py assumes others")
 
@@ -1219,10 +1242,10 @@ LIMITS = {
     "lr": (0, math.inf), "backbone_lr": (0, math.inf), "weight_decay": (0, math.inf),
     "drop_at": (0, math.inf), "clip": (0, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31),
     "teacher_floor": (-math.inf, math.inf),
-    "backbone_width": (1, 4096), "hidden_dim": (1, 2 ** 16), "heads": (1, 2 ** 16),
-    "ffn_dim": (1, 2 ** 20), "encoder_layers": (0, 1000), "decoder_layers": (1, 1000),
-    "num_queries": (1, 2 ** 20), "feature_levels": (1, 16), "points": (1, 1000), "dropout": (0, 1),
-    "num_patterns": (0, 2 ** 20), "denoising": (0, 2 ** 20), "denoising_box_noise": (0, math.inf),
+    "backbone_width": (1, 2 ** 10), "hidden_dim": (1, 2 ** 13), "heads": (1, 2 ** 10),
+    "ffn_dim": (1, 2 ** 16), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
+    "num_queries": (1, 2 ** 16), "feature_levels": (1, 10), "points": (1, 100), "dropout": (0, 1),
+    "num_patterns": (0, 2 ** 10), "denoising": (0, 2 ** 16), "denoising_box_noise": (0, math.inf),
     "denoising_label_noise": (0, math.inf), "position_temperature": (0, math.inf),
     "logit_eps": (0, 1),
     "workers": (0, 1024), "eval_every": (0, math.inf), "eval_batch": (1, math.inf),
@@ -1247,6 +1270,8 @@ def parse_size(text):
     sides = text.split(",")
     if len(sides) != 2 or not all(side.strip().isdigit() and int(side) for side in sides):
         raise ValueError(f"--size {text}: want SHORT,MAX in pixels, e.g. 800,1333")
+    if max(int(side) for side in sides) > 16384:
+        raise ValueError(f"--size {text}: want at most 16384 pixels")
     return int(sides[0]), int(sides[1])
 
 

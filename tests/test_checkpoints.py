@@ -260,6 +260,118 @@ def test_getattr_in_a_file_gets_nothing(tmp_path):
     assert isinstance(checkpoints.load(tmp_path / "x.pth")["method"], checkpoints.Ignored)
 
 
+# ------------------------------------------------------------------------------------------------------------ wrappings
+
+WRAPPED = {
+    "DDP": lambda raw, averaged: ({f"module.{k}": v for k, v in raw.items()}, ""),
+    "compiled in DDP": lambda raw, averaged: ({"state_dict": {f"module._orig_mod.{k}": v for k, v in raw.items()}}, ""),
+    "a key of its own": lambda raw, averaged: ({"net": raw, "optimizer": {"a.b": torch.zeros(9)}}, "'net'"),
+    "two deep": lambda raw, averaged: ({"ckpt": {"weights": raw}}, "'ckpt.weights'"),
+    "RT-DETR": lambda raw, averaged: ({"model": raw, "ema": {"module": averaged, "updates": 3}}, "'ema.module'"),
+    "official DINO": lambda raw, averaged: ({"model": raw, "ema_model": averaged}, "'ema_model'"),
+    "MMEngine": lambda raw, averaged: ({"state_dict": raw, "ema_state_dict": {
+        f"module.{k}": v for k, v in averaged.items()} | {"steps": torch.tensor(7)}}, "'ema_state_dict'"),
+    "timm": lambda raw, averaged: ({"state_dict": raw, "state_dict_ema": averaged}, "'state_dict_ema'"),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_wrapped_weights_are_unwrapped_and_averaged_ones_preferred(how):
+    raw, averaged, model = toy(seed=0).state_dict(), toy(seed=1).state_dict(), toy(seed=2)
+    payload, where = WRAPPED[how](raw, averaged)
+    report = checkpoints.load_weights(model, payload)
+    wanted = averaged if "ema" in where else raw
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    assert not report.missing and where in str(report) and ("were taken" in str(report)) == bool(where)
+
+
+def test_our_own_checkpoint_is_read_where_it_keeps_what_was_evaluated():
+    evaluated, raw = toy(seed=0), toy(seed=1)
+    average = {f"module.{key}": value for key, value in raw.state_dict().items()}
+    held = payload(evaluated) | {"resume": {"student": raw.state_dict(), "average": average}}
+    model = toy(seed=2)
+    checkpoints.load_weights(model, held)
+    assert torch.equal(model.content.weight, evaluated.content.weight)
+
+
+def test_names_of_no_known_format_are_told_by_the_first():
+    with pytest.raises(ValueError, match="the first is 'stem.0.weight'"):
+        checkpoints.load_weights(toy(), {"stem.0.weight": torch.zeros(1), "head.weight": torch.zeros(1)})
+
+
+def test_a_fine_tuned_head_without_class_names_is_copied_and_told():
+    """As many classes as the data has, and no names: the README's way to a teacher threw the head away."""
+    source, model = toy(seed=0), toy(seed=1)
+    report = checkpoints.load_weights(model, source.state_dict(), classes=["Car", "Pedestrian", "Cyclist"])
+    assert not report.resized and not report.fresh_heads and "copied row by row" in str(report)
+    assert torch.equal(model.decoder.class_heads[0].weight, source.decoder.class_heads[0].weight)
+    assert torch.equal(model.label_embed.weight, source.label_embed.weight)
+
+
+def test_the_classes_of_a_source_can_be_named():
+    source, model = toy(seed=0), toy(seed=1)
+    report = checkpoints.load_weights(model, source.state_dict(), classes=["Car", "Pedestrian", "Cyclist"],
+                                      source_classes=["cyclist", "Car", "Dog"])
+    own, theirs = model.decoder.class_heads[0].weight, source.decoder.class_heads[0].weight
+    assert torch.equal(own[0], theirs[1]) and torch.equal(own[2], theirs[0]) and not torch.equal(own[1], theirs[2])
+    assert "decoder.class_heads.0.weight" in report.fresh_heads
+
+
+# --------------------------------------------------------------------------------------------------- damage and full disks
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    (b"\n<!DOCTYPE html><html>", "a web page"), (b"PK\x03\x04 cut", "damaged or of another kind")])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, content, words, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        checkpoints.load(tmp_path / name)
+    assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("metadata", ["[1]", "null", "3", "[" * 100_000])
+def test_metadata_that_is_no_dictionary_is_refused(tmp_path, metadata):
+    save_file({"a.b": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"payload": metadata})
+    with pytest.raises(ValueError, match="x.safetensors is not a readable checkpoint"):
+        checkpoints.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+@pytest.mark.parametrize("write", [
+    lambda path: checkpoints.save(path, {"model": {"a.b": torch.zeros(2)}}),
+    lambda path: checkpoints.write_json(path, {"AP": 0.5}), lambda path: checkpoints.write_text(path, "text")])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, write, error):
+    path = tmp_path / "kept.pt"
+    path.write_text("old")
+    real = checkpoints.write_file
+
+    def full(path, make):
+        def fail(temporary):
+            make(temporary)
+            raise error
+        real(path, fail)
+    monkeypatch.setattr(checkpoints, "write_file", full)
+    with pytest.raises(OSError, match="kept.pt was not written .* MB are free") as told:
+        write(path)
+    assert "\n" not in str(told.value) and path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_mount_without_rights_is_written_to(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "chmod", refuse)
+    checkpoints.save(tmp_path / "x.pt", {"step": 1})
+    assert checkpoints.load(tmp_path / "x.pt") == {"step": 1}
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"a": ', "\0\0"])
+def test_a_damaged_json_is_named_with_the_remedy(tmp_path, content):
+    (tmp_path / "speed.json").write_text(content)
+    with pytest.raises(ValueError, match="speed.json cannot be read as JSON .*delete it"):
+        checkpoints.read_json(tmp_path / "speed.json")
+
+
 # --------------------------------------------------------------------------------------------------------- what fits
 
 def test_another_class_count_without_names_keeps_the_rest(capsys):

@@ -649,6 +649,41 @@ def test_a_damaged_log_is_trimmed_and_told(tmp_path, capsys):
     assert "could not be read in 3 lines; it holds 2 of 3 steps" in capsys.readouterr().out
 
 
+ABSURD = [("config", "deep"), ("config", None), ("classes", "Car"), ("classes", [1, 2, 3]), ("classes", None),
+          ("settings", []), ("detector", "yolo"), ("data", "voc"), ("metrics", None), ("model", [1]),
+          ("config.hidden_dim", 2 ** 20), ("config.decoder_layers", 10 ** 7), ("config.heads", -2),
+          ("config.num_queries", "many"), ("config.ffn_dim", float("nan"))]
+
+
+@pytest.mark.parametrize("field, value", ABSURD, ids=[f"{field}={value}" for field, value in ABSURD])
+def test_a_checkpoint_that_is_safe_but_absurd_is_refused(teacher, tmp_path, field, value):
+    payload = checkpoints.load(teacher / "last.pt")
+    part, _, key = field.partition(".")
+    if key:
+        payload[part][key] = value
+    else:
+        payload[part] = value
+    torch.save(payload, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: its '{field}' is not what a checkpoint") as error:
+        train.load_model(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_from_bare_weights_keeps_its_head_and_a_fresh_one_is_refused(toy, teacher, tmp_path, capsys):
+    """`fit --init-from FILE --steps 0` is the README's way to a teacher."""
+    model, _ = train.load_model(teacher)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    common = ["--workers", "0", *flags({**TINY, "root": toy, "steps": 0})]
+    assert train.main(["fit", "--init-from", str(tmp_path / "bare.pth"), "--out", str(tmp_path / "a"), *common]) == 0
+    assert "copied row by row" in capsys.readouterr().out
+    again, _ = train.load_model(tmp_path / "a")
+    assert torch.equal(again.decoder.class_heads[0].weight, model.decoder.class_heads[0].weight)
+    assert train.main(["fit", "--init-from", str(tmp_path / "bare.pth"), "--init-classes", "Dog,Cat,Cow", "--out",
+                       str(tmp_path / "b"), *common]) == 2
+    assert "re-initialised and --steps 0 trains nothing" in capsys.readouterr().err
+    assert train.main(["fit", "--init-from", str(teacher), "--out", str(tmp_path / "c"), *common]) == 0     # a folder
+
+
 def test_a_run_is_named_by_what_it_depends_on():
     base = Config(**TINY)
     name = train.digest(base, None)
