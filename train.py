@@ -118,6 +118,7 @@ class Learner(nn.Module):
         self.step = step_of(method)
 
     def forward(self, teacher, batch, generator=None):
+        """-> {name: weighted scalar}, see the steps above."""
         return self.step(self.student, teacher, batch, self.method, generator)
 
 
@@ -809,7 +810,7 @@ def first_process_first():
 
 
 def machine(device):
-    """What a time was measured on."""
+    """What a time was measured on: processor, cores, threads, torch; it stands beside every figure."""
     # platform knows no more than "x86_64" of many CPUs; Linux tells their model.
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
@@ -823,7 +824,10 @@ def machine(device):
 
 
 def commit():
-    """The commit that ran, with a '+' when its code was changed since; 'unknown' outside of git."""
+    """The commit that ran, with a '+' when its code was changed since; 'unknown' outside of git.
+
+    Results that were written since do not count as a change of the code.
+    """
     def git(*words):
         command = ["git", "-C", HERE, *words]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
@@ -880,7 +884,7 @@ def reference_size(cfg, dataset):
 
 
 def speed_of(model, dataset):
-    """Images per second, one by one."""
+    """Images per second, one by one, on the device where the model is; see bench.images_per_second."""
     from experiments import bench
     image = dataset[0][0][None].to(next(model.parameters()).device)
     return bench.images_per_second({"": model}, image)[""]
@@ -1077,7 +1081,11 @@ def load_payload(path):
 
 
 def rebuild(payload):
-    """-> the model in eval mode, on the CPU."""
+    """The detector of a checkpoint -> in eval mode, on the CPU.
+
+    payload: what `load_payload` returned. Raises ValueError when its weights are not those of its
+    configuration, or when its backbone was a module of one's own.
+    """
     # A checkpoint never names a file to open.
     config = payload["config"] | {"pretrained_backbone": False}
     if config["backbone"] == "custom":
@@ -1235,7 +1243,9 @@ class Run:
         check_limits(self)
 
 
-# Every number that has a range: (least, and the first that is too much).
+# Every number that has a range: (least, and the first that is too much). The one place that checks
+# options, and what a checkpoint says of its model: the upper ends keep a forged file from asking for
+# more memory than there is.
 LIMITS = {
     "limit": (1, math.inf), "steps": (0, math.inf), "epochs": (0, math.inf),
     "batch_size": (1, math.inf), "accumulate": (1, math.inf), "warmup": (0, math.inf),
@@ -1276,7 +1286,10 @@ def parse_size(text):
 
 
 def build_data(cfg, split, augment=False):
-    """The images of a split, as cfg says."""
+    """The images of a split, as cfg says -> data.Dataset.
+
+    augment: the training augmentation of that kind of data; without, as in evaluation.
+    """
     return data.build(cfg.data, cfg.root, split, augment="train" if augment else "eval",
                       size=parse_size(cfg.size), limit=cfg.limit, class_map=cfg.class_map,
                       seed=cfg.seed)
@@ -1295,7 +1308,10 @@ def build_model(cfg, num_classes):
 
 
 def method_class(name):
-    """The class of a distillation method, by its name on the command line."""
+    """The class of a distillation method, by its name on the command line.
+
+    The rivals are opened when one is asked for: who reads the method need not read them.
+    """
     if name == "clockdistill":
         return CLoCKDistill
     from experiments.baselines import BASELINES
@@ -1335,7 +1351,10 @@ def read_options(pairs, known, what):
 
 
 def read_method_options(method, pairs):
-    """The words of --method-options -> {name: value}. CLoCKDistill also takes preset=NAME."""
+    """The words of --method-options -> {name: value}.
+
+    CLoCKDistill also takes preset=NAME, a set of PRESETS; the other words are changes to it.
+    """
     known = method_defaults(method)
     if method == "clockdistill":
         known = {"preset": "paper"} | known
@@ -1347,7 +1366,11 @@ def read_method_options(method, pairs):
 
 
 def configure(command, recipe=None, **given):
-    """Options given on the command line, over a recipe, over the defaults -> (Config, Run)."""
+    """Options given on the command line, over a recipe, over the defaults -> (Config, Run).
+
+    command: "fit" or "distill".  given: {option: value} of what was given, and nothing else.
+    Raises ValueError on unknown options of a method, and values out of their range.
+    """
     # The toy has a recipe of its own: official models on 160 x 48 pixels would make no sense.
     if recipe is None and given.get("data", "toy") == "toy":
         recipe = "toy-student"
@@ -1440,6 +1463,8 @@ SMALL_TEACHER = SMALL | dict(
     pretrained_backbone="datasets/backbones/tf_efficientnet_lite2.pth", decoder_layers=3,
     steps=3200, lr=1e-3, backbone_lr=2e-4)
 
+# A recipe is a named change to the defaults, by detector. Students' recipes name their method, so that
+# `fit` with one trains the student alone and `distill` the same student with a teacher.
 RECIPES = {
     "small-student": {
         "dino": SMALL_STUDENT | dict(
@@ -1509,7 +1534,10 @@ EXPERIMENTS = {
 
 
 def official(name):
-    """The official value of a setting, for `--help`: of each detector, where they differ."""
+    """The official value of a setting, for `--help`: of each detector, where they differ.
+
+    It stands in the signatures of models.py, or in SCHEDULES, and nowhere else.
+    """
     if name == "pretrained_backbone":
         return "imagenet"                                # the command line's word for True
     builder = inspect.signature(models.build).parameters
@@ -1572,7 +1600,11 @@ def describe_methods():
 
 
 def command_line():
-    """The parser of all commands. Those of experiments/ are opened by `main`."""
+    """The parser of all commands.
+
+    Those of experiments/ have only their names here; `parse` opens them when they are asked for, so
+    that `fit` does not load what draws pictures.
+    """
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="train.py", formatter_class=text, description=__doc__.split("\n\n")[0], epilog="""
@@ -1655,7 +1687,10 @@ def parse(arguments):
 
 
 def run_command(command, given):
-    """Do what a command line asks -> the exit status."""
+    """Do what a command line asks -> the exit status.
+
+    given: the options of that command, as `parse` returns them.
+    """
     if command in ("fit", "distill"):
         fit(*configure(command, **given))
     elif command == "eval":

@@ -684,6 +684,17 @@ def test_a_teacher_from_bare_weights_keeps_its_head_and_a_fresh_one_is_refused(t
     assert train.main(["fit", "--init-from", str(teacher), "--out", str(tmp_path / "c"), *common]) == 0     # a folder
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see how far a process has come")
+def test_ctrl_c_while_the_libraries_load_is_one_line():
+    run = subprocess.Popen([sys.executable, str(HERE / "train.py"), "fit", "--help"], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():          # torch is about to be imported
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate()[1] == "stopped before anything began\n" and run.returncode == 130
+
+
 def test_a_run_is_named_by_what_it_depends_on():
     base = Config(**TINY)
     name = train.digest(base, None)
