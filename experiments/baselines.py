@@ -410,7 +410,9 @@ class GKD(Baseline):
         return _largest(bump * near / (4 * w * h)[..., None], valid)
 
 
-# ------------------------------------------------------------------------------------------------------ of the decoder
+# ----------------------------------------------------------------------------------------------
+# Rivals that copy the decoder's predictions
+# ----------------------------------------------------------------------------------------------
 
 class Hinton(Baseline):
     """Hinton et al. (2015) for sets [O]: the queries that teacher and student match to the same object are a pair.
@@ -418,23 +420,27 @@ class Hinton(Baseline):
         weight * the sum over layers of the mean over pairs of  t^2 KL(teacher || student), summed over classes
     classes: "bernoulli", a yes or no for each class, for sigmoid detectors, or "softmax", as in the paper.
     """
-    needs, terms = ("detections", "matches"), ("cls",)
+    needs = ("detections", "matches")
+    terms = ("cls",)
 
     def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, temperature=4.0, classes="bernoulli", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        _want_temperature(temperature)
         _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', "
                                                    "'softmax'")
         self.weight, self.temperature, self.classes = weight, temperature, classes
 
     def losses(self, student, teacher, targets, extras):
         layers = _twins(student.logits, teacher.logits)
-        (query_s, found_s), (query_t, found_t) = student.matches, (x[layers] for x in teacher.matches)
-        both = found_s & found_t                                                         # (L, B, K)
-        kl = _divergence(_take(student.logits, query_s), _take(teacher.logits[layers], query_t), self.temperature,
-                         self.classes).sum(3)                                            # (L, B, K)
-        pairs = mean_over_processes(both.sum((1, 2)).float())                       # (L,)
-        return {"cls": self.weight * ((kl * both).sum((1, 2)) / pairs).sum()}
+        query_s, matched_s = student.matches
+        query_t, matched_t = (x[layers] for x in teacher.matches)
+        both = matched_s & matched_t                                                  # (L, B, K)
+        logits_s = _take(student.logits, query_s)                                  # (L, B, K, C)
+        logits_t = _take(teacher.logits[layers], query_t)
+        kl = _divergence(logits_s, logits_t, self.temperature, self.classes).sum(3)   # (L, B, K)
+        pairs = mean_over_processes(both.sum((1, 2)).float())                              # (L,)
+        per_layer = (kl * both).sum((1, 2)) / pairs
+        return {"cls": self.weight * per_layer.sum()}
 
 
 class KDDETR(Baseline):
@@ -450,12 +456,13 @@ class KDDETR(Baseline):
     teacher_layers: "last", all layers of the student learn from the teacher's last, as in the code; "twin", each from
     its own counterpart, which the code holds too, switched off.
     """
-    needs, terms = ("detections", "queries"), ("cls", "l1", "giou")
+    needs = ("detections", "queries")
+    terms = ("cls", "l1", "giou")
 
     def __init__(self, student_dim=256, teacher_dim=256, *, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
                  temperature=10.0, general=300, specific=True, teacher_layers="last", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        _want_temperature(temperature)
         _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: "
                                                         "want some queries")
         _want(teacher_layers in ("last", "twin"), f"teacher_layers={teacher_layers!r}: choose from "
@@ -483,16 +490,20 @@ class KDDETR(Baseline):
         asked = extras["queries"]
         twins = self.teacher_layers == "twin"
         layers = _twins(asked.logits, teacher.logits) if twins else [-1] * len(asked.logits)
-        kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax").mean(3)     # (L, B, Q)
+        kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax")
+        kl = kl.mean(3)                                                               # (L, B, Q)
         l1 = (asked.boxes - teacher.boxes[layers]).abs().mean(3)
         giou = giou_distance(asked.boxes, teacher.boxes[layers])
         confidence = teacher.logits[-1].sigmoid().amax(2)                                   # (B, Q)
-        first, total = confidence.shape[1] - self.general, 0
-        for group in (slice(first), slice(first, None)):              # of a group without queries, all sums are 0
-            w = confidence[:, group]
+        first = confidence.shape[1] - self.general
+        total = 0
+        # Each group has its own normaliser. All sums of a group without queries are 0.
+        for group in (slice(first), slice(first, None)):
+            w = confidence[:, group]                                                     # (B, Q')
             sums = torch.stack([(w * x[:, :, group]).sum() for x in (kl, l1, giou)])
-            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / mean_over_processes(w.sum(), 1e-6)])
-        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, total)}
+            weight = mean_over_processes(w.sum(), 1e-6)
+            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / weight])        # (3,)
+        return self.weighted(total)
 
 
 class DETRDistill(Baseline):
@@ -513,7 +524,8 @@ class DETRDistill(Baseline):
     A contrastive loss between queries, also in the code, is left out.
     """
     needs = ("detections", "matches", "states", "queries")
-    terms, copies_memory = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou"), True
+    terms = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou")
+    copies_memory = True
 
     def __init__(self, student_dim=256, teacher_dim=256, *, logits=1.0, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
                  top=0, memory=1.0, prior=1.0, prior_cls=2.0, prior_l1=5.0, prior_giou=2.0, seed=0):
@@ -532,7 +544,7 @@ class DETRDistill(Baseline):
         values = [*answer_losses(student.logits, student.boxes, logits, boxes, *pairs),
                   self.features(student, teacher, targets),
                   *self.prior(extras["queries"], *(x[layers] for x in teacher.matches), targets)]
-        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
+        return self.weighted(values)
 
     def features(self, student, teacher, targets):
         truth, real = _padded(targets)            # (B, K, 4); a box of size 0 overlaps with nothing
@@ -572,7 +584,8 @@ class D3ETR(Baseline):
     Self-attention has rows and columns in the order of the pairs. Deformable cross-attention becomes a map over tokens:
     each sampling point gives its weight to the four tokens around it, in the shares of bilinear interpolation.
     """
-    needs, terms = ("detections", "attention", "queries"), ("cls", "l1", "giou", "self", "cross")
+    needs = ("detections", "attention", "queries")
+    terms = ("cls", "l1", "giou", "self", "cross")
 
     def __init__(self, student_dim=256, teacher_dim=256, *, adaptive=1.0, fixed=1.0, cls_weight=1.0, l1_weight=5.0,
                  giou_weight=2.0, self_weight=1.0, cross_weight=1.0, seed=0):
@@ -584,11 +597,15 @@ class D3ETR(Baseline):
         layers = _twins(student.logits, teacher.logits)
         teacher = teacher._replace(logits=teacher.logits[layers], boxes=teacher.boxes[layers],
                                    attention=[teacher.attention[i] for i in layers])
-        pairs = match_predictions(student.logits, student.boxes, teacher.logits, teacher.boxes, self.cost)
-        same = torch.arange(teacher.logits.shape[2], device=teacher.logits.device).expand(teacher.logits.shape[:3])
-        values = (self.adaptive * self.compare(student, teacher, *pairs)
-                  + self.fixed * self.compare(extras["queries"], teacher, same, same))
-        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
+        logits, boxes = teacher.logits, teacher.boxes
+        pairs = match_predictions(student.logits, student.boxes, logits, boxes, self.cost)
+        adaptive = self.compare(student, teacher, *pairs)
+
+        # The student's answers to the teacher's own queries need no matching.
+        same = torch.arange(logits.shape[2], device=logits.device).expand(logits.shape[:3])
+        fixed = self.compare(extras["queries"], teacher, same, same)
+        values = self.adaptive * adaptive + self.fixed * fixed                             # (5,)
+        return self.weighted(values)
 
     @staticmethod
     def compare(student, teacher, mine, theirs):
@@ -604,7 +621,9 @@ class D3ETR(Baseline):
         return torch.stack([*answers, among, across])
 
 
-# -------------------------------------------------------------------------------------------------------- the rivals' step
+# ----------------------------------------------------------------------------------------------
+# One step of a rival
+# ----------------------------------------------------------------------------------------------
 
 def rival_step(student, teacher, batch, method, generator=None):
     """The losses of one step of a rival -> {name: weighted scalar}, as train.clockdistill_step for CLoCKDistill.
@@ -698,7 +717,9 @@ BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd"
              "detrdistill": DETRDistill, "d3etr": D3ETR}
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ----------------------------------------------------------------------------------------------
+# Helpers
+# ----------------------------------------------------------------------------------------------
 
 def _twins(student, teacher):
     """The teacher's layer for each of the student's: round(i * L_t / L_s), at least 1, counted from 1; as indices."""
@@ -725,7 +746,8 @@ def answer_losses(s_logits, s_boxes, t_logits, t_boxes, mine, theirs):
     over layers. Logits (L, B, Q, C), boxes (L, B, Q, 4); mine, theirs (L, B, P): the two queries of each pair."""
     a, b = _take(s_boxes, mine), _take(t_boxes, theirs)
     kl = _divergence(_take(s_logits, mine), _take(t_logits, theirs), 1., "bernoulli")
-    return [x.mean((1, 2)).sum() for x in (kl.sum(3), (a - b).abs().sum(3), giou_distance(a, b))]
+    each = kl.sum(3), (a - b).abs().sum(3), giou_distance(a, b)                    # (L, B, P) each
+    return [x.mean((1, 2)).sum() for x in each]
 
 
 @torch.no_grad()
