@@ -554,7 +554,8 @@ class DETRDistill(Baseline):
         wanted = (quality[..., None] * F.normalize(teacher.states, dim=3)).sum(2)        # (L, B, D)
         total = 0
         for s, t, valid, _ in self.levels(student, teacher):
-            mask = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2)).clamp(min=0.01) * valid  # (L, B, N)
+            alike = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2))         # (L, B, N)
+            mask = alike.clamp(min=0.01) * valid
             mask = mask / mask.amax(2, keepdim=True)
             count = mean_over_processes(valid.sum().float())
             total = total + (mask.square() * (t - s).square().mean(2)).sum() / count
@@ -566,11 +567,12 @@ class DETRDistill(Baseline):
         labels, boxes, real, _ = pad_targets(targets)             # (B, K), (B, K, 4), (B, K)
         slot = query * asked.logits.shape[3] + labels     # one-hot, on the flat (query, class) axis
         wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(2, slot, found.to(asked.logits))
-        mine = _take(asked.boxes, query)                                              # (L, B, K, 4)
+        focal = sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum()
+        mine = _take(asked.boxes, query)                                           # (L, B, K, 4)
+        distance = ((mine - boxes).abs().sum(3) * found).sum()
+        overlap = (giou_distance(mine, boxes) * found).sum()
         count = mean_over_processes(real.sum().float())
-        return (sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum() / count,
-                ((mine - boxes).abs().sum(3) * found).sum() / count,
-                (giou_distance(mine, boxes) * found).sum() / count)
+        return focal / count, distance / count, overlap / count
 
 
 class D3ETR(Baseline):
@@ -611,12 +613,14 @@ class D3ETR(Baseline):
     def compare(student, teacher, mine, theirs):
         """The five losses (5,), unweighted; mine, theirs (L, B, P): the two queries of each pair."""
         among = across = 0
-        for (self_s, cross_s), (self_t, cross_t), i, j in zip(student.attention, teacher.attention, mine, theirs):
-            # (B, Q, Q) -> rows of the pairs, turned, (B, Q, P) -> their columns (B, P, P), keys before queries
-            a, b = (_take(_take(x.mean(1), index).transpose(1, 2), index) for x, index in ((self_s, i), (self_t, j)))
+        layers = zip(student.attention, teacher.attention, mine, theirs)
+        for (self_s, cross_s), (self_t, cross_t), i, j in layers:
+            a, b = _among_pairs(self_s, i), _among_pairs(self_t, j)                     # (B, P, P)
             among = among + (a - b).square().sum(1).mean()
-            a, b = (_take(attention_map(x, student.shapes), index) for x, index in ((cross_s, i), (cross_t, j)))
-            across = across + ((a - b).square() * ~student.padding[:, None]).sum(2).mean()              # (B, P, S)
+            a = _take(attention_map(cross_s, student.shapes), i)                        # (B, P, S)
+            b = _take(attention_map(cross_t, student.shapes), j)
+            error = (a - b).square() * ~student.padding[:, None]
+            across = across + error.sum(2).mean()
         answers = answer_losses(student.logits, student.boxes, teacher.logits, teacher.boxes, mine, theirs)
         return torch.stack([*answers, among, across])
 
@@ -741,6 +745,12 @@ def _divergence(student, teacher, temperature, classes):
                                - F.binary_cross_entropy_with_logits(t, p, reduction="none"))
 
 
+def _among_pairs(attention, index):
+    """Self-attention (B, heads, Q, Q) among the queries `index` (B, P) -> (B, P, P), keys first."""
+    rows = _take(attention.mean(1), index)                                            # (B, P, Q)
+    return _take(rows.transpose(1, 2), index)
+
+
 def answer_losses(s_logits, s_boxes, t_logits, t_boxes, mine, theirs):
     """Bernoulli KL summed over classes, L1 over coordinates, and 1 - GIoU: each the mean over a layer's pairs, summed
     over layers. Logits (L, B, Q, C), boxes (L, B, Q, 4); mine, theirs (L, B, P): the two queries of each pair."""
@@ -764,7 +774,9 @@ def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
                 + weights[2] * giou_distance(s_box[:, :, None], t_box[:, None])).cpu()
         _want(cost.isfinite().all(), "the predictions of student or teacher are not finite and "
                                      "cannot be matched")
-        pairs += [torch.stack([*map(torch.from_numpy, linear_sum_assignment(c))]) for c in cost]        # (2, P) each
+        for image in cost:
+            chosen = map(torch.from_numpy, linear_sum_assignment(image))
+            pairs.append(torch.stack([*chosen]))                                           # (2, P)
     return torch.stack(pairs, 1).view(2, *s_logits.shape[:2], -1).to(s_logits.device)
 
 
@@ -783,7 +795,9 @@ def _areas(a, b):
 def giou_distance(a, b):
     """1 - GIoU, 0..2, without an eps, which tiny boxes would feel; a box without area is 0 from itself."""
     overlap, union, hull = _areas(a, b)
-    return (2 - overlap / union.where(union > 1e-30, 1) - union / hull.where(hull > 1e-30, 1)).where(hull > 1e-30, 0)
+    iou = overlap / union.where(union > 1e-30, 1)
+    filled = union / hull.where(hull > 1e-30, 1)
+    return (2 - iou - filled).where(hull > 1e-30, 0)
 
 
 def attention_map(attention, shapes):
