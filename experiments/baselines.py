@@ -1,24 +1,28 @@
-"""The rivals: eight other ways to distil a detection transformer, with one signature, so that a table is a loop.
+"""The rivals: eight other ways to distil a detection transformer, all with one signature.
 
-    FitNets, FGD, MGD, GKD            the student's memory copies the teacher's, ever more selectively
-    Hinton                            class scores of the queries that found the same object
-    KDDETR, DETRDistill, D3ETR        the decoder's answers, made for DETRs
+    FitNets, FGD, MGD, GKD            the student's memory copies the teacher's memory
+    Hinton                            class scores of queries that are matched to the same object
+    KDDETR, DETRDistill, D3ETR        made for DETRs: the decoder's predictions are copied too
 
-    method = BASELINES["fgd"](student_dim, teacher_dim, levels=4)     # its parameters learn with the student
-    losses = method(student, teacher, targets, extras)                # {name: weighted scalar}: add to detection's
+    method = BASELINES["fgd"](student_dim, teacher_dim, levels=4)  # its parameters train too
+    losses = method(student, teacher, targets, extras)  # {name: weighted scalar}, to be added to
+                                                        # the detection losses
+`student` and `teacher` are Views of a forward pass. What a method needs in addition to a View's
+required fields is listed in its `needs`. To copy a method into other code, take its class,
+`Baseline`, `View` and the helpers that it calls.
 
-`student` and `teacher` are Views of a forward pass; what a method wants beyond a view's plain fields is in its `needs`.
-To copy a method into other code, take its class, `Baseline`, `View` and the helpers that it names.
+B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (labels 0..C-1),
+K objects. Boxes are (cx, cy, w, h) as fractions of each image's own size. F_T and F_S are the
+memories of teacher and student. f is a learned linear map, used where their widths differ and
+shared by all levels. Layer i = 1..L_s of the student is compared with layer round(i * L_t / L_s)
+of the teacher, at least 1. Everything is computed in float32 (or float64), also under autocast.
+Gradients never reach the teacher. Padding tokens do not count, whatever they hold. Counts of
+tokens, pairs and objects are means over all processes, which have to call the method together;
+every process must have the same number of images and queries.
 
-B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (labels 0..C-1), K objects. Boxes are
-(cx, cy, w, h) as fractions of each image's own size. F_T, F_S: memory of teacher and student, f: a learned linear map
-where their widths differ, one for all levels. Layer i = 1..L_s of the student is compared with layer
-round(i * L_t / L_s) of the teacher, at least 1. All is computed in float32 (or float64), also under autocast; gradients
-never reach the teacher; padded tokens do not count, whatever they hold. Counts of tokens, pairs and objects are means over
-all processes, which have to call the method together; images of a batch and queries are as many in each.
-
-Where a choice comes from: [C] the method's public code, [A] its abstract, [O] our own adaptation or reading. The
-default weights are for 256 channels and 800 x 1333 pixels; other scales need their own.
+Sources of each choice: [C] the method's public code, [A] its abstract, [O] our own adaptation or
+reading. The default weights are for 256 channels and 800 x 1333 pixels; other scales need their
+own.
 """
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -30,264 +34,385 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-import criterion
 import models
+from criterion import match, mean_over_processes, pad_targets
 
 
 class View(NamedTuple):
-    """One model's pass over a batch. The optional fields are filled for methods that need them."""
-    memory: Tensor       # (B, S, D) encoder output, the levels one after the other, each row by row
+    """One model's pass over a batch. Optional fields are filled for the methods that need them."""
+    memory: Tensor      # (B, S, D) encoder output, the levels one after the other, each row by row
     padding: Tensor                    # (B, S) bool, True where padded
     shapes: list                       # [(H_l, W_l)], sum H_l W_l = S
-    extent: Tensor                # (B, 2) part of the padded width and height that each image fills
-    logits: Tensor | None = None       # (L, B, Q, C) before the sigmoid; student: of its learned queries,
-    boxes: Tensor | None = None    # (L, B, Q, 4)                     teacher: of `Baseline.queries`
-    matches: tuple | None = None       # query (L, B, K) of each object, and whether it has one (L, B, K) bool
-    states: Tensor | None = None       # (L, B, Q, D) what each decoder layer hands to the next
-    attention: list | None = None      # L pairs: among queries (B, heads, Q, Q); to the memory (B, heads, Q, S), or
-    #                                    deformable (points (B, Q, heads, levels, P, 2), (x, y) as fractions of the
-    #                                    padded image, weights (B, Q, heads, levels, P))
-    gradient: Tensor | None = None     # (B, S, D) derivative of the model's own detection loss by its memory
+    extent: Tensor      # (B, 2) fractions of the padded width and height that each image fills
+    # The student's predictions answer its learned queries, the teacher's answer `Baseline.queries`.
+    logits: Tensor | None = None       # (L, B, Q, C) before the sigmoid
+    boxes: Tensor | None = None        # (L, B, Q, 4)
+    matches: tuple | None = None       # query of each object (L, B, K), matched (L, B, K) bool
+    states: Tensor | None = None       # (L, B, Q, D) output of each decoder layer
+    # L pairs. The first is the attention among queries (B, heads, Q, Q). The second is the
+    # attention to the memory: (B, heads, Q, S) or, if deformable, (points, weights):
+    # points (B, Q, heads, levels, P, 2) are (x, y) as fractions of the padded image,
+    # weights (B, Q, heads, levels, P).
+    attention: list | None = None
+    gradient: Tensor | None = None     # (B, S, D) of the model's own detection loss by its memory
 
 
 class Baseline(nn.Module):
-    """What the siblings share: the call, the queries, and the linear maps where widths differ.
+    """What all rivals share: the call, the queries, and the linear maps where widths differ.
 
-    needs: what the caller has to prepare, beside a student's View with logits and boxes and a teacher's without:
-        "detections"  teacher.logits and .boxes, its answers to `queries`
+    needs: what the caller has to prepare in addition to a student's View with logits and boxes and
+    a teacher's View without them:
+        "detections"  teacher.logits and .boxes, its predictions for `queries`
         "matches"     .matches of both: their own detections, assigned to the ground truth
         "states"      teacher.states
         "gradient"    teacher.gradient
-        "queries"     extras["queries"]: the student's View of its answers to `queries`, by way of `student_content`,
-                      decoded in the same pass as its own, unseen by and not seeing them
-        "attention"   .attention of teacher, student and extras["queries"], of the student with its graph
-    terms: the names of the losses, in order.  copies_memory: whether there is an `adapter`, f.
+        "queries"     extras["queries"]: the View of the student's predictions for `queries`, whose
+                      contents pass through `student_content`. They are decoded in the same pass as
+                      its own queries; neither group attends to the other
+        "attention"   .attention of teacher, student and extras["queries"]; the student's with graph
+    terms: the names of the losses, in order.
+    copies_memory: whether the method needs the linear map f, `adapter`.
     """
-    needs, terms, copies_memory = (), (), False
+    needs = ()
+    terms = ()
+    copies_memory = False
 
     def __init__(self, student_dim, teacher_dim, seed):
         super().__init__()
-        differ, asks = student_dim != teacher_dim, "queries" in self.needs
-        with _own_random_numbers(seed):
-            self.adapter = nn.Linear(student_dim, teacher_dim) if differ and self.copies_memory else nn.Identity()
-            self.student_reads = nn.Linear(teacher_dim, student_dim) if differ and asks else nn.Identity()
+        self.adapter = self.student_reads = nn.Identity()
+        if student_dim != teacher_dim:
+            with _own_random_numbers(seed):
+                if self.copies_memory:
+                    self.adapter = nn.Linear(student_dim, teacher_dim)
+                if "queries" in self.needs:
+                    self.student_reads = nn.Linear(teacher_dim, student_dim)
 
     @torch.no_grad()
     def queries(self, learned, generator=None):
-        """What the teacher, and with "queries" in `needs` also the student, is asked: here the teacher's own queries.
+        """The queries that the teacher decodes: here its own learned ones.
 
-        learned: the teacher's, with .content (B, Q, D), .boxes (B, Q, 4) or points (B, Q, 2), .position (B, Q, D) or
-        None. Returns content, boxes, attend (B, Q, Q) bool or None (all see all), valid (B, Q), position. A position is
-        only handed over with points; from a box, each model makes its own.
+        With "queries" in `needs`, the student decodes them too.
+        learned: the teacher's, with .content (B, Q, D), .boxes (B, Q, 4) or points (B, Q, 2), and
+        .position (B, Q, D) or None. Returns content, boxes, attend (B, Q, Q) bool or None (every
+        query attends to all), valid (B, Q), position. A position is only handed over with points;
+        from boxes, each model computes its own.
         """
-        content, boxes, position = learned.content, learned.boxes, learned.position
+        boxes = learned.boxes
         valid = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-        return content, boxes, None, valid, None if boxes.shape[-1] == 4 else position
+        position = None if boxes.shape[-1] == 4 else learned.position
+        return learned.content, boxes, None, valid, position
 
     def student_content(self, content):
-        """The contents (or positions, which are added to them) of the same queries for the student: (B, Q, teacher_dim)
-        -> (B, Q, student_dim), unchanged if widths agree. None stays None."""
+        """Contents (or positions) of the same queries, in the student's width.
+
+        (B, Q, teacher_dim) -> (B, Q, student_dim), unchanged if widths agree. None stays None.
+        """
         return None if content is None else self.student_reads(content)
 
     def forward(self, student, teacher, targets, extras=None):
-        """-> {name: weighted scalar}, named as `terms`; 0 with its graph intact when there is nothing to learn.
+        """-> {name: weighted scalar}, named as `terms`; 0 with a graph when there is no object.
 
-        student, teacher: View.  targets: per image "labels" (K_b,) and "boxes" (K_b, 4), any may be without objects.
-        extras: dict of "queries", see `needs`, and "generator", of random numbers (MGD; None: torch's global one).
-        Raises ValueError when something needed is missing, or the memories do not have the same tokens.
+        student, teacher: View.
+        targets: "labels" (K_b,) and "boxes" (K_b, 4) of each image; any image may have no object.
+        extras: dict of "queries", see `needs`, and "generator", of random numbers (None: torch's).
+        Raises ValueError when a need is missing, or the memories do not have the same tokens.
         """
         extras = dict(extras or {})
-        given = {"detections": teacher.logits, "states": teacher.states, "gradient": teacher.gradient,
-                 "matches": student.matches and teacher.matches, "queries": extras.get("queries"),
-                 "attention": student.attention and teacher.attention}
-        missing = [name for name in self.needs if given[name] is None]
-        _want(not missing, f"{type(self).__name__} needs {', '.join(missing)}: prepare it as "
-                           "Baseline.needs says")
-        _want(student.memory.shape[:2] == teacher.memory.shape[:2] and len(targets) == len(student.memory),
-              f"memories {tuple(student.memory.shape)}, {tuple(teacher.memory.shape)} and "
-              f"{len(targets)} targets: student and teacher must read the same images at the same "
-              "strides")
+        self.check(student, teacher, targets, extras)
         with torch.autocast(student.memory.device.type, enabled=False):
-            student, teacher = _prepared(student), _prepared(teacher, detach=True)
+            student = _prepared(student)
+            teacher = _prepared(teacher, detach=True)
             if "queries" in self.needs:
                 extras["queries"] = _prepared(extras["queries"])
             return self.losses(student, teacher, targets, extras)
 
+    def check(self, student, teacher, targets, extras):
+        """Raise ValueError unless everything in `needs` is there and the memories correspond."""
+        given = {"detections": teacher.logits,
+                 "states": teacher.states,
+                 "gradient": teacher.gradient,
+                 "matches": student.matches and teacher.matches,
+                 "queries": extras.get("queries"),
+                 "attention": student.attention and teacher.attention}
+        missing = [name for name in self.needs if given[name] is None]
+        _want(not missing, f"{type(self).__name__} needs {', '.join(missing)}: prepare it as "
+                           "Baseline.needs says")
+        tokens_s, tokens_t = student.memory.shape, teacher.memory.shape
+        _want(tokens_s[:2] == tokens_t[:2] and len(targets) == len(student.memory),
+              f"memories {tuple(tokens_s)}, {tuple(tokens_t)} and {len(targets)} targets: student "
+              "and teacher must read the same images at the same strides")
+
     def losses(self, student, teacher, targets, extras):
-        """forward, of what is complete, in full precision, with zeros in padding, and without the teacher's graph."""
+        """The losses of complete inputs: full precision, zeros in padding, the teacher detached."""
         raise NotImplementedError
 
+    def weighted(self, values):
+        """Unweighted losses, in the order of `terms` -> {name: weighted scalar}."""
+        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
 
-# ------------------------------------------------------------------------------------------------------- of the memory
+    def levels(self, student, teacher, expected=None):
+        """The memories level by level, N = H W: the student's after f, and the teacher's.
+
+        [(student (B, N, D), teacher (B, N, D), valid (B, N), (H, W)), ...]; valid is False where
+        padded. expected: the number of levels that the method was made for.
+        """
+        adapted = self.adapter(student.memory)                                        # (B, S, D)
+        memory = teacher.memory
+        shapes = [tuple(shape) for shape in student.shapes]
+        sizes = [height * width for height, width in shapes]
+        _want(expected in (None, len(sizes)),
+              f"levels={expected}, but the memory has {len(sizes)}")
+        _want(sum(sizes) == adapted.shape[1],
+              f"levels {student.shapes} for a memory of {adapted.shape[1]} tokens")
+        _want(adapted.shape == memory.shape,
+              f"memories of {adapted.shape[2]} and {memory.shape[2]} channels: pass the method "
+              "both models' widths")
+        valid = ~student.padding
+        return list(zip(adapted.split(sizes, 1), memory.split(sizes, 1), valid.split(sizes, 1),
+                        shapes))
+
+
+# ----------------------------------------------------------------------------------------------
+# Rivals that copy the memory
+# ----------------------------------------------------------------------------------------------
 
 class FitNets(Baseline):
-    """FitNets (Romero et al. 2015) on the memory [O]: the mean of (F_T - f(F_S))^2 over real tokens and channels."""
-    terms, copies_memory = ("memory",), True
+    """FitNets (Romero et al. 2015) on the memory [O].
+
+    The mean of (F_T - f(F_S))^2 over real tokens and channels.
+    """
+    terms = ("memory",)
+    copies_memory = True
 
     def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         self.weight = weight
 
     def losses(self, student, teacher, targets, extras):
-        parts = _levels(student, self.adapter(student.memory), teacher.memory)
-        total = sum(((t - s).square().mean(2) * valid).sum() for s, t, valid, _ in parts)
-        return {"memory": self.weight * total / criterion.mean_over_processes((~student.padding).sum().float())}
+        total = 0
+        for s, t, valid, _ in self.levels(student, teacher):
+            error = (t - s).square().mean(2)                                             # (B, N)
+            total = total + (error * valid).sum()
+        tokens = mean_over_processes((~student.padding).sum().float())
+        return {"memory": self.weight * total / tokens}
 
 
 class ContextBlock(nn.Module):
-    """R(F) = F + W2 ReLU(LN(W1 sum_j softmax(W_k F)_j F_j)), the GCNet block of FGD; W2 starts at 0, so R(F) = F."""
+    """The GCNet block of FGD: R(F) = F + W2 ReLU(LN(W1 sum_j softmax(W_k F)_j F_j)).
+
+    W2 starts at 0, so that R(F) = F at first.
+    """
     def __init__(self, dim):
         super().__init__()
         self.look = nn.Linear(dim, 1)
-        self.add = nn.Sequential(nn.Linear(dim, dim // 2), nn.LayerNorm(dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
+        half = dim // 2
+        self.add = nn.Sequential(nn.Linear(dim, half), nn.LayerNorm(half), nn.ReLU(),
+                                 nn.Linear(half, dim))
+        last = self.add[3]
         nn.init.kaiming_normal_(self.look.weight)
-        for start in (self.look.bias, self.add[3].weight, self.add[3].bias):
+        for start in (self.look.bias, last.weight, last.bias):
             nn.init.zeros_(start)
 
     def forward(self, tokens, valid):
         """tokens (B, N, D), valid (B, N) -> (B, N, D)."""
-        share = _softmax(self.look(tokens)[..., 0], valid)                                  # (B, N)
-        return tokens + self.add((share[..., None] * tokens).sum(1, keepdim=True))       # (B, 1, D)
+        share = _softmax(self.look(tokens)[..., 0], valid)                               # (B, N)
+        context = (share[..., None] * tokens).sum(1, keepdim=True)                    # (B, 1, D)
+        return tokens + self.add(context)
 
 
 class FGD(Baseline):
-    """Focal and Global Distillation (Yang et al. 2022), from its code [C], on each level of the memory [O].
+    """Focal and Global Distillation (Yang et al. 2022), from its code [C], on each level [O].
 
-        A^sp = N softmax_p(mean_c |F| / t),   A^ch = D softmax_c(mean_p |F| / t),   N real tokens of the level
-        objects      alpha * sum M A_T^sp A_T^ch (F_T - f(F_S))^2;    background: beta * the same with M^bg
+        A^sp = N softmax_p(mean_c |F| / t),   A^ch = D softmax_c(mean_p |F| / t)
+        objects      alpha * sum M A_T^sp A_T^ch (F_T - f(F_S))^2
+        background   beta * the same with M^bg
         attention    gamma * (sum |A_S^sp - A_T^sp| + sum |A_S^ch - A_T^ch|)
         relation     lambda_global * sum (R_T(F_T) - R_S(f(F_S)))^2
-    summed over levels, over B. M = 1 / cells in every cell from the box's first to one behind its last, as in the code;
-    the larger of overlapping boxes. M^bg = 1 / cells of the background. Each level has context blocks R of its own.
-    Boxes are placed on the padded map; the code's drift when a batch is padded [O].
+    N counts the real tokens of a level. All terms are summed over levels and divided by B.
+    M = 1 / cells in every cell of the box, whose last row and column lie one cell beyond its
+    edge, as in the code; where boxes overlap, the larger value counts. M^bg = 1 / cells of the
+    background. Each level has its own context blocks R. Boxes are placed on the padded map; in
+    the code they drift when a batch is padded [O].
     """
-    terms, copies_memory = ("objects", "background", "attention", "relation"), True
+    terms = ("objects", "background", "attention", "relation")
+    copies_memory = True
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, levels=1, temperature=0.5, alpha=1e-3, beta=5e-4,
-                 gamma=1e-3, lambda_global=5e-6, seed=0):
+    def __init__(self, student_dim=256, teacher_dim=256, *, levels=1, temperature=0.5, alpha=1e-3,
+                 beta=5e-4, gamma=1e-3, lambda_global=5e-6, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        _want(temperature > 0, f"temperature={temperature}: want more than 0")
-        self.temperature, self.weights = temperature, (alpha, beta, gamma, lambda_global)
+        _want_temperature(temperature)
+        self.temperature = temperature
+        self.weights = alpha, beta, gamma, lambda_global
         with _own_random_numbers(seed + 1):
-            self.relate_student = nn.ModuleList(ContextBlock(teacher_dim) for _ in range(levels))
-            self.relate_teacher = nn.ModuleList(ContextBlock(teacher_dim) for _ in range(levels))
+            self.relate_student = _repeat(levels, lambda: ContextBlock(teacher_dim))
+            self.relate_teacher = _repeat(levels, lambda: ContextBlock(teacher_dim))
 
     def losses(self, student, teacher, targets, extras):
         boxes, real = _padded(targets)
-        parts = _levels(student, self.adapter(student.memory), teacher.memory, len(self.relate_student))
+        parts = self.levels(student, teacher, len(self.relate_student))
         total = 0
-        for (s, t, valid, shape), relate_s, relate_t in zip(parts, self.relate_student, self.relate_teacher):
-            objects, background = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))
-            (near_s, along_s), (near_t, along_t) = self.attention(s, valid), self.attention(t, valid)
-            error = near_t * ((t - s).square() * along_t[:, None]).sum(2)                   # (B, N)
+        for part, relate_s, relate_t in zip(parts, self.relate_student, self.relate_teacher):
+            s, t, valid, shape = part
+            on_map = valid.unflatten(1, shape)                                        # (B, H, W)
+            objects, background = self.masks(boxes, real, student.extent, on_map)
+
+            # Errors count more where the teacher's features are large, in position and channel.
+            near_s, along_s = self.attention(s, valid)
+            near_t, along_t = self.attention(t, valid)
+            error = near_t * ((t - s).square() * along_t[:, None]).sum(2)                # (B, N)
             attention = (near_s - near_t).abs().sum() + (along_s - along_t).abs().sum()
-            relation = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2) * valid    # (B, N)
-            total = total + torch.stack([(objects * error).sum(), (background * error).sum(), attention,
-                                         relation.sum()])
-        return {name: weight * x / len(real) for name, weight, x in zip(self.terms, self.weights, total)}
+
+            related = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2)          # (B, N)
+            values = [(objects * error).sum(), (background * error).sum(), attention,
+                      (related * valid).sum()]
+            total = total + torch.stack(values)                                            # (4,)
+        return {name: x / len(targets) for name, x in self.weighted(total).items()}
 
     @staticmethod
     def masks(boxes, real, extent, valid):
         """M and M^bg, (B, N) each. boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
-        x0, y0, x1, y1 = _cells(boxes, extent, valid.shape[1:])                        # (B, K) each
+        x0, y0, x1, y1 = _cells(boxes, extent, valid.shape[1:])                     # (B, K) each
         row, column = (torch.arange(n, device=x0.device) for n in valid.shape[1:])
-        in_y = (row >= y0[..., None]) & (row <= y1[..., None])                           # (B, K, H)
-        in_x = (column >= x0[..., None]) & (column <= x1[..., None])                     # (B, K, W)
-        share = real / ((y1 - y0 + 1) * (x1 - x0 + 1))                                      # (B, K)
-        objects = _largest(in_y[..., None] * in_x[:, :, None] * share[..., None, None], valid)          # (B, N)
-        background = ((objects == 0) & valid.flatten(1)).to(objects)
+        in_y = (row >= y0[..., None]) & (row <= y1[..., None])                        # (B, K, H)
+        in_x = (column >= x0[..., None]) & (column <= x1[..., None])                  # (B, K, W)
+        share = real / ((y1 - y0 + 1) * (x1 - x0 + 1))                                   # (B, K)
+        inside = in_y[..., None] * in_x[:, :, None]                                # (B, K, H, W)
+        objects = _largest(inside * share[..., None, None], valid)                       # (B, N)
+        background = (objects == 0) & valid.flatten(1)
+        background = background.to(objects)
         return objects, background / background.sum(1, keepdim=True).clamp(min=1)
 
     def attention(self, tokens, valid):
         """A^sp (B, N) and A^ch (B, D) of tokens (B, N, D)."""
-        size, count = tokens.abs() * valid[..., None], valid.sum(1, keepdim=True)           # (B, N, D), (B, 1)
-        near = count * _softmax(size.mean(2) / self.temperature, valid)
-        return near, size.shape[2] * (size.sum(1) / count / self.temperature).softmax(1)
+        size = tokens.abs() * valid[..., None]                                        # (B, N, D)
+        count = valid.sum(1, keepdim=True)                                               # (B, 1)
+        near = count * _softmax(size.mean(2) / self.temperature, valid)                  # (B, N)
+        along = (size.sum(1) / count / self.temperature).softmax(1)                      # (B, D)
+        return near, size.shape[2] * along
 
 
 class MGD(Baseline):
-    """Masked Generative Distillation (Yang et al. 2022), from its code [C], on each level of the memory as a map [O].
+    """Masked Generative Distillation (Yang et al. 2022), from its code [C], on each level [O].
 
-        alpha * sum (F_T - G(mask * f(F_S)))^2 / B,    G = conv3x3 - ReLU - conv3x3, one a level
-    mask: 0 in a random share `ratio` of the cells, in all channels alike, 1 elsewhere. Padded cells are 0 before each
-    convolution, as if beyond the border [O].
+        alpha * sum (F_T - G(mask * f(F_S)))^2 / B,    G = conv3x3 - ReLU - conv3x3 per level
+    The mask is 0 in a random share `ratio` of the cells, the same in all channels, and 1 elsewhere.
+    Padding cells are 0 before each convolution, like cells beyond the border [O].
     """
-    terms, copies_memory = ("memory",), True
+    terms = ("memory",)
+    copies_memory = True
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, levels=1, alpha=2e-5, ratio=0.65, seed=0):
+    def __init__(self, student_dim=256, teacher_dim=256, *, levels=1, alpha=2e-5, ratio=0.65,
+                 seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want(0 <= ratio <= 1, f"ratio={ratio}: want 0 to 1")
         self.alpha, self.ratio = alpha, ratio
+
+        def convolution():
+            return nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1)
+
         with _own_random_numbers(seed + 1):
-            self.first, self.second = (nn.ModuleList(nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1)
-                                                        for _ in range(levels)) for _ in range(2))
+            self.first = _repeat(levels, convolution)
+            self.second = _repeat(levels, convolution)
 
     def losses(self, student, teacher, targets, extras):
-        generator, total = extras.get("generator"), 0
-        parts = _levels(student, self.adapter(student.memory), teacher.memory, len(self.first))
+        generator = extras.get("generator")
+        parts = self.levels(student, teacher, len(self.first))
+        total = 0
         for (s, t, valid, shape), first, second in zip(parts, self.first, self.second):
-            draw = torch.rand(valid.shape, generator=generator, device=generator.device if generator else valid.device)
-            keep = valid & (draw.to(valid.device) >= self.ratio)                            # (B, N)
-            hidden = first((s * keep[..., None]).transpose(1, 2).unflatten(2, shape)).relu()            # (B, D, H, W)
-            made = second(hidden * valid.unflatten(1, shape)[:, None]).flatten(2).transpose(1, 2)       # (B, N, D)
-            total = total + ((t - made).square().sum(2) * valid).sum()
+            # Random numbers are drawn where their generator lives, and moved.
+            device = generator.device if generator else valid.device
+            draw = torch.rand(valid.shape, generator=generator, device=device)           # (B, N)
+            keep = valid & (draw.to(valid.device) >= self.ratio)
+
+            masked = (s * keep[..., None]).transpose(1, 2).unflatten(2, shape)     # (B, D, H, W)
+            hidden = first(masked).relu()
+            on_map = valid.unflatten(1, shape)[:, None]                            # (B, 1, H, W)
+            made = second(hidden * on_map).flatten(2).transpose(1, 2)                 # (B, N, D)
+            error = (t - made).square().sum(2)                                           # (B, N)
+            total = total + (error * valid).sum()
         return {"memory": self.alpha * total / len(targets)}
 
 
 class GKD(Baseline):
-    """Gradient-guided Knowledge Distillation (Lan & Tian 2024) on each level of the memory: our reading [O] of [A].
+    """Gradient-guided Knowledge Distillation (Lan & Tian 2024), each level: our reading [O] of [A].
 
-        I = |F_T * dL/dF_T|, L the teacher's detection loss: how much each token and channel moves it, to first order
-        i = sum_c I, scaled to 0..1 in each image;  W^sp = N softmax_p(i / t);  W^ch = D softmax_c(sum_p I, scaled, / t)
+        I = |F_T * dL/dF_T|, L the teacher's detection loss: how much each token and channel
+            changes the loss, to first order
+        i = sum_c I, scaled to 0..1 in each image
+        W^sp = N softmax_p(i / t);    W^ch = D softmax_c(sum_p I, scaled, / t)
         memory    alpha * sum G W^sp W^ch (F_T - f(F_S))^2 / B
-        maps      beta * the mean over tokens of |i_S - i_T|,   i_S made of f(F_S) and the teacher's gradient
-    summed over levels. G: 1 / (4 w h) inside a box of w x h cells, times exp(-r^2 / 2) around it, up to twice its size,
-    r the distance from its centre over (w, h); the larger of overlapping ones. boxes=False: G = 1 / N.
+        maps      beta * the mean over tokens of |i_S - i_T|
+    i_S is made of f(F_S) and the teacher's gradient. Both terms are summed over levels.
+    G is 1 / (4 w h) inside a box of w x h cells. Around it, up to twice its size, G is that times
+    exp(-r^2 / 2), with r the distance from its centre over (w, h). Where boxes overlap, the larger
+    value counts. boxes=False: G = 1 / N.
 
-    [A]: gradients give weight to the features that move the detection loss; boxes refine this. The released code does
-    otherwise: its feature loss uses FGD's attention, its masks are displaced unless a box is in the image's middle, and
-    the maps of both models pass through NumPy, so that their loss, the only one in its recipes, has no gradient. From
-    it come [C] G's shape, the scaling to 0..1, t, the L1 of maps, the weights, and L: there against the model's own
-    detections, here against the ground truth.
+    [A]: gradients give weight to the features that change the detection loss; boxes refine this.
+    The released code differs: its feature loss uses FGD's attention; its masks are displaced
+    unless a box is in the image's middle; and the maps of both models pass through NumPy, so that
+    their loss, the only one in its recipes, has no gradient. Taken from the code [C]: G's shape,
+    the scaling to 0..1, t, the L1 of maps, the weights, and L, which is there computed against the
+    model's own detections, here against the ground truth.
     """
-    needs, terms, copies_memory = ("gradient",), ("memory", "maps"), True
+    needs = ("gradient",)
+    terms = ("memory", "maps")
+    copies_memory = True
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, temperature=0.5, alpha=1e-3, beta=0.5, boxes=True, seed=0):
+    def __init__(self, student_dim=256, teacher_dim=256, *, temperature=0.5, alpha=1e-3, beta=0.5,
+                 boxes=True, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        _want(temperature > 0, f"temperature={temperature}: want more than 0")
-        self.temperature, self.alpha, self.beta, self.boxes = temperature, alpha, beta, boxes
+        _want_temperature(temperature)
+        self.temperature, self.boxes = temperature, boxes
+        self.weights = alpha, beta
 
     def losses(self, student, teacher, targets, extras):
         boxes, real = _padded(targets)
-        parts = _levels(student, self.adapter(student.memory), teacher.memory)
+        parts = self.levels(student, teacher)
+        gradients = teacher.gradient.split([valid.shape[1] for _, _, valid, _ in parts], 1)
         memory = maps = 0
-        for (s, t, valid, shape), g in zip(parts, teacher.gradient.split([h * w for h, w in student.shapes], 1)):
-            moves = (t * g).abs()                                     # I (B, N, D), 0 in padding
-            map_t, map_s = _scaled(moves.sum(2), valid), _scaled((s * g).abs().sum(2), valid)           # (B, N)
-            along = _scaled(moves.sum(1), torch.ones_like(moves[:, 0], dtype=torch.bool))   # (B, D)
+        for (s, t, valid, shape), gradient in zip(parts, gradients):
+            importance = (t * gradient).abs()                   # I (B, N, D), 0 in padding
+            map_t = _scaled(importance.sum(2), valid)                                    # (B, N)
+            map_s = _scaled((s * gradient).abs().sum(2), valid)                          # (B, N)
+
+            # Weights of channels, then of positions.
+            along = importance.sum(1)                                                    # (B, D)
+            along = _scaled(along, torch.ones_like(along, dtype=torch.bool))
             along = along.shape[1] * (along / self.temperature).softmax(1)
-            count = valid.sum(1, keepdim=True)                                              # (B, 1)
-            near = count * _softmax(map_t / self.temperature, valid)                        # (B, N)
-            mask = valid / count
+            count = valid.sum(1, keepdim=True)                                           # (B, 1)
+            near = count * _softmax(map_t / self.temperature, valid)                     # (B, N)
             if self.boxes:
-                mask = self.masks(boxes, real, student.extent, valid.unflatten(1, shape))   # (B, N)
-            memory = memory + (mask * near * ((t - s).square() * along[:, None]).sum(2)).sum() / len(targets)
-            maps = maps + (map_s - map_t).abs().sum() / criterion.mean_over_processes(valid.sum().float())
-        return {"memory": self.alpha * memory, "maps": self.beta * maps}
+                on_map = valid.unflatten(1, shape)                                    # (B, H, W)
+                mask = self.masks(boxes, real, student.extent, on_map)      # (B, N)
+            else:
+                mask = valid / count
+
+            error = ((t - s).square() * along[:, None]).sum(2)                           # (B, N)
+            memory = memory + (mask * near * error).sum() / len(targets)
+            tokens = mean_over_processes(valid.sum().float())
+            maps = maps + (map_s - map_t).abs().sum() / tokens
+        return self.weighted([memory, maps])
 
     @staticmethod
     def masks(boxes, real, extent, valid):
         """G (B, N). boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
-        x0, y0, x1, y1 = (x[..., None] for x in _cells(boxes, extent, valid.shape[1:]))                 # (B, K, 1) each
-        w, h = (x1 - x0).clamp(min=1), (y1 - y0).clamp(min=1)
+        cells = _cells(boxes, extent, valid.shape[1:])
+        x0, y0, x1, y1 = (x[..., None] for x in cells)                           # (B, K, 1) each
+        w = (x1 - x0).clamp(min=1)
+        h = (y1 - y0).clamp(min=1)
+        # Distances of each cell's centre from the box's, in widths and heights of the box.
         row, column = (torch.arange(n, device=x0.device) + 0.5 for n in valid.shape[1:])
-        y, x = ((row - y0) / h - 0.5)[..., None], ((column - x0) / w - 0.5)[:, :, None]     # (B, K, H, 1), (B, K, 1, W)
-        bump = torch.where((x.abs() < 0.5) & (y.abs() < 0.5), 1., (-(x ** 2 + y ** 2) / 2).exp())       # (B, K, H, W)
+        y = ((row - y0) / h - 0.5)[..., None]                                      # (B, K, H, 1)
+        x = ((column - x0) / w - 0.5)[:, :, None]                                  # (B, K, 1, W)
+        inside = (x.abs() < 0.5) & (y.abs() < 0.5)                                 # (B, K, H, W)
+        bump = torch.where(inside, 1., (-(x ** 2 + y ** 2) / 2).exp())
         near = (x.abs() < 1) & (y.abs() < 1) & real[..., None, None]
         return _largest(bump * near / (4 * w * h)[..., None], valid)
 
 
-# ------------------------------------------------------------------------------------------------------ of the decoder
+# ----------------------------------------------------------------------------------------------
+# Rivals that copy the decoder's predictions
+# ----------------------------------------------------------------------------------------------
 
 class Hinton(Baseline):
     """Hinton et al. (2015) for sets [O]: the queries that teacher and student match to the same object are a pair.
@@ -295,23 +420,27 @@ class Hinton(Baseline):
         weight * the sum over layers of the mean over pairs of  t^2 KL(teacher || student), summed over classes
     classes: "bernoulli", a yes or no for each class, for sigmoid detectors, or "softmax", as in the paper.
     """
-    needs, terms = ("detections", "matches"), ("cls",)
+    needs = ("detections", "matches")
+    terms = ("cls",)
 
     def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, temperature=4.0, classes="bernoulli", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        _want_temperature(temperature)
         _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', "
                                                    "'softmax'")
         self.weight, self.temperature, self.classes = weight, temperature, classes
 
     def losses(self, student, teacher, targets, extras):
         layers = _twins(student.logits, teacher.logits)
-        (query_s, found_s), (query_t, found_t) = student.matches, (x[layers] for x in teacher.matches)
-        both = found_s & found_t                                                         # (L, B, K)
-        kl = _divergence(_take(student.logits, query_s), _take(teacher.logits[layers], query_t), self.temperature,
-                         self.classes).sum(3)                                            # (L, B, K)
-        pairs = criterion.mean_over_processes(both.sum((1, 2)).float())                       # (L,)
-        return {"cls": self.weight * ((kl * both).sum((1, 2)) / pairs).sum()}
+        query_s, matched_s = student.matches
+        query_t, matched_t = (x[layers] for x in teacher.matches)
+        both = matched_s & matched_t                                                  # (L, B, K)
+        logits_s = _take(student.logits, query_s)                                  # (L, B, K, C)
+        logits_t = _take(teacher.logits[layers], query_t)
+        kl = _divergence(logits_s, logits_t, self.temperature, self.classes).sum(3)   # (L, B, K)
+        pairs = mean_over_processes(both.sum((1, 2)).float())                              # (L,)
+        per_layer = (kl * both).sum((1, 2)) / pairs
+        return {"cls": self.weight * per_layer.sum()}
 
 
 class KDDETR(Baseline):
@@ -327,12 +456,13 @@ class KDDETR(Baseline):
     teacher_layers: "last", all layers of the student learn from the teacher's last, as in the code; "twin", each from
     its own counterpart, which the code holds too, switched off.
     """
-    needs, terms = ("detections", "queries"), ("cls", "l1", "giou")
+    needs = ("detections", "queries")
+    terms = ("cls", "l1", "giou")
 
     def __init__(self, student_dim=256, teacher_dim=256, *, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
                  temperature=10.0, general=300, specific=True, teacher_layers="last", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        _want(temperature > 0, f"temperature={temperature}: want more than 0")
+        _want_temperature(temperature)
         _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: "
                                                         "want some queries")
         _want(teacher_layers in ("last", "twin"), f"teacher_layers={teacher_layers!r}: choose from "
@@ -360,16 +490,20 @@ class KDDETR(Baseline):
         asked = extras["queries"]
         twins = self.teacher_layers == "twin"
         layers = _twins(asked.logits, teacher.logits) if twins else [-1] * len(asked.logits)
-        kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax").mean(3)     # (L, B, Q)
+        kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax")
+        kl = kl.mean(3)                                                               # (L, B, Q)
         l1 = (asked.boxes - teacher.boxes[layers]).abs().mean(3)
         giou = giou_distance(asked.boxes, teacher.boxes[layers])
         confidence = teacher.logits[-1].sigmoid().amax(2)                                   # (B, Q)
-        first, total = confidence.shape[1] - self.general, 0
-        for group in (slice(first), slice(first, None)):              # of a group without queries, all sums are 0
-            w = confidence[:, group]
+        first = confidence.shape[1] - self.general
+        total = 0
+        # Each group has its own normaliser. All sums of a group without queries are 0.
+        for group in (slice(first), slice(first, None)):
+            w = confidence[:, group]                                                     # (B, Q')
             sums = torch.stack([(w * x[:, :, group]).sum() for x in (kl, l1, giou)])
-            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / criterion.mean_over_processes(w.sum(), 1e-6)])
-        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, total)}
+            weight = mean_over_processes(w.sum(), 1e-6)
+            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / weight])        # (3,)
+        return self.weighted(total)
 
 
 class DETRDistill(Baseline):
@@ -390,7 +524,8 @@ class DETRDistill(Baseline):
     A contrastive loss between queries, also in the code, is left out.
     """
     needs = ("detections", "matches", "states", "queries")
-    terms, copies_memory = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou"), True
+    terms = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou")
+    copies_memory = True
 
     def __init__(self, student_dim=256, teacher_dim=256, *, logits=1.0, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
                  top=0, memory=1.0, prior=1.0, prior_cls=2.0, prior_l1=5.0, prior_giou=2.0, seed=0):
@@ -409,7 +544,7 @@ class DETRDistill(Baseline):
         values = [*answer_losses(student.logits, student.boxes, logits, boxes, *pairs),
                   self.features(student, teacher, targets),
                   *self.prior(extras["queries"], *(x[layers] for x in teacher.matches), targets)]
-        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
+        return self.weighted(values)
 
     def features(self, student, teacher, targets):
         truth, real = _padded(targets)            # (B, K, 4); a box of size 0 overlaps with nothing
@@ -418,25 +553,26 @@ class DETRDistill(Baseline):
         quality = teacher.logits.sigmoid().amax(3) * iou.where(real.any(1)[:, None], 1)
         wanted = (quality[..., None] * F.normalize(teacher.states, dim=3)).sum(2)        # (L, B, D)
         total = 0
-        for s, t, valid, _ in _levels(student, self.adapter(student.memory), teacher.memory):
-            mask = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2)).clamp(min=0.01) * valid  # (L, B, N)
+        for s, t, valid, _ in self.levels(student, teacher):
+            alike = torch.einsum("lbd,bnd->lbn", wanted, F.normalize(t, dim=2))         # (L, B, N)
+            mask = alike.clamp(min=0.01) * valid
             mask = mask / mask.amax(2, keepdim=True)
-            count = criterion.mean_over_processes(valid.sum().float())
+            count = mean_over_processes(valid.sum().float())
             total = total + (mask.square() * (t - s).square().mean(2)).sum() / count
         return total
 
     @staticmethod
     def prior(asked, query, found, targets):
         """Focal, L1 and GIoU loss, summed over layers; query, found (L, B, K): each object's query, if it has one."""
-        boxes, real = _padded(targets)                                                   # (B, K, 4)
-        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)             # (B, K)
+        labels, boxes, real, _ = pad_targets(targets)             # (B, K), (B, K, 4), (B, K)
         slot = query * asked.logits.shape[3] + labels     # one-hot, on the flat (query, class) axis
         wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(2, slot, found.to(asked.logits))
-        mine = _take(asked.boxes, query)                                              # (L, B, K, 4)
-        count = criterion.mean_over_processes(real.sum().float())
-        return (sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum() / count,
-                ((mine - boxes).abs().sum(3) * found).sum() / count,
-                (giou_distance(mine, boxes) * found).sum() / count)
+        focal = sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum()
+        mine = _take(asked.boxes, query)                                           # (L, B, K, 4)
+        distance = ((mine - boxes).abs().sum(3) * found).sum()
+        overlap = (giou_distance(mine, boxes) * found).sum()
+        count = mean_over_processes(real.sum().float())
+        return focal / count, distance / count, overlap / count
 
 
 class D3ETR(Baseline):
@@ -450,7 +586,8 @@ class D3ETR(Baseline):
     Self-attention has rows and columns in the order of the pairs. Deformable cross-attention becomes a map over tokens:
     each sampling point gives its weight to the four tokens around it, in the shares of bilinear interpolation.
     """
-    needs, terms = ("detections", "attention", "queries"), ("cls", "l1", "giou", "self", "cross")
+    needs = ("detections", "attention", "queries")
+    terms = ("cls", "l1", "giou", "self", "cross")
 
     def __init__(self, student_dim=256, teacher_dim=256, *, adaptive=1.0, fixed=1.0, cls_weight=1.0, l1_weight=5.0,
                  giou_weight=2.0, self_weight=1.0, cross_weight=1.0, seed=0):
@@ -462,27 +599,35 @@ class D3ETR(Baseline):
         layers = _twins(student.logits, teacher.logits)
         teacher = teacher._replace(logits=teacher.logits[layers], boxes=teacher.boxes[layers],
                                    attention=[teacher.attention[i] for i in layers])
-        pairs = match_predictions(student.logits, student.boxes, teacher.logits, teacher.boxes, self.cost)
-        same = torch.arange(teacher.logits.shape[2], device=teacher.logits.device).expand(teacher.logits.shape[:3])
-        values = (self.adaptive * self.compare(student, teacher, *pairs)
-                  + self.fixed * self.compare(extras["queries"], teacher, same, same))
-        return {name: weight * x for name, weight, x in zip(self.terms, self.weights, values)}
+        logits, boxes = teacher.logits, teacher.boxes
+        pairs = match_predictions(student.logits, student.boxes, logits, boxes, self.cost)
+        adaptive = self.compare(student, teacher, *pairs)
+
+        # The student's answers to the teacher's own queries need no matching.
+        same = torch.arange(logits.shape[2], device=logits.device).expand(logits.shape[:3])
+        fixed = self.compare(extras["queries"], teacher, same, same)
+        values = self.adaptive * adaptive + self.fixed * fixed                             # (5,)
+        return self.weighted(values)
 
     @staticmethod
     def compare(student, teacher, mine, theirs):
         """The five losses (5,), unweighted; mine, theirs (L, B, P): the two queries of each pair."""
         among = across = 0
-        for (self_s, cross_s), (self_t, cross_t), i, j in zip(student.attention, teacher.attention, mine, theirs):
-            # (B, Q, Q) -> rows of the pairs, turned, (B, Q, P) -> their columns (B, P, P), keys before queries
-            a, b = (_take(_take(x.mean(1), index).transpose(1, 2), index) for x, index in ((self_s, i), (self_t, j)))
+        layers = zip(student.attention, teacher.attention, mine, theirs)
+        for (self_s, cross_s), (self_t, cross_t), i, j in layers:
+            a, b = _among_pairs(self_s, i), _among_pairs(self_t, j)                     # (B, P, P)
             among = among + (a - b).square().sum(1).mean()
-            a, b = (_take(attention_map(x, student.shapes), index) for x, index in ((cross_s, i), (cross_t, j)))
-            across = across + ((a - b).square() * ~student.padding[:, None]).sum(2).mean()              # (B, P, S)
+            a = _take(attention_map(cross_s, student.shapes), i)                        # (B, P, S)
+            b = _take(attention_map(cross_t, student.shapes), j)
+            error = (a - b).square() * ~student.padding[:, None]
+            across = across + error.sum(2).mean()
         answers = answer_losses(student.logits, student.boxes, teacher.logits, teacher.boxes, mine, theirs)
         return torch.stack([*answers, among, across])
 
 
-# -------------------------------------------------------------------------------------------------------- the rivals' step
+# ----------------------------------------------------------------------------------------------
+# One step of a rival
+# ----------------------------------------------------------------------------------------------
 
 def rival_step(student, teacher, batch, method, generator=None):
     """The losses of one step of a rival -> {name: weighted scalar}, as train.clockdistill_step for CLoCKDistill.
@@ -541,7 +686,7 @@ def view_of(memory, batch):
 
 def matches_of(model, answers, targets):
     """Which query the detector's own matching gives to each object, layer by layer."""
-    return criterion.match(answers.logits, answers.boxes, criterion.pad_targets(targets), model.matcher_weights,
+    return match(answers.logits, answers.boxes, pad_targets(targets), model.matcher_weights,
                            model.eps)
 
 
@@ -576,7 +721,9 @@ BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd"
              "detrdistill": DETRDistill, "d3etr": D3ETR}
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ----------------------------------------------------------------------------------------------
+# Helpers
+# ----------------------------------------------------------------------------------------------
 
 def _twins(student, teacher):
     """The teacher's layer for each of the student's: round(i * L_t / L_s), at least 1, counted from 1; as indices."""
@@ -598,12 +745,19 @@ def _divergence(student, teacher, temperature, classes):
                                - F.binary_cross_entropy_with_logits(t, p, reduction="none"))
 
 
+def _among_pairs(attention, index):
+    """Self-attention (B, heads, Q, Q) among the queries `index` (B, P) -> (B, P, P), keys first."""
+    rows = _take(attention.mean(1), index)                                            # (B, P, Q)
+    return _take(rows.transpose(1, 2), index)
+
+
 def answer_losses(s_logits, s_boxes, t_logits, t_boxes, mine, theirs):
     """Bernoulli KL summed over classes, L1 over coordinates, and 1 - GIoU: each the mean over a layer's pairs, summed
     over layers. Logits (L, B, Q, C), boxes (L, B, Q, 4); mine, theirs (L, B, P): the two queries of each pair."""
     a, b = _take(s_boxes, mine), _take(t_boxes, theirs)
     kl = _divergence(_take(s_logits, mine), _take(t_logits, theirs), 1., "bernoulli")
-    return [x.mean((1, 2)).sum() for x in (kl.sum(3), (a - b).abs().sum(3), giou_distance(a, b))]
+    each = kl.sum(3), (a - b).abs().sum(3), giou_distance(a, b)                    # (L, B, P) each
+    return [x.mean((1, 2)).sum() for x in each]
 
 
 @torch.no_grad()
@@ -620,7 +774,9 @@ def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
                 + weights[2] * giou_distance(s_box[:, :, None], t_box[:, None])).cpu()
         _want(cost.isfinite().all(), "the predictions of student or teacher are not finite and "
                                      "cannot be matched")
-        pairs += [torch.stack([*map(torch.from_numpy, linear_sum_assignment(c))]) for c in cost]        # (2, P) each
+        for image in cost:
+            chosen = map(torch.from_numpy, linear_sum_assignment(image))
+            pairs.append(torch.stack([*chosen]))                                           # (2, P)
     return torch.stack(pairs, 1).view(2, *s_logits.shape[:2], -1).to(s_logits.device)
 
 
@@ -639,7 +795,9 @@ def _areas(a, b):
 def giou_distance(a, b):
     """1 - GIoU, 0..2, without an eps, which tiny boxes would feel; a box without area is 0 from itself."""
     overlap, union, hull = _areas(a, b)
-    return (2 - overlap / union.where(union > 1e-30, 1) - union / hull.where(hull > 1e-30, 1)).where(hull > 1e-30, 0)
+    iou = overlap / union.where(union > 1e-30, 1)
+    filled = union / hull.where(hull > 1e-30, 1)
+    return (2 - iou - filled).where(hull > 1e-30, 0)
 
 
 def attention_map(attention, shapes):
@@ -657,17 +815,6 @@ def attention_map(attention, shapes):
             level = level.scatter_add(2, index.flatten(2), (weight * share * on_map).flatten(2))
         maps.append(level / weight.shape[2])
     return torch.cat(maps, 2)
-
-
-def _levels(view, student, teacher, expected=None):
-    """[(student (B, N, D), teacher (B, N, D), real tokens (B, N), (H, W)), ...], an entry a level, N = H W."""
-    sizes = [height * width for height, width in view.shapes]
-    _want(expected in (None, len(sizes)), f"levels={expected}, but the memory has {len(sizes)}")
-    _want(sum(sizes) == student.shape[1], f"levels {view.shapes} for a memory of "
-                                          f"{student.shape[1]} tokens")
-    _want(student.shape == teacher.shape, f"memories of {student.shape[2]} and {teacher.shape[2]} "
-                                          "channels: pass the method both models' widths")
-    return list(zip(*(x.split(sizes, 1) for x in (student, teacher, ~view.padding)), map(tuple, view.shapes)))
 
 
 def _padded(targets):
@@ -727,3 +874,12 @@ def _own_random_numbers(seed):
 def _want(condition, text):
     if not condition:
         raise ValueError(text)
+
+
+def _want_temperature(temperature):
+    _want(temperature > 0, f"temperature={temperature}: want more than 0")
+
+
+def _repeat(count, make):
+    """A list of `count` modules, each made anew."""
+    return nn.ModuleList(make() for _ in range(count))
