@@ -29,6 +29,7 @@ import inspect
 import json
 import math
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -1304,7 +1305,11 @@ def build_model(cfg, num_classes):
     if "pretrained_backbone" in overrides:
         word = cfg.pretrained_backbone
         overrides["pretrained_backbone"] = named.get(word, word)
-    return models.build(cfg.detector, num_classes, **overrides)
+    try:
+        return models.build(cfg.detector, num_classes, **overrides)
+    except (ValueError, OSError) as error:                # in the words of the command line
+        text = re.sub(r"pretrained_backbone=(\w+)", r"--pretrained-backbone \1", str(error))
+        raise type(error)(text.replace("backbone False", "backbone none")) from None
 
 
 def method_class(name):

@@ -695,6 +695,13 @@ def test_ctrl_c_while_the_libraries_load_is_one_line():
     assert run.communicate()[1] == "stopped before anything began\n" and run.returncode == 130
 
 
+def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, capsys):
+    assert train.main(["fit", "--out", str(tmp_path / "run"), "--workers", "0", *flags(
+        {**TINY, "root": toy, "pretrained_backbone": str(tmp_path / "none.pth")})]) == 2
+    error = capsys.readouterr().err
+    assert "--pretrained-backbone FILE" in error and "--pretrained-backbone none" in error and "=False" not in error
+
+
 def test_a_run_is_named_by_what_it_depends_on():
     base = Config(**TINY)
     name = train.digest(base, None)
