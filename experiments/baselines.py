@@ -415,15 +415,18 @@ class GKD(Baseline):
 # ----------------------------------------------------------------------------------------------
 
 class Hinton(Baseline):
-    """Hinton et al. (2015) for sets [O]: the queries that teacher and student match to the same object are a pair.
+    """Hinton et al. (2015) for sets [O]: pairs are queries that are matched to the same object.
 
-        weight * the sum over layers of the mean over pairs of  t^2 KL(teacher || student), summed over classes
-    classes: "bernoulli", a yes or no for each class, for sigmoid detectors, or "softmax", as in the paper.
+        cls   weight * t^2 KL(teacher || student), summed over classes: the mean over pairs,
+              summed over layers
+    classes: "bernoulli", one yes-or-no distribution per class, for sigmoid detectors; or
+    "softmax", as in the paper.
     """
     needs = ("detections", "matches")
     terms = ("cls",)
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, temperature=4.0, classes="bernoulli", seed=0):
+    def __init__(self, student_dim=256, teacher_dim=256, *, weight=1.0, temperature=4.0,
+                 classes="bernoulli", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want_temperature(temperature)
         _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', "
@@ -444,23 +447,26 @@ class Hinton(Baseline):
 
 
 class KDDETR(Baseline):
-    """KD-DETR (Wang et al. 2024), from its code [C]: both decoders answer the same queries, its distillation points.
+    """KD-DETR (Wang et al. 2024), from its code [C]: both decoders decode the same queries.
 
         cls     sum_q w_q t^2 KL_q(teacher || student) / B,   of softmaxes, mean over classes
-        l1      sum_q w_q |difference| / sum_q w_q,           mean over the 4 coordinates;   giou: 1 - GIoU likewise
+        l1      sum_q w_q |difference| / sum_q w_q,           mean over the 4 coordinates
+        giou    sum_q w_q (1 - GIoU) / sum_q w_q
         w_q = max_c sigmoid(the teacher's last logits)
-    summed over the student's layers and over two groups of queries, which do not see one another: "specific", the
-    teacher's own, and `general` random boxes, sigmoid of normal numbers, new ones at every step. A general query has
-    the content (and, with points, the position) of a random one of the teacher's own [O]; in DAB-DETR, the only model
-    in the code, that is 0. The code sums cls over the batch; over B, its weight fits every batch size [O].
-    teacher_layers: "last", all layers of the student learn from the teacher's last, as in the code; "twin", each from
-    its own counterpart, which the code holds too, switched off.
+    Summed over the student's layers and over two groups of queries, which do not attend to each
+    other: "specific", the teacher's own, and `general` random boxes, the sigmoid of normal numbers,
+    drawn anew at every step. A general query has the content (and, with points, the position) of a
+    random one of the teacher's own [O]; in DAB-DETR, the only model in the code, that content is 0.
+    The code sums cls over the batch; dividing by B makes its weight fit every batch size [O].
+    teacher_layers: "last", all layers of the student learn from the teacher's last, as in the code;
+    "twin", each learns from its counterpart, which the code holds too, switched off.
     """
     needs = ("detections", "queries")
     terms = ("cls", "l1", "giou")
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
-                 temperature=10.0, general=300, specific=True, teacher_layers="last", seed=0):
+    def __init__(self, student_dim=256, teacher_dim=256, *, cls_weight=1.0, l1_weight=5.0,
+                 giou_weight=2.0, temperature=10.0, general=300, specific=True,
+                 teacher_layers="last", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want_temperature(temperature)
         _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: "
@@ -474,7 +480,8 @@ class KDDETR(Baseline):
     def queries(self, learned, generator=None):
         content, boxes, _, valid, position = super().queries(learned, generator)
         device, B, Q = boxes.device if generator is None else generator.device, *valid.shape
-        random = torch.randn(self.general, 4, generator=generator, device=device).sigmoid().to(boxes)
+        random = torch.randn(self.general, 4, generator=generator,
+                             device=device).sigmoid().to(boxes)
         row = torch.randint(Q, (self.general,), generator=generator, device=device).to(boxes.device)
 
         def groups(own, general):                                     # specific queries first
@@ -509,30 +516,35 @@ class KDDETR(Baseline):
 class DETRDistill(Baseline):
     """DETRDistill (Chang et al. 2023), three parts, from its code for Deformable DETR [C].
 
-    (a) cls, l1, giou: in each layer all of the teacher's predictions, positive and negative, are matched to the
-        student's by (cross entropy) + 5 L1 - 2 GIoU; then, mean over pairs, the cross entropy with the teacher's scores
-        summed over classes, L1, 1 - GIoU. We subtract the teacher's entropy (no gradient in it), and do not clamp its
-        boxes to the image [O]. top: only its so many most confident predictions [O]; 0 = all.
+    (a) cls, l1, giou: in each layer all of the teacher's predictions, positive and negative, are
+        matched to the student's by (cross entropy) + 5 L1 - 2 GIoU. The losses are means over the
+        pairs: the cross entropy with the teacher's scores summed over classes, L1, 1 - GIoU. We
+        subtract the teacher's entropy (it has no gradient), and do not clamp its boxes to the
+        image [O]. top: match only this many of its most confident predictions [O]; 0 = all.
     (b) memory: for every layer of the teacher and every level, the mean of (m (F_T - f(F_S)))^2,
             m_p = max(sum_q score_q IoU_q cos(state_q, F_T,p), 0.01), over its maximum in the image
-        with the IoU to the nearest object (1 in images without), as in the code; the paper's score^g IoU^(1-g) is
-        hearsay to us. The code takes the 100 best (query, class) pairs, and the encoder's input; we all queries, each
-        with its best class, and the encoder's output [O].
-    (c) prior_cls, _l1, _giou: the student also answers the teacher's queries, with the detection losses (focal, L1,
-        GIoU, over the number of objects) and the teacher's assignment to the ground truth, layer by layer [A]. The code
-        prepares this assignment but never uses it, it matches anew.
+        with the IoU to the nearest object (1 in images without objects), as in the code. The
+        paper's score^g IoU^(1-g) is known to us at second hand only. The code takes the 100 best
+        (query, class) pairs and the encoder's input; we take all queries, each with its best
+        class, and the encoder's output [O].
+    (c) prior_cls, _l1, _giou: the student also decodes the teacher's queries. It gets the detection
+        losses (focal, L1, GIoU, over the number of objects) with the teacher's assignment to the
+        ground truth, layer by layer [A]. The code prepares this assignment but never uses it: it
+        matches anew.
     A contrastive loss between queries, also in the code, is left out.
     """
     needs = ("detections", "matches", "states", "queries")
     terms = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou")
     copies_memory = True
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, logits=1.0, cls_weight=1.0, l1_weight=5.0, giou_weight=2.0,
-                 top=0, memory=1.0, prior=1.0, prior_cls=2.0, prior_l1=5.0, prior_giou=2.0, seed=0):
+    def __init__(self, student_dim=256, teacher_dim=256, *, logits=1.0, cls_weight=1.0,
+                 l1_weight=5.0, giou_weight=2.0, top=0, memory=1.0, prior=1.0, prior_cls=2.0,
+                 prior_l1=5.0, prior_giou=2.0, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want(top >= 0, f"top={top}: want 0, all of the teacher's predictions, or more")
         self.top, self.cost = top, (cls_weight, l1_weight, giou_weight)
-        self.weights = *(logits * w for w in self.cost), memory, prior * prior_cls, prior * prior_l1, prior * prior_giou
+        self.weights = (*(logits * w for w in self.cost), memory,
+                        prior * prior_cls, prior * prior_l1, prior * prior_giou)
 
     def losses(self, student, teacher, targets, extras):
         layers = _twins(student.logits, teacher.logits)
@@ -563,10 +575,14 @@ class DETRDistill(Baseline):
 
     @staticmethod
     def prior(asked, query, found, targets):
-        """Focal, L1 and GIoU loss, summed over layers; query, found (L, B, K): each object's query, if it has one."""
+        """Focal, L1 and GIoU loss, summed over layers.
+
+        query, found (L, B, K): the query of each object, and whether it has one.
+        """
         labels, boxes, real, _ = pad_targets(targets)             # (B, K), (B, K, 4), (B, K)
         slot = query * asked.logits.shape[3] + labels     # one-hot, on the flat (query, class) axis
-        wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(2, slot, found.to(asked.logits))
+        wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(
+            2, slot, found.to(asked.logits))
         focal = sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum()
         mine = _take(asked.boxes, query)                                           # (L, B, K, 4)
         distance = ((mine - boxes).abs().sum(3) * found).sum()
@@ -576,20 +592,25 @@ class DETRDistill(Baseline):
 
 
 class D3ETR(Baseline):
-    """D3ETR (Chen et al. 2024): two matchings of teacher and student queries [A], and on each, in every layer, copied
-    predictions, self- and cross-attention [A]. We found no public code: formulas and weights are our reading [O].
+    """D3ETR (Chen et al. 2024): two matchings of teacher and student queries [A].
 
-        adaptive * (bipartite matching of the two models' predictions, with the cost of DETRDistill (a))
-        + fixed * (the student also answers the teacher's queries; pairs have the same index)     of
+    On each, in every layer, predictions, self-attention and cross-attention are copied [A]. We
+    found no public code: formulas and weights are our reading [O].
+
+        adaptive * (bipartite matching of the two models' predictions, as in DETRDistill (a))
+        + fixed * (the student also decodes the teacher's queries; pairs have the same index)
+    each of
         cls, l1, giou    as in DETRDistill (a)
         self, cross      sum_keys (A_S - A_T)^2, mean over pairs; heads averaged first
-    Self-attention has rows and columns in the order of the pairs. Deformable cross-attention becomes a map over tokens:
-    each sampling point gives its weight to the four tokens around it, in the shares of bilinear interpolation.
+    Self-attention has rows and columns in the order of the pairs. Deformable cross-attention
+    becomes a map over tokens: each sampling point gives its weight to the four tokens around it, in
+    the shares of bilinear interpolation.
     """
     needs = ("detections", "attention", "queries")
     terms = ("cls", "l1", "giou", "self", "cross")
 
-    def __init__(self, student_dim=256, teacher_dim=256, *, adaptive=1.0, fixed=1.0, cls_weight=1.0, l1_weight=5.0,
+    def __init__(self, student_dim=256, teacher_dim=256, *, adaptive=1.0, fixed=1.0,
+                 cls_weight=1.0, l1_weight=5.0,
                  giou_weight=2.0, self_weight=1.0, cross_weight=1.0, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         self.adaptive, self.fixed, self.cost = adaptive, fixed, (cls_weight, l1_weight, giou_weight)
@@ -611,7 +632,10 @@ class D3ETR(Baseline):
 
     @staticmethod
     def compare(student, teacher, mine, theirs):
-        """The five losses (5,), unweighted; mine, theirs (L, B, P): the two queries of each pair."""
+        """The five losses (5,), unweighted.
+
+        mine, theirs (L, B, P): the two queries of each pair.
+        """
         among = across = 0
         layers = zip(student.attention, teacher.attention, mine, theirs)
         for (self_s, cross_s), (self_t, cross_t), i, j in layers:
@@ -621,7 +645,8 @@ class D3ETR(Baseline):
             b = _take(attention_map(cross_t, student.shapes), j)
             error = (a - b).square() * ~student.padding[:, None]
             across = across + error.sum(2).mean()
-        answers = answer_losses(student.logits, student.boxes, teacher.logits, teacher.boxes, mine, theirs)
+        answers = answer_losses(student.logits, student.boxes, teacher.logits, teacher.boxes,
+                                mine, theirs)
         return torch.stack([*answers, among, across])
 
 
@@ -630,25 +655,33 @@ class D3ETR(Baseline):
 # ----------------------------------------------------------------------------------------------
 
 def rival_step(student, teacher, batch, method, generator=None):
-    """The losses of one step of a rival -> {name: weighted scalar}, as train.clockdistill_step for CLoCKDistill.
+    """The losses of one step of a rival -> {name: weighted scalar}.
 
-    student: a detector in training mode.  teacher: a frozen one in eval mode.  method: a `Baseline`.
-    batch: data.Batch on their device.  generator: draws the method's random numbers; None = torch's own.
+    The counterpart of train.clockdistill_step.
+    student: a detector in training mode.
+    teacher: a frozen one in eval mode.
+    method: a `Baseline`.
+    batch: data.Batch on their device.
+    generator: draws the method's random numbers; None = torch's own.
     """
     needs = method.needs
 
-    # 1. The frozen teacher's view of the images. Its decoder answers the method's queries alone, if it is needed.
+    # 1. The frozen teacher's view of the images. If the method needs its decoder, the decoder
+    # answers the method's queries and no others.
     with torch.no_grad():
         memory = teacher.encode(batch.images, batch.padding)
     t, queries = view_of(memory, batch), None
     if needs:
         memory.tokens.requires_grad_("gradient" in needs)
-        with torch.set_grad_enabled("gradient" in needs), looking(teacher, "attention" in needs) as seen, \
+        with torch.set_grad_enabled("gradient" in needs), \
+                looking(teacher, "attention" in needs) as seen, \
                 decoder_states(teacher, "states" in needs) as states:
             learned, proposals = teacher.learned_queries(memory)
             queries = models.Queries(*method.queries(learned, generator))
-            answers = teacher.decode(memory, queries.content, queries.boxes, queries.attend, queries.position)
-        t = t._replace(logits=answers.logits, boxes=answers.boxes, states=torch.stack(states) if states else None,
+            answers = teacher.decode(memory, queries.content, queries.boxes, queries.attend,
+                                     queries.position)
+        t = t._replace(logits=answers.logits, boxes=answers.boxes,
+                       states=torch.stack(states) if states else None,
                        attention=attention_of(teacher, seen, slice(None)) if seen else None)
         if "matches" in needs:
             t = t._replace(matches=matches_of(teacher, answers, batch.targets))
@@ -657,7 +690,8 @@ def rival_step(student, teacher, batch, method, generator=None):
             loss = sum(teacher.weighted_losses(output, batch.targets).values())
             t = t._replace(gradient=torch.autograd.grad(loss, memory.tokens)[0])
 
-    # 2. The student decodes its own queries and, if the method wants it, the teacher's, in one pass.
+    # 2. The student decodes its own queries and, if the method needs it, the teacher's too,
+    # in one pass.
     extra = None
     if "queries" in needs:
         extra = queries._replace(content=method.student_content(queries.content),
@@ -668,7 +702,8 @@ def rival_step(student, teacher, batch, method, generator=None):
     s = view_of(output.memory, batch)._replace(logits=own.logits, boxes=own.boxes)
     if "matches" in needs:
         s = s._replace(matches=matches_of(student, own, batch.targets))
-    asked = None if extra is None else s._replace(logits=output.extra.logits, boxes=output.extra.boxes)
+    asked = None if extra is None else s._replace(logits=output.extra.logits,
+                                                  boxes=output.extra.boxes)
     if seen:                                   # queries come in the order denoising, learned, extra
         first = 0 if output.denoising is None else output.denoising.logits.shape[2]
         last = first + own.logits.shape[2]
@@ -707,18 +742,19 @@ def decoder_states(model, wanted):
 
 
 def attention_of(model, seen, part):
-    """Attention of a part of the queries, among themselves and to the memory, layer by layer, as a View holds it."""
+    """Attention of a part of the queries as a View holds it, layer by layer."""
     pairs = []
     for i in range(model.decoder_layers):
         among, across = seen[f"decoder.{i}.self"], seen[f"decoder.{i}.cross"]
         dense = across.points is None
         pairs.append((among.weights[:, :, part, part],
-                      across.weights[:, :, part] if dense else (across.points[:, part], across.weights[:, part])))
+                      across.weights[:, :, part] if dense
+                      else (across.points[:, part], across.weights[:, part])))
     return pairs
 
 
-BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd": GKD, "kd_detr": KDDETR,
-             "detrdistill": DETRDistill, "d3etr": D3ETR}
+BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd": GKD,
+             "kd_detr": KDDETR, "detrdistill": DETRDistill, "d3etr": D3ETR}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -726,7 +762,10 @@ BASELINES = {"fitnets": FitNets, "hinton": Hinton, "fgd": FGD, "mgd": MGD, "gkd"
 # ----------------------------------------------------------------------------------------------
 
 def _twins(student, teacher):
-    """The teacher's layer for each of the student's: round(i * L_t / L_s), at least 1, counted from 1; as indices."""
+    """Index of the teacher's layer for each of the student's.
+
+    Counted from 1, it is round(i * L_t / L_s), at least 1.
+    """
     return [max(round(i * len(teacher) / len(student)), 1) - 1 for i in range(1, len(student) + 1)]
 
 
@@ -739,7 +778,8 @@ def _divergence(student, teacher, temperature, classes):
     """t^2 KL(teacher || student) of logits (..., C), each class's part: (..., C)."""
     s, t = student / temperature, teacher / temperature
     if classes == "softmax":
-        return temperature ** 2 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True)
+        return temperature ** 2 * F.kl_div(s.log_softmax(-1), t.log_softmax(-1),
+                                             reduction="none", log_target=True)
     p = t.sigmoid()                                 # KL = cross entropy - the teacher's own entropy
     return temperature ** 2 * (F.binary_cross_entropy_with_logits(s, p, reduction="none")
                                - F.binary_cross_entropy_with_logits(t, p, reduction="none"))
@@ -752,8 +792,11 @@ def _among_pairs(attention, index):
 
 
 def answer_losses(s_logits, s_boxes, t_logits, t_boxes, mine, theirs):
-    """Bernoulli KL summed over classes, L1 over coordinates, and 1 - GIoU: each the mean over a layer's pairs, summed
-    over layers. Logits (L, B, Q, C), boxes (L, B, Q, 4); mine, theirs (L, B, P): the two queries of each pair."""
+    """Bernoulli KL summed over classes, L1 summed over coordinates, and 1 - GIoU.
+
+    Each is the mean over a layer's pairs, summed over layers. Logits (L, B, Q, C), boxes
+    (L, B, Q, 4); mine, theirs (L, B, P): the two queries of each pair.
+    """
     a, b = _take(s_boxes, mine), _take(t_boxes, theirs)
     kl = _divergence(_take(s_logits, mine), _take(t_logits, theirs), 1., "bernoulli")
     each = kl.sum(3), (a - b).abs().sum(3), giou_distance(a, b)                    # (L, B, P) each
@@ -762,10 +805,11 @@ def answer_losses(s_logits, s_boxes, t_logits, t_boxes, mine, theirs):
 
 @torch.no_grad()
 def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
-    """The cheapest one-to-one pairs of student and teacher queries -> their indices (2, L, B, P), P = min(Q_s, Q_t).
+    """The cheapest one-to-one pairs of student and teacher queries.
 
-    Logits (L, B, Q, C), boxes (L, B, Q, 4). Cost: weights (class, L1, GIoU) times the cross entropy with the teacher's
-    scores summed over classes, the L1 distance, 1 - GIoU. Raises ValueError when a cost is not finite.
+    Returns their indices (2, L, B, P), P = min(Q_s, Q_t). Logits (L, B, Q, C), boxes (L, B, Q, 4).
+    Cost: weights (class, L1, GIoU) times the cross entropy with the teacher's scores summed over
+    classes, the L1 distance, and 1 - GIoU. Raises ValueError when a cost is not finite.
     """
     pairs = []
     for s, s_box, t, t_box in zip(s_logits, s_boxes, t_logits, t_boxes):            # (B, Q, .) each
@@ -793,7 +837,10 @@ def _areas(a, b):
 
 
 def giou_distance(a, b):
-    """1 - GIoU, 0..2, without an eps, which tiny boxes would feel; a box without area is 0 from itself."""
+    """1 - GIoU, from 0 to 2. The distance of a box without area from itself is 0.
+
+    There is no eps in the denominators, because it would change the values of tiny boxes.
+    """
     overlap, union, hull = _areas(a, b)
     iou = overlap / union.where(union > 1e-30, 1)
     filled = union / hull.where(hull > 1e-30, 1)
@@ -801,7 +848,10 @@ def giou_distance(a, b):
 
 
 def attention_map(attention, shapes):
-    """Attention to the memory, as in View -> (B, Q, S), mean over heads; deformable: of what falls on the map."""
+    """Attention to the memory, as in View -> (B, Q, S), mean over heads.
+
+    Deformable attention counts only where it falls on the map.
+    """
     if isinstance(attention, Tensor):
         return attention.mean(1)
     maps = []
@@ -825,15 +875,22 @@ def _padded(targets):
 
 
 def _cells(boxes, extent, shape):
-    """x0, y0, x1, y1 (B, K): the cells of an (H, W) map that a box touches, from x0 up to before x1."""
-    corners = box_convert(boxes, "cxcywh", "xyxy") * extent.to(boxes)[:, None, [0, 1, 0, 1]]  # of the padded image
+    """x0, y0, x1, y1 (B, K): the cells of an (H, W) map that a box touches.
+
+    They reach from x0 up to before x1.
+    """
+    # Fractions of the padded image.
+    corners = box_convert(boxes, "cxcywh", "xyxy") * extent.to(boxes)[:, None, [0, 1, 0, 1]]
     x0, y0, x1, y1 = (corners * boxes.new_tensor([*shape[::-1], *shape[::-1]])).unbind(-1)
     # 1e-4 of a cell: rounding must not push a box that is aligned with the cells into one more.
     return (x0 + 1e-4).floor(), (y0 + 1e-4).floor(), (x1 - 1e-4).ceil(), (y1 - 1e-4).ceil()
 
 
 def _largest(maps, valid):
-    """(B, K, H, W) -> (B, N): the largest of an image's maps in each valid cell; 0 elsewhere, and when K = 0."""
+    """(B, K, H, W) -> (B, N): the largest of an image's maps in each valid cell.
+
+    0 elsewhere, and when K = 0.
+    """
     return F.pad(maps, (0, 0, 0, 0, 1, 0)).amax(1).flatten(1) * valid.flatten(1)
 
 
@@ -843,14 +900,20 @@ def _softmax(x, valid):
 
 
 def _scaled(x, valid):
-    """x (B, N), moved and stretched so that each row's valid entries lie between 0 and 1; 0 at the others."""
+    """x (B, N), shifted and scaled so that each row's valid entries lie between 0 and 1.
+
+    0 at the others.
+    """
     low = x.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     high = x.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
     return (x - low) / (high - low).clamp(min=1e-30) * valid
 
 
 def _prepared(view, detach=False):
-    """The view in full precision, padded tokens 0 (0 * NaN would be NaN); detached, if it is the teacher's."""
+    """The view in full precision, detached if it is the teacher's.
+
+    Padding tokens become 0, because 0 * NaN would be NaN.
+    """
     def each(x):
         if isinstance(x, (list, tuple)):
             return tuple(map(each, x))
