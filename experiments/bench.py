@@ -50,8 +50,8 @@ class Options:
         """Beside the official defaults; no dropout, which the two implementations place differently."""
         if not self.quick:
             return dict(backbone="resnet50", dropout=0.)
-        return dict(backbone="resnet50", backbone_width=8, hidden_dim=32, heads=4, ffn_dim=48, encoder_layers=1,
-                    decoder_layers=2, num_queries=12, dropout=0.)
+        return dict(backbone="resnet50", backbone_width=8, hidden_dim=32, heads=4, ffn_dim=48,
+                    encoder_layers=1, decoder_layers=2, num_queries=12, dropout=0.)
 
 
 def build(detector, options, classes=91, **overrides):
@@ -69,17 +69,21 @@ def build_transformers(model):
     c = model.config
     width, depths = c["backbone_width"], models.RESNETS[c["backbone"]][1]
     stages = [f"stage{i}" for i in ((4,) if model.detector == "dab_detr" else (2, 3, 4))]
-    backbone = transformers.ResNetConfig(embedding_size=width, hidden_sizes=[width * 4 * 2 ** i for i in range(4)],
-                                         depths=list(depths), layer_type="bottleneck", out_features=stages)
-    common = dict(backbone_config=backbone, num_labels=model.num_classes, num_queries=c["num_queries"], dropout=0.,
-                  encoder_layers=c["encoder_layers"], decoder_layers=c["decoder_layers"], auxiliary_loss=True,
+    backbone = transformers.ResNetConfig(
+        embedding_size=width, hidden_sizes=[width * 4 * 2 ** i for i in range(4)],
+        depths=list(depths), layer_type="bottleneck", out_features=stages)
+    common = dict(backbone_config=backbone, num_labels=model.num_classes,
+                  num_queries=c["num_queries"], dropout=0., encoder_layers=c["encoder_layers"],
+                  decoder_layers=c["decoder_layers"], auxiliary_loss=True,
                   encoder_ffn_dim=c["ffn_dim"], decoder_ffn_dim=c["ffn_dim"], attention_dropout=0.,
-                  activation_dropout=0., encoder_attention_heads=c["heads"], decoder_attention_heads=c["heads"])
+                  activation_dropout=0., encoder_attention_heads=c["heads"],
+                  decoder_attention_heads=c["heads"])
     if model.detector == "dab_detr":
         config, kind = transformers.DabDetrConfig, transformers.DabDetrForObjectDetection
         common["hidden_size"] = c["hidden_dim"]
     else:
-        config, kind = transformers.DeformableDetrConfig, transformers.DeformableDetrForObjectDetection
+        config = transformers.DeformableDetrConfig
+        kind = transformers.DeformableDetrForObjectDetection
         common["d_model"] = c["hidden_dim"]
     other = kind(config(**common))
     # Trainable is what is so in ours: transformers freezes no part of DAB-DETR's ResNet, and Deformable DETR's whole.
@@ -98,7 +102,8 @@ def pair(detector, options, device):
     # transformers' DAB-DETR clamps its inverse sigmoid at 1e-5, which changes values near 0 and 1, and no speed.
     model = build(detector, options, **({"logit_eps": 1e-5} if detector == "dab_detr" else {}))
     with contextlib.redirect_stdout(io.StringIO()):
-        checkpoints.load_weights(model, {name: value.clone() for name, value in other.state_dict().items()},
+        weights = {name: value.clone() for name, value in other.state_dict().items()}
+        checkpoints.load_weights(model, weights,
                                  made_with={"heads": model.config["heads"]})
     return {"ours": model.to(device), "transformers": other.to(device)}
 
@@ -166,7 +171,8 @@ def interleaved(runs, repeats, device, title):
     for _ in tqdm(range(repeats), title, leave=False):
         for name, run in runs.items():
             times[name].append(seconds_of(run, device))
-    return {name: {"seconds": statistics.median(each), "all": each, "peak_gb": peak_of(runs[name], device)}
+    return {name: {"seconds": statistics.median(each), "all": each,
+                   "peak_gb": peak_of(runs[name], device)}
             for name, each in times.items()}
 
 
@@ -177,11 +183,14 @@ def images_per_second(networks, image, seconds=2.0):
     device; training or evaluation mode is left as it was.
     """
     nothing, size = torch.zeros_like(image[:, 0], dtype=torch.bool), tuple(image.shape[2:])
-    modes, times = {name: network.training for name, network in networks.items()}, {name: [] for name in networks}
+    modes = {name: network.training for name, network in networks.items()}
+    times = {name: [] for name in networks}
     for network in networks.values():
         network.eval()
     with torch.no_grad():
-        while min(map(len, times.values()), default=3) < 3 or sum(map(sum, times.values())) < seconds * len(times):
+        # Three rounds at least, and as many as the time allows.
+        while (min(map(len, times.values()), default=3) < 3
+               or sum(map(sum, times.values())) < seconds * len(times)):
             for name, network in networks.items():
                 detect = lambda: models.postprocess(network(image, nothing).detections, [size], 100)
                 times[name].append(seconds_of(detect, image.device))
@@ -212,12 +221,15 @@ def peak_of(run, device):
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e9
-    libc = ctypes.CDLL(None) if device.type == "cpu" and os.access("/proc/self/clear_refs", os.W_OK) else None
+    libc = None
+    if device.type == "cpu" and os.access("/proc/self/clear_refs", os.W_OK):
+        libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return None
 
     def status(key):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith(key))
         return int(line.split()[1]) / 1e6                    # kB
 
     gc.collect()
@@ -232,7 +244,9 @@ def show(title, rows, batch, against=None):
     print(title)
     for name, row in rows.items():
         peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.2f} GB"
-        ratio = f"  x{row['seconds'] / rows[against]['seconds']:.2f}" if against in rows and name != against else ""
+        ratio = ""
+        if against in rows and name != against:
+            ratio = f"  x{row['seconds'] / rows[against]['seconds']:.2f}"
         print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms  {batch / row['seconds']:7.2f} "
               f"images/s{peak}{ratio}")
 
@@ -244,8 +258,10 @@ def sizes(options):
           "sampling included")
     for detector in options.detectors:
         model = models.build(detector, 91, pretrained_backbone=False, frozen_backbone=True)
-        parameters, flops = sum(p.numel() for p in model.parameters()) / 1e6, models.gflops(model, 800, 1333)
-        found[detector] = {"parameters_m": parameters, "gflops": flops, "published": PUBLISHED[detector]}
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        flops = models.gflops(model, 800, 1333)
+        found[detector] = {"parameters_m": parameters, "gflops": flops,
+                           "published": PUBLISHED[detector]}
         print(f"  {detector:<16} {parameters:6.2f} M parameters (published "
               f"{PUBLISHED[detector][0]})  {flops:6.1f} GFLOPs (published "
               f"{PUBLISHED[detector][1]})")
@@ -259,18 +275,22 @@ def distillation(detector, options, device):
     twin = copy.deepcopy(student)
     batch = batch_of(options, device)
     width = teacher.config["hidden_dim"]
-    method = CLoCKDistill(width, width, content="label" if detector == "dino" else "random").to(device)
+    content = "label" if detector == "dino" else "random"
+    method = CLoCKDistill(width, width, content=content).to(device)
     taught, alone = train.Learner(student, method), train.Learner(twin)
 
     memory = no_grad(lambda: teacher.encode(batch.images, batch.padding))()
     asked = method.queries(batch.labels, batch.boxes, teacher.label_embedding)
-    runs = {"distillation "
-            "step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
-            "student step": training_step(alone, lambda: sum(alone(None, batch).values())),
-            "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
-            "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3]))}
+    # The whole step first, then what it is made of, each of its own.
+    runs = {
+        "distillation step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
+        "student step": training_step(alone, lambda: sum(alone(None, batch).values())),
+        "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
+        "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3])),
+    }
     rows = interleaved(runs, options.repeats, device, f"{detector}, distillation")
-    ratio = rows["distillation step"]["seconds"] / sum(rows[name]["seconds"] for name in list(runs)[1:])
+    whole, *parts = (rows[name]["seconds"] for name in runs)
+    ratio = whole / sum(parts)
     show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its "
          "parts", rows, options.batch)
     return rows | {"whole_over_parts": ratio}
@@ -307,12 +327,13 @@ def measure(options, device):
 
 def add_options(parser):
     """The options of `train.py bench`."""
-    for name, default, text in (("height", 640, "of the images"), ("width", 640, "of the images"),
-                                ("batch", 2, "images at once"), ("repeats", 5, "of everything, "
-                                                                               "interleaved")):
-        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
-    parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS, default=models.DETECTORS,
-                        help="(default: all)")
+    numbers = {"height": (640, "of the images"), "width": (640, "of the images"),
+               "batch": (2, "images at once"), "repeats": (5, "of everything, interleaved")}
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS,
+                            help=f"{text} (default: {default})")
+    parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
+                        default=models.DETECTORS, help="(default: all)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--quick", action="store_true",
