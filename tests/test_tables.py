@@ -261,8 +261,10 @@ def test_the_published_runs_are_those_of_the_plan(published):
     jobs = tables.jobs_of(lines)
     assert len(jobs) > 250 and not [job.name for job in jobs if job.name not in published.done]
     for job in jobs:
-        planned = {k: v for k, v in train.plain(job.cfg).items() if k not in train.PLACES}
-        assert published.done[job.name]["settings"] == planned
+        # An option that came later has its default in the older runs.
+        stored = train.Config(**published.done[job.name]["settings"])
+        for name, value in train.plain(job.cfg).items():
+            assert name in train.PLACES or train.plain(stored)[name] == value, (job.name, name)
     for name, result in published.done.items():             # also those that no table shows
         assert result["name"] == name
         if result["role"] == "student":
