@@ -678,9 +678,11 @@ def check_pair(teacher, student, dataset):
                                   for model in (teacher, student))
     student.train(training)
     if of_teacher != of_student:
-        raise ValueError(f"teacher and student do not fit: their memories have levels of "
-                         f"{of_teacher} and {of_student} cells; give both the same "
-                         "--feature-levels and strides")
+        advice = "give both the same --feature-levels and strides"
+        if teacher.detector != student.detector:
+            advice = f"a {teacher.detector} teaches a {student.detector} only where they are alike"
+        raise ValueError("teacher and student do not fit: their memories have levels of "
+                         f"{of_teacher} and {of_student} cells; {advice}")
 
 
 def announce(cfg, train_set, val_set, student, start, steps, world, device):
@@ -776,7 +778,11 @@ def say(text):
 
 def pick_device(name="auto"):
     """The torch.device of a name; auto: CUDA, else Apple's MPS, else the CPU. With torchrun, each
-    process has the GPU of its local rank."""
+    process has the GPU of its local rank. Raises ValueError for a name or a device that is not there."""
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: want auto | cpu | cuda | mps")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA GPU here; take auto or cpu")
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -985,6 +991,8 @@ def predict(checkpoint, images, out, min_score, size, device):
     read; those are left out.
     """
     from experiments import plots
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"--min-score {min_score}: want 0 to 1")
     model, payload = load_model(checkpoint)
     device, out = pick_device(device), Path(out)
     model = model.to(device)
@@ -1233,11 +1241,12 @@ class Run:
                           "on CPU")
     device: str = option("auto", "auto | cpu | cuda | mps")
     workers: int = option(2, "processes that load images")
-    eval_every: int = option(1000, "steps between evaluations; there is always one at the end")
+    eval_every: int = option(1000, "steps between evaluations, 0 = none; there is always one at "
+                             "the end")
     eval_batch: int = option(1, "images per batch in evaluation; 1 is exact, padding moves boxes a "
                              "little")
-    probe_every: int = option(200, "steps between reports of each loss term's share and gradient "
-                                   "norm")
+    probe_every: int = option(200, "steps (0 = never) between reports of each loss term's share "
+                                   "and gradient norm")
     save_minutes: float = option(2.0, "minutes between checkpoints")
 
     def __post_init__(self):
@@ -1350,6 +1359,8 @@ def read_options(pairs, known, what):
                 options[name] = {"true": True, "false": False, "1": True, "0": False}[text.lower()]
             else:
                 options[name] = kind(text)
+            if kind is float and not math.isfinite(options[name]):
+                raise ValueError
         except (KeyError, ValueError):
             raise ValueError(f"{what} {pair}: want a {kind.__name__}, like {known[name]}") from None
     return options
@@ -1364,6 +1375,10 @@ def read_method_options(method, pairs):
     if method == "clockdistill":
         known = {"preset": "paper"} | known
     options = read_options(pairs, known, "--method-options")
+    # A negative weight would push the student away from its teacher.
+    for name, value in options.items():
+        if name.startswith(("lambda_", "alpha", "beta", "weight")) and value < 0:
+            raise ValueError(f"--method-options {name}={value}: want at least 0")
     preset = options.pop("preset", "paper")
     if preset not in PRESETS:
         raise ValueError(f"--method-options preset={preset}: choose from {', '.join(PRESETS)}")

@@ -702,6 +702,22 @@ def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, capsys):
     assert "--pretrained-backbone FILE" in error and "--pretrained-backbone none" in error and "=False" not in error
 
 
+@pytest.mark.parametrize("words, message", [
+    (["--device", "cud"], "want auto | cpu | cuda | mps"), (["--method-options", "lambda_mem=nan"], "want a float"),
+    (["--method-options", "lambda_mem=-5"], "want at least 0"), (["--method-options", "groups=1.5"], "want a int")])
+def test_devices_and_method_options_are_checked_first(toy, teacher, tmp_path, words, message, capsys):
+    assert train.main(["distill", "--teacher", str(teacher), "--out", str(tmp_path / "run"), "--workers", "0",
+                       *flags({**TINY, "root": toy}), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --") and message in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_line(teacher, tmp_path, capsys):
+    assert train.main(["predict", "--checkpoint", str(teacher), "--device", "cuda", str(tmp_path)]) == 2
+    assert "torch finds no CUDA GPU here" in capsys.readouterr().err
+
+
 def test_a_run_is_named_by_what_it_depends_on():
     base = Config(**TINY)
     name = train.digest(base, None)
