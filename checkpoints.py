@@ -202,6 +202,13 @@ def what_it_is(path: Path) -> str:
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
     if start.lstrip()[:1] == b"<":
         return "it is a web page; download the file that the page leads to"
+    # torch's own pickles of old begin with a number by which they are known.
+    if start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P":
+        return ("it is a plain pickle, not a file of torch.save; open it where it was made and write "
+                "torch.save({'model': its tensors or arrays}, FILE)")
+    if b"NUMPY" in start or re.match(rb"PK.{28}[^\0]*\.npy", start, re.S):
+        return ("it is numpy's, not a file of torch.save; write "
+                "torch.save({'model': dict(numpy.load(IT))}, FILE)")
     return "it is damaged or of another kind; copy it again, or give a .pth, .pt or .safetensors"
 
 
@@ -211,44 +218,64 @@ def weights_of(payload) -> dict[str, Tensor]:
 
 
 def find_weights(payload) -> tuple[dict[str, Tensor], str]:
-    """-> (the state_dict in a payload, or the payload itself where it is one; where it lay, "" = there).
+    """-> (the state_dict, its place in the payload: "net.weights"; "" is the payload itself).
 
-    Programs wrap their weights in dictionaries of many names, three deep at most. Averaged weights are
-    preferred to raw ones: they are what their programs evaluate. Ours say which are evaluated.
+    Programs wrap their weights in dictionaries of many names, at most three deep. Averaged weights
+    are preferred to raw ones, because their programs evaluate them. Arrays become tensors.
     """
-    found = {}                                               # {where: state_dict}
+    if not isinstance(payload, dict):
+        return {}, ""
+    states = {}                                              # {place: state_dict}
 
-    def search(part, where, depth):
-        if not isinstance(part, dict) or depth > 3:
-            return
-        state = {key: value for key, value in part.items() if isinstance(value, Tensor)}
-        if any("." in str(key) for key in state):
-            found[where] = state
+    def search(part, place, depth):
+        state = tensors_of(part)
+        if any("." in key for key in state):
+            states[place] = state
         for key, value in part.items():
-            if not re.search("optim|sched|resume|scaler|criterion", str(key), re.I):
-                search(value, f"{where}.{key}".lstrip("."), depth + 1)
+            if (isinstance(value, dict) and depth < 3
+                    and not re.search("optim|sched|resume|scaler|criterion", str(key), re.I)):
+                search(value, f"{place}.{key}".lstrip("."), depth + 1)
 
     search(payload, "", 0)
-    if isinstance(payload, dict) and "model" in found and "detector" in payload:
-        return found["model"], ""
-    averaged = [where for where in found if re.search(r"(^|[._])(ema|averaged?|swa)([._]|$)", where)]
-    usual = [where for where in ("", "model", "state_dict") if where in found]
-    largest = sorted(found, key=lambda where: -len(found[where]))
-    for where in averaged + usual + largest:
-        return found[where], where
-    own = {k: v for k, v in payload.items() if isinstance(v, Tensor)} if isinstance(payload, dict) else {}
-    return own, ""
+    ours = "detector" in payload                             # "model" is what was evaluated
+    # MMEngine swaps the two when it saves: its "state_dict" is averaged, "ema_state_dict" raw.
+    mmengine = "steps" in states.get("ema_state_dict", {})
+    averaged = [place for place in states if AVERAGED.search(place)] * (not ours and not mmengine)
+    usual = [place for place in ("model", "state_dict", "") if place in states]
+    largest = sorted(states, key=lambda place: -len(states[place]))
+    for place in averaged + usual + largest:
+        return states[place], place
+    return tensors_of(payload), ""
+
+
+AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.I)
+
+
+def tensors_of(part: dict) -> dict[str, Tensor]:
+    """The tensors and arrays of a dictionary, as tensors."""
+    tensors = {}
+    for key, value in part.items():
+        if isinstance(value, np.ndarray):                    # torch takes no foreign byte order
+            value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+        if isinstance(key, str) and isinstance(value, Tensor):
+            tensors[key] = value
+    return tensors
 
 
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without what a wrapper put before every name: "module." of DDP, "_orig_mod." of compile."""
-    for _ in range(3):
-        if any(contains(state, mark) for mark, _ in FORMATS.values()):
+    """The state without a wrapper's prefix: "module." of DDP, "_orig_mod." of torch.compile.
+
+    Prefixes that all names share are stripped until the names are of a known format; if they never
+    are, the state stays as it was.
+    """
+    bare = state
+    for _ in range(4):
+        if any(contains(bare, mark) for mark, _ in FORMATS.values()):
+            return bare
+        prefixes = {key.partition(".")[0] for key in bare if "." in key}
+        if len(prefixes) != 1:
             break
-        heads = {key.partition(".")[0] for key in state if "." in key}
-        if len(heads) != 1:
-            break
-        state = {key.partition(".")[2]: value for key, value in state.items() if "." in key}
+        bare = {key.partition(".")[2]: value for key, value in bare.items() if "." in key}
     return state
 
 

@@ -11,8 +11,10 @@ The lists of names are written down here, module by module. The official ones ar
 import argparse
 import collections
 import copy
+import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -269,8 +271,13 @@ WRAPPED = {
     "two deep": lambda raw, averaged: ({"ckpt": {"weights": raw}}, "'ckpt.weights'"),
     "RT-DETR": lambda raw, averaged: ({"model": raw, "ema": {"module": averaged, "updates": 3}}, "'ema.module'"),
     "official DINO": lambda raw, averaged: ({"model": raw, "ema_model": averaged}, "'ema_model'"),
-    "MMEngine": lambda raw, averaged: ({"state_dict": raw, "ema_state_dict": {
-        f"module.{k}": v for k, v in averaged.items()} | {"steps": torch.tensor(7)}}, "'ema_state_dict'"),
+    "ema_state_dict": lambda raw, averaged: ({"state_dict": raw, "ema_state_dict": averaged}, "'ema_state_dict'"),
+    "MMEngine": lambda raw, averaged: ({"state_dict": raw, "ema_state_dict": {     # swapped at saving: "raw" is averaged
+        f"module.{k}": v for k, v in averaged.items()} | {"steps": torch.tensor(7)}}, ""),
+    "capitals": lambda raw, averaged: ({"net": raw, "EMA": averaged}, "'EMA'"),
+    "arrays": lambda raw, averaged: ({"model": {k: v.numpy() for k, v in raw.items()}}, ""),
+    "arrays of another byte order": lambda raw, averaged: ({"weights": {
+        k: v.numpy().astype(v.numpy().dtype.newbyteorder(">")) for k, v in raw.items()}}, "'weights'"),
     "timm": lambda raw, averaged: ({"state_dict": raw, "state_dict_ema": averaged}, "'state_dict_ema'"),
 }
 
@@ -280,7 +287,7 @@ def test_wrapped_weights_are_unwrapped_and_averaged_ones_preferred(how):
     raw, averaged, model = toy(seed=0).state_dict(), toy(seed=1).state_dict(), toy(seed=2)
     payload, where = WRAPPED[how](raw, averaged)
     report = checkpoints.load_weights(model, payload)
-    wanted = averaged if "ema" in where else raw
+    wanted = averaged if "ema" in where.lower() else raw
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     assert not report.missing and where in str(report) and ("were taken" in str(report)) == bool(where)
 
@@ -297,6 +304,17 @@ def test_our_own_checkpoint_is_read_where_it_keeps_what_was_evaluated():
 def test_names_of_no_known_format_are_told_by_the_first():
     with pytest.raises(ValueError, match="the first is 'stem.0.weight'"):
         checkpoints.load_weights(toy(), {"stem.0.weight": torch.zeros(1), "head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="the first is 'module.stem.weight'"):      # as it stands in the file
+        checkpoints.load_weights(toy(), {"module.stem.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="it holds no tensors"):
+        checkpoints.load_weights(toy(), {3: torch.zeros(1), "names": ["a.b"]})
+
+
+def test_arrays_in_a_file_are_weights(tmp_path):
+    source, model = toy(seed=0), toy(seed=1)
+    torch.save({"model": {key: value.numpy() for key, value in source.state_dict().items()}}, tmp_path / "x.pth")
+    checkpoints.load_weights(model, tmp_path / "x.pth")
+    assert torch.equal(model.content.weight, source.content.weight)
 
 
 def test_a_fine_tuned_head_without_class_names_is_copied_and_told():
@@ -319,9 +337,25 @@ def test_the_classes_of_a_source_can_be_named():
 
 # --------------------------------------------------------------------------------------------------- damage and full disks
 
+def npz():
+    file = io.BytesIO()
+    np.savez(file, **{"a.b": np.zeros(3)})
+    return file.getvalue()
+
+
+def legacy():
+    """As torch wrote before its zips."""
+    file = io.BytesIO()
+    torch.save({"a.b": torch.zeros(1000)}, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("content, words", [
     (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-    (b"\n<!DOCTYPE html><html>", "a web page"), (b"PK\x03\x04 cut", "damaged or of another kind")])
+    (b"\n<!DOCTYPE html><html>", "a web page"), (b"PK\x03\x04 cut", "damaged or of another kind"),
+    (pickle.dumps({"model": 1}), "plain pickle"), (pickle.dumps([2], 2), "plain pickle"),
+    (b"\x93NUMPY\x01\x00", "numpy's"), (npz(), "numpy's"),
+    (legacy()[:900], "damaged or of another kind")])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, content, words, name):
     (tmp_path / name).write_bytes(content)
@@ -370,6 +404,39 @@ def test_a_damaged_json_is_named_with_the_remedy(tmp_path, content):
     (tmp_path / "speed.json").write_text(content)
     with pytest.raises(ValueError, match="speed.json cannot be read as JSON .*delete it"):
         checkpoints.read_json(tmp_path / "speed.json")
+
+
+HOLDER = """
+import checkpoints, time
+with checkpoints.locked(FOLDER):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(checkpoints.fcntl is None, reason="no flock")
+def test_a_lock_is_refused_in_one_line_and_ends_with_a_killed_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0)
+    program = HOLDER.replace("FOLDER", repr(str(tmp_path)))
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+                              cwd=Path(checkpoints.__file__).parent)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="in the hands of another run: wait") as error:
+            with checkpoints.locked(tmp_path):
+                pass
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    finally:
+        holder.kill()
+        holder.communicate()
+    with checkpoints.locked(tmp_path):
+        assert not list(tmp_path.iterdir())                     # nothing is left to be removed
+
+
+def test_without_flock_a_folder_is_written_to_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "fcntl", None)             # Windows
+    with checkpoints.locked(tmp_path), checkpoints.locked(tmp_path):
+        checkpoints.write_text(tmp_path / "x", "text")
 
 
 # --------------------------------------------------------------------------------------------------------- what fits
