@@ -363,162 +363,191 @@ def fit(cfg, run):
     device = pick_device(run.device)
     with processes(device) as (rank, world):
         if rank > 0:
-            return _fit(cfg, run, device, rank, world)
+            return TrainingRun(cfg, run, device, rank, world).finish()
         Path(run.out).mkdir(parents=True, exist_ok=True)
         with checkpoints.locked(run.out):         # of two runs into one folder, one would be lost
-            return _fit(cfg, run, device, rank, world)
+            return TrainingRun(cfg, run, device, rank, world).finish()
 
 
-def _fit(cfg, run, device, rank, world):
-    """`fit` of one process: rank 0 writes, all of them train."""
-    out = Path(run.out)
-    last = out / "last.pt"
-    if not run.resume and (held := [name for name in KEPT if (out / name).exists()]):
-        raise ValueError(f"{out} already holds a run ({held[0]}): add --resume to continue it, or "
-                         "choose another --out")
+class TrainingRun:
+    """`fit` in one process: what a run is made of, and what it does with it. Rank 0 writes.
 
-    # Data first: whatever is wrong with it is said before a model is built.
-    train_set, val_set = open_data(cfg)
-    steps = cfg.steps
-    if steps is None:
-        steps = math.ceil(cfg.epochs * len(train_set) / (cfg.batch_size * world))
-    if rank == 0:
-        for leftover in out.glob(".*.*.*"):       # of a kill in the middle of a save
-            leftover.unlink()
+    Built with everything that can fail before the first step; `finish` trains to the end.
+    """
+    def __init__(self, cfg, run, device, rank, world):
+        self.cfg, self.run, self.device, self.rank, self.world = cfg, run, device, rank, world
+        self.out = out = Path(run.out)
+        self.last = out / "last.pt"
+        if not run.resume and (held := [name for name in KEPT if (out / name).exists()]):
+            raise ValueError(f"{out} already holds a run ({held[0]}): add --resume to continue it, "
+                             "or choose another --out")
 
-    student = open_student(cfg, train_set).to(device)
-    teacher = method = taught_by = None
-    if cfg.teacher:
-        teacher = open_teacher(cfg, run, val_set, device)
-        check_pair(teacher, student, train_set)
-        method, taught_by = open_method(cfg, teacher, student), fingerprint(teacher)
-    balance = open_balance(cfg, method, steps)
+        # Data first: whatever is wrong with it is said before a model is built.
+        self.train_set, self.val_set = open_data(cfg)
+        self.steps = cfg.steps
+        if self.steps is None:
+            images = cfg.epochs * len(self.train_set)
+            self.steps = math.ceil(images / (cfg.batch_size * world))
 
-    # What learns: student and method, their optimizer, and the moving average that is evaluated.
-    inner = Learner(student, method).train()
-    optimizer = make_optimizer(cfg, student, method)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    average = None
-    if cfg.ema:
-        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema),
-                                use_buffers=True)
-    evaluated = average.module if average is not None else student
+        # The models, and the method between them.
+        self.student = open_student(cfg, self.train_set).to(device)
+        self.teacher = method = taught_by = None
+        if cfg.teacher:
+            self.teacher = open_teacher(cfg, run, self.val_set, device)
+            check_pair(self.teacher, self.student, self.train_set)
+            method = open_method(cfg, self.teacher, self.student)
+            taught_by = fingerprint(self.teacher)
+        self.balance = open_balance(cfg, method, self.steps)
 
-    # All that the next step depends on, in addition to its number: what a checkpoint has to hold.
-    stateful = {"student": student, "optimizer": optimizer, "scaler": scaler, "average": average,
-                "method": method, "balance": balance}
-    stateful = {name: part for name, part in stateful.items() if part is not None}
-    provenance = {"settings": plain(cfg), "seed": cfg.seed, "commit": commit(),
-                  "machine": machine(device), "world": world, "taught_by": taught_by,
-                  "images": [train_set.fingerprint, val_set.fingerprint]}
-    # Where to begin: at step 0, or where the checkpoint stands.
-    start, earlier, history, best, began = 0, 0.0, [], -1.0, time.monotonic()
-    if run.resume and last.exists():
-        saved = restore(last, stateful, provenance)
-        start, earlier, history, best = (saved[k] for k in ("step", "minutes", "history", "best"))
-    learner = DistributedDataParallel(inner) if world > 1 else inner
+        # What learns: student and method, their optimizer, and the moving average that is evaluated.
+        self.learner = Learner(self.student, method).train()
+        self.optimizer = make_optimizer(cfg, self.student, method)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        self.average = None
+        if cfg.ema:
+            self.average = AveragedModel(
+                self.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+        self.evaluated = self.average.module if cfg.ema else self.student
 
-    def minutes():
+        # All that the next step depends on, in addition to its number: a checkpoint has to hold it.
+        stateful = {"student": self.student, "optimizer": self.optimizer, "scaler": self.scaler,
+                    "average": self.average, "method": method, "balance": self.balance}
+        self.stateful = {name: part for name, part in stateful.items() if part is not None}
+        self.provenance = {
+            "settings": plain(cfg), "seed": cfg.seed, "commit": commit(),
+            "machine": machine(device), "world": world, "taught_by": taught_by,
+            "images": [self.train_set.fingerprint, self.val_set.fingerprint]}
+
+        # Where to begin: at step 0, or where the checkpoint stands.
+        self.start, self.earlier, self.history, self.best = 0, 0.0, [], -1.0
+        if run.resume and self.last.exists():
+            saved = restore(self.last, self.stateful, self.provenance)
+            self.start, self.earlier = saved["step"], saved["minutes"]
+            self.history, self.best = saved["history"], saved["best"]
+        self.began = time.monotonic()
+        if world > 1:
+            self.learner = DistributedDataParallel(self.learner)
+
+    def minutes(self):
         """Time spent on this run, earlier sittings included."""
-        return earlier + (time.monotonic() - began) / 60
+        return self.earlier + (time.monotonic() - self.began) / 60
 
-    def save(step, path, resumable=True):
+    def finish(self):
+        """Train the steps that are left -> the result, which is also written."""
+        cfg, out = self.cfg, self.out
+        # Write down what made the run before it runs.
+        if self.rank == 0:
+            for leftover in out.glob(".*.*.*"):   # of a kill in the middle of a save
+                leftover.unlink()
+            command = " ".join(sys.argv)
+            write_json(out / "config.json",
+                       {**self.provenance, "command": command, "steps": self.steps})
+            trim_log(out / "log.jsonl", self.start)
+        announce(cfg, self.train_set, self.val_set, self.student, self.start, self.steps,
+                 self.world, self.device)
+        self.train()
+
+        # Evaluate before saving: a model that answers with NaN stops here, and its last good
+        # checkpoint is kept.
+        scores = self.evaluate(self.steps)
+        self.save(self.steps, self.last)
+        size = reference_size(cfg, self.val_set)
+        result = {**scores, "params": count_parameters(self.student),
+                  "gflops": models.gflops(self.evaluated, *size), "gflops_at": list(size),
+                  "minutes": self.minutes(), "steps": self.steps,
+                  "images_per_second": speed_of(self.evaluated, self.val_set),
+                  "history": self.history, "weights": fingerprint(self.evaluated),
+                  **self.provenance}
+        if self.rank == 0:
+            write_json(out / "result.json", result)
+        say(f"written    {out}/result.json, last.pt, best.pt, log.jsonl")
+        return result
+
+    def train(self):
+        """The loop: after each step the average, the log, the bar; now and then a checkpoint."""
+        cfg, run, steps = self.cfg, self.run, self.steps
+        batches = data.loader(self.train_set, cfg.batch_size, steps=steps, start=self.start,
+                              seed=cfg.seed, workers=run.workers, rank=self.rank, world=self.world)
+        on_device = (batch.to(self.device) for batch in batches)
+        bar = tqdm(total=steps, initial=self.start, desc=self.out.name, disable=self.rank > 0,
+                   mininterval=quiet_interval(), dynamic_ncols=True)
+        log_file = open(self.out / "log.jsonl", "a") if self.rank == 0 else None
+        try:
+            with finish_step_on_signal() as asked_to_stop:
+                clock = saved_at = time.monotonic()
+                for step, log in train_steps(
+                        self.learner, self.teacher, self.optimizer, on_device, cfg, steps,
+                        self.start, self.scaler, run.probe_every, self.balance):
+                    if self.average is not None:
+                        self.average.update_parameters(self.student)
+                    if self.rank == 0:
+                        line = {"step": step, **log, "seconds": round(time.monotonic() - clock, 4)}
+                        print(json.dumps(line), file=log_file, flush=True)
+                        bar.update()
+                        bar.set_postfix_str(short(log), refresh=False)
+                    self.remark(step, log)
+                    done = step + 1
+                    if run.eval_every and done % run.eval_every == 0 and done < steps:
+                        self.evaluate(done)
+                    if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
+                        self.save(done, self.last)
+                        saved_at = time.monotonic()
+                    if anyone(asked_to_stop, self.device):    # Ctrl-C: this step is done, and kept
+                        self.save(done, self.last)
+                        raise Interrupted(f"stopped after step {done} of {steps}")
+                    clock = time.monotonic()
+        finally:
+            bar.close()
+            if log_file:
+                log_file.close()
+
+    def remark(self, step, log):
+        """Print what a step's log has now and then: the balance, and the gradients of the parts."""
+        if "balance" in log:
+            factors = (f"{part} {factor:.4g}" for part, factor in log["balance"].items())
+            say(f"step {step:6d}  balance: from now on the method's losses times "
+                + ", ".join(factors))
+        if "report" in log and step % (5 * self.run.probe_every) == 0:
+            say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
+                f"{name} {share:.0%} {norm:.2g}"
+                for name, (share, norm) in log["report"].items()))
+
+    def evaluate(self, step):
+        """AP of the averaged weights, into the history; the best so far are kept in best.pt."""
+        history = self.history
+        if history and history[-1]["step"] == step:      # resumed after it: not twice in the curve
+            history.pop()
+        if self.world > 1:       # BatchNorm's buffers differ; the first process's are what is saved
+            for buffer in self.evaluated.buffers():
+                dist.broadcast(buffer, 0)
+        found = detect(self.evaluated, self.val_set, self.run, self.run.eval_batch)
+        scores = data.evaluate(found, self.val_set)
+        history.append({"step": step, **{k: v for k, v in scores.items() if k != "per_class"}})
+        say(f"step {step:6d}  AP {scores['AP']:.3f}  AP50 {scores['AP50']:.3f}  "
+            f"AP75 {scores['AP75']:.3f}")
+        if not scores["AP"] <= self.best:                # also when it is not defined
+            self.best = scores["AP"]
+            self.save(step, self.out / "best.pt", resumable=False)
+        return scores
+
+    def save(self, step, path, resumable=True):
         """Save the weights as evaluated; with `resumable` also what `restore` needs.
 
         A student that blew up is never saved over a good one: its answer to one image is looked at.
         """
-        if rank > 0:
+        if self.rank > 0:
             return
-        for model in {student, evaluated}:
-            answer(model, data.collate([val_set[0]]).to(device))
-        payload = {"model": evaluated.state_dict(), "detector": cfg.detector,
-                   "config": student.config, "classes": list(train_set.classes),
-                   "category_ids": list(train_set.category_ids), "data": cfg.data,
-                   "metrics": history[-1] if history else {}, "minutes": minutes(), "step": step,
-                   "history": history, "best": best, **provenance}
+        for model in {self.student, self.evaluated}:
+            answer(model, data.collate([self.val_set[0]]).to(self.device))
+        payload = {"model": self.evaluated.state_dict(), "detector": self.cfg.detector,
+                   "config": self.student.config, "classes": list(self.train_set.classes),
+                   "category_ids": list(self.train_set.category_ids), "data": self.cfg.data,
+                   "metrics": self.history[-1] if self.history else {},
+                   "minutes": self.minutes(), "step": step, "history": self.history,
+                   "best": self.best, **self.provenance}
         if resumable:
-            payload["resume"] = {name: part.state_dict() for name, part in stateful.items()}
+            payload["resume"] = {name: part.state_dict() for name, part in self.stateful.items()}
         checkpoints.save(path, payload)
-
-    def evaluate(step):
-        """AP of the averaged weights, into the history; the best so far are kept in best.pt."""
-        nonlocal best
-        if history and history[-1]["step"] == step:      # resumed after it: not twice in the curve
-            history.pop()
-        if world > 1:            # BatchNorm's buffers differ; the first process's are what is saved
-            for buffer in evaluated.buffers():
-                dist.broadcast(buffer, 0)
-        scores = data.evaluate(detect(evaluated, val_set, run, run.eval_batch), val_set)
-        history.append({"step": step, **{k: v for k, v in scores.items() if k != "per_class"}})
-        say(f"step {step:6d}  AP {scores['AP']:.3f}  AP50 {scores['AP50']:.3f}  "
-            f"AP75 {scores['AP75']:.3f}")
-        if not scores["AP"] <= best:                     # also when it is not defined
-            best = scores["AP"]
-            save(step, out / "best.pt", resumable=False)
-        return scores
-
-    # Write down what made the run before it runs.
-    if rank == 0:
-        command = " ".join(sys.argv)
-        write_json(out / "config.json", {**provenance, "command": command, "steps": steps})
-        trim_log(out / "log.jsonl", start)
-    announce(cfg, train_set, val_set, student, start, steps, world, device)
-
-    # The loop: after each step the average, the log, the bar; now and then a checkpoint.
-    batches = data.loader(train_set, cfg.batch_size, steps=steps, start=start, seed=cfg.seed,
-                          workers=run.workers, rank=rank, world=world)
-    on_device = (batch.to(device) for batch in batches)
-    bar = tqdm(total=steps, initial=start, desc=out.name, disable=rank > 0,
-               mininterval=quiet_interval(), dynamic_ncols=True)
-    log_file = open(out / "log.jsonl", "a") if rank == 0 else None
-    try:
-        with finish_step_on_signal() as asked_to_stop:
-            clock = saved_at = time.monotonic()
-            for step, log in train_steps(learner, teacher, optimizer, on_device, cfg, steps, start,
-                                         scaler, run.probe_every, balance):
-                if average is not None:
-                    average.update_parameters(student)
-                if rank == 0:
-                    line = {"step": step, **log, "seconds": round(time.monotonic() - clock, 4)}
-                    print(json.dumps(line), file=log_file, flush=True)
-                    bar.update()
-                    bar.set_postfix_str(short(log), refresh=False)
-                if "balance" in log:
-                    factors = (f"{part} {factor:.4g}" for part, factor in log["balance"].items())
-                    say(f"step {step:6d}  balance: from now on the method's losses times "
-                        + ", ".join(factors))
-                if "report" in log and step % (5 * run.probe_every) == 0:
-                    say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
-                        f"{name} {share:.0%} {norm:.2g}"
-                        for name, (share, norm) in log["report"].items()))
-                done = step + 1
-                if run.eval_every and done % run.eval_every == 0 and done < steps:
-                    evaluate(done)
-                if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
-                    save(done, last)
-                    saved_at = time.monotonic()
-                if anyone(asked_to_stop, device):         # Ctrl-C: this step is finished, and kept
-                    save(done, last)
-                    raise Interrupted(f"stopped after step {done} of {steps}")
-                clock = time.monotonic()
-    finally:
-        bar.close()
-        if log_file:
-            log_file.close()
-    # Evaluate before saving: a model that answers with NaN stops here, its last good checkpoint kept.
-    scores = evaluate(steps)
-    save(steps, last)
-
-    size = reference_size(cfg, val_set)
-    result = {**scores, "params": count_parameters(student),
-              "gflops": models.gflops(evaluated, *size), "gflops_at": list(size),
-              "minutes": minutes(), "steps": steps,
-              "images_per_second": speed_of(evaluated, val_set), "history": history,
-              "weights": fingerprint(evaluated), **provenance}
-    if rank == 0:
-        write_json(out / "result.json", result)
-    say(f"written    {out}/result.json, last.pt, best.pt, log.jsonl")
-    return result
 
 
 def open_data(cfg):
