@@ -301,6 +301,48 @@ def test_without_its_backbone_file_a_small_recipe_says_how_to_get_it():
 
 # --- weights that carry over ------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("detector", models.DETECTORS)
+def test_a_teacher_that_encodes_each_image_once_has_the_same_memories(toy, detector):
+    torch.manual_seed(0)
+    settings = {k: v for k, v in TINY.items() if detector == "dino" or k not in ("denoising", "feature_levels", "points")}
+    teacher = train.build_model(Config(**{**settings, "root": toy, "detector": detector}), 3).eval()
+    images = torch.rand(3, 3, 128, 192)
+    padding = torch.zeros(3, 128, 192, dtype=torch.bool)
+    padding[2, :, 128:] = True
+    calls, encode = [], teacher.encode
+
+    def counted(*inputs):
+        calls.append(len(inputs[0]))
+        return encode(*inputs)
+    once = train.EncodeOnce(counted, room=1e6)
+    with torch.no_grad():
+        wanted = encode(images, padding)
+        for _ in range(2):
+            memory = once(images, padding)
+            for name in ("tokens", "position"):        # what padded tokens hold means nothing
+                mine, theirs = (getattr(m, name)[~wanted.padding] for m in (memory, wanted))
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+            assert memory.padding.equal(wanted.padding) and memory.valid_ratios.equal(wanted.valid_ratios)
+            assert memory.shapes == wanted.shapes
+        assert calls == [1, 1, 1]                     # the second time all three were known
+        padded = padding.clone()
+        padded[0, 64:] = True                         # the same pixels, padded otherwise
+        assert not torch.equal(once(images, padded).tokens[0], memory.tokens[0]) and len(calls) == 4
+        full = train.EncodeOnce(counted, room=0)
+        assert full(images, padding).tokens.equal(memory.tokens)
+        full(images, padding)
+        assert len(calls) == 10                       # no room: six more
+
+
+def test_a_run_with_a_cached_teacher_has_the_losses_of_one_without(toy, teacher, tmp_path):
+    logs = []
+    for cache in (0.0, 0.1):
+        out = tmp_path / str(cache)
+        train.fit(distilling(toy, teacher, steps=4), Run(out=str(out), workers=0, teacher_cache=cache))
+        logs.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
 def test_the_ratio_of_two_gradients_by_hand():
     """Detection's gradient is (3, 4) in what both reach, 5 long, and 12 in the decoder, which memory does not reach."""
     shared, decoder = torch.tensor([1., 2.], requires_grad=True), torch.tensor([1.], requires_grad=True)
