@@ -68,7 +68,8 @@ def run(scale, teacher, device, seed=0):
         shipped = train.SHIPPED_TEACHERS["dino"]
         say(f"\n=== teacher: shipped weights, weights/{shipped.name}; "
             "make demo TEACHER=scratch trains it ===")
-        results["teacher"] = shipped_teacher(shipped, plan["root"], device)
+        dataset = data.build("toy", plan["root"], "val")
+        results["teacher"] = shipped_teacher(shipped, dataset, device)
         folders["teacher"] = Path(os.path.relpath(shipped))
     taught_by = train.fingerprint(train.load_model(folders["teacher"])[0])
     stage("student", "toy-student", **alone)
@@ -82,11 +83,13 @@ def run(scale, teacher, device, seed=0):
     print_table(results, scale, where)
 
 
-def shipped_teacher(path, root, device):
-    """A teacher that comes with the repository, measured here and now -> what `fit` returns of a run."""
+def shipped_teacher(path, dataset, device):
+    """A teacher that comes with the repository, measured here and now -> what `fit` returns of a run.
+
+    dataset: the images that it is measured on.
+    """
     model, payload = train.load_model(path)
     model = model.to(device)
-    dataset = data.build("toy", root, "val")
     train.same_classes(payload, dataset, path)
     scores = data.evaluate(train.detect(model, dataset, train.Run(), 20), dataset)
     say(f"AP {scores['AP']:.3f}")

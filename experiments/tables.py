@@ -63,11 +63,13 @@ SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Which detectors have a row, by letter. A new kind of data takes the letters of the rows it wants.
 TOY = {"A": "deformable_detr", "B": "dino", "C": "dab_detr"}
 PAPER = {"D": "dino", "E": "deformable_detr", "F": "dab_detr"}
+SMALL = {"K": "dino", "L": "deformable_detr", "M": "dab_detr"}
 
 # A row: (detectors, label, whose options it has, what differs from them). "student" and "teacher"
 # are trained without a teacher; a method, or a piece of ours, has the options that tuning chose for
-# it. In what differs, a function changes the chosen value, and "steps" is the length of the runs as
-# a multiple of the recipe's. A row whose change changes nothing is left out.
+# it. In what differs, a function changes the chosen value, "steps" is the length of the runs as a
+# multiple of the recipe's, and "balance" the wanted ratios of gradients (`--balance`). A row whose
+# change changes nothing is left out.
 QUARTER, FOUR_TIMES = (lambda value: value / 4), (lambda value: value * 4)
 PLAN = {
     # Where does the logit part earn its place? Alone, one change at a time. It made train.PRESETS.
@@ -90,26 +92,27 @@ PLAN = {
         ("BA", "and the teacher's own queries", "search", {"learned": True}),
     ],
     "main": [
-        ("CABFED", "teacher", "teacher", {}),
-        ("CABFED", "student", "student", {}),
-        ("CABFED", "clockdistill", "clockdistill", {}),
+        ("CABFEDKLM", "teacher", "teacher", {}),
+        ("CABFEDKLM", "student", "student", {}),
+        ("CABFEDKLM", "clockdistill", "clockdistill", {}),
         ("AB", "clockdistill with the scale mask", "with_scale", {}),
         ("AB", "clockdistill without the scale mask", "without_scale", {}),
     ],
     "rivals": [
-        ("AD", "student", "student", {}),
-        *(("AD", method, method, {}) for method in RIVALS),
-        ("AD", "clockdistill", "clockdistill", {}),
+        ("ADK", "student", "student", {}),
+        *(("ADK" if method in ("fitnets", "fgd", "mgd", "kd_detr") else "AD", method, method, {})
+          for method in RIVALS),
+        ("ADK", "clockdistill", "clockdistill", {}),
         ("AD", "clockdistill without random queries", "clockdistill", {"random_queries": 0}),
         ("A", "clockdistill with the scale mask", "with_scale", {}),
         ("A", "clockdistill without the scale mask", "without_scale", {}),
     ],
     # The toy's second detector shows what each part adds, not what the parts are made of.
     "ablation": [
-        ("ABD", "none", "student", {}),
-        ("A", "memory, every token alike", "memory_plain", {}),
-        ("A", "+ location mask", "memory_location", {}),
-        ("A", "+ scale mask", "memory", {}),
+        ("ABDKL", "none", "student", {}),
+        ("AK", "memory, every token alike", "memory_plain", {}),
+        ("AK", "+ location mask", "memory_location", {}),
+        ("AKL", "+ scale mask", "memory", {}),
         ("BD", "the memory part, as chosen", "memory_part", {}),
         ("AD", "logits on the teacher's learned queries", "logit_part",
          {"target": False, "learned": True, "random_queries": 0}),
@@ -117,6 +120,7 @@ PLAN = {
          {"target": False, "random_queries": 24}),
         ("AD", "logits on target-aware queries alone", "logit_part", {"random_queries": 0}),
         ("ABD", "the logit part, as chosen", "logit_part", {}),
+        ("KL", "the logit part", "logits", {}),
         ("AD", "... with random queries", "logit_part", {"random_queries": 24}),
         ("AD", "... content: label", "logit_part", {"content": "label"}),
         ("AD", "... content: frozen random", "logit_part", {"content": "random"}),
@@ -125,7 +129,7 @@ PLAN = {
         ("AD", "... no box noise", "logit_part", {"box_noise": 0.0}),
         ("AD", "... no confidence weight", "logit_part",
          {"confidence": False, "normalise": "queries"}),
-        ("ABD", "both parts: clockdistill", "clockdistill", {}),
+        ("ABDKL", "both parts: clockdistill", "clockdistill", {}),
         ("A", "both parts: clockdistill with the scale mask", "with_scale", {}),
         ("A", "both parts: clockdistill without the scale mask", "without_scale", {}),
     ],
@@ -150,10 +154,10 @@ PLAN = {
     "schedule": [
         ("A", "student, 0.5 x the steps", "student", {"steps": 0.5}),
         ("A", "distilled, 0.5 x the steps", "clockdistill", {"steps": 0.5}),
-        ("AD", "student, 1 x the steps", "student", {"steps": 1}),
-        ("AD", "distilled, 1 x the steps", "clockdistill", {"steps": 1}),
-        ("AD", "student, 2 x the steps", "student", {"steps": 2}),
-        ("AD", "distilled, 2 x the steps", "clockdistill", {"steps": 2}),
+        ("ADK", "student, 1 x the steps", "student", {"steps": 1}),
+        ("ADK", "distilled, 1 x the steps", "clockdistill", {"steps": 1}),
+        ("ADK", "student, 2 x the steps", "student", {"steps": 2}),
+        ("ADK", "distilled, 2 x the steps", "clockdistill", {"steps": 2}),
     ],
 }
 TABLES = tuple(PLAN)
@@ -176,7 +180,7 @@ def both_parts(light, middle, heavy):
             ((light, 0.5), (middle, 0.5), (heavy, 0.5), (middle, 0.1))]
 
 
-# What is tuned, with four trials for every method: how heavy it is. The lightest trials begin near
+# What is tuned on the toy, with four trials for every method: how heavy it is. The lightest trials begin near
 # detection's gradient (memory) or well below it (answers: heavy ones crowd detection out;
 # `train.gradient_report`). {what: (options of every trial, what differs)}. CLoCKDistill's have the
 # detector's preset too; the best of its eight, with or without the scale mask, is "clockdistill".
@@ -202,14 +206,37 @@ TRIALS = {
 }
 
 
+# On real images four trials set the wanted ratios of gradients, in steps of four. The recipe's stand
+# among them: 50 for what copies memory, 1 for what copies answers (train.Balance).
+COPIES, ANSWERS = {"memory": 50.}, {"cls+l1+giou": 1.}
+FGD_LOSSES = {"objects+background+attention+relation": 50.}
+
+
+def balanced(options, wanted):
+    """(options of every trial, what differs): `wanted` ratios of all parts, weighed together."""
+    return options, [{"balance": ratios} for ratios in scaled(wanted, (1 / 16, 1 / 4, 1, 4))]
+
+
+BALANCED_TRIALS = {
+    "clockdistill": balanced({}, COPIES | ANSWERS),
+    "memory": balanced({"lambda_log": 0.0}, COPIES),
+    "memory_location": balanced({"lambda_log": 0.0, "scale": False}, COPIES),
+    "memory_plain": balanced({"lambda_log": 0.0, "location": False, "scale": False}, COPIES),
+    "logits": balanced({"lambda_mem": 0.0}, ANSWERS),
+    "fitnets": balanced({}, COPIES),
+    "fgd": balanced({}, FGD_LOSSES),
+    "mgd": balanced({}, COPIES),
+    "kd_detr": balanced({"general": 60}, ANSWERS),
+}
+
+
 @dataclass(frozen=True)
 class Scale:
     """How far the plan goes on one kind of data. Steps are multiples of the recipe's."""
     recipe: str                        # prefix of train.RECIPES
     detectors: dict                    # {letter of the plan: detector}
-    main_seeds: tuple
-    seeds: tuple                       # of the other tables
-    steps: float                       # of the other tables; the main table's are 1
+    seeds: tuple
+    steps: float                       # of all tables but the main one, which has 1
     images: int                        # of the training split
     image_size: tuple                  # (height, width) where costs are estimated
     options: dict                      # of every run's command
@@ -218,24 +245,42 @@ class Scale:
     tune_seeds: tuple = ()
     tune_steps: dict = field(default_factory=dict)       # of each detector
     splits: dict = field(default_factory=dict)           # {"val" or "tune": its file}
+    seeds_of: dict = field(default_factory=dict)         # {table: seeds}, where it has others
+    teachers: str = ""                                   # weights/TEACHERS_DETECTOR.safetensors
+    results: str = ""                                    # its folder in results/, if not its name
 
 
 SCALES = {
     "toy": Scale(
-        "toy", TOY, main_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2), steps=1 / 2, images=4000,
-        image_size=(48, 160),
+        "toy", TOY, seeds=(0, 1, 2), seeds_of={"main": (0, 1, 2, 3, 4)}, steps=1 / 2, images=4000,
+        image_size=(48, 160), teachers="toy_teacher",
         options={"eval_every": 400, "eval_batch": 20, "workers": 1},
         download="nothing: the images are drawn on first use", trials=TRIALS, tune_seeds=(100,),
         # After a third of the steps DAB-DETR's AP is still near 0.
         tune_steps={"dino": 1 / 3, "deformable_detr": 1 / 3, "dab_detr": 1 / 2}),
+    # results/kitti/PLAN.md says why these rows, seeds and trials. Nothing is evaluated on `val`
+    # before the end of a run.
+    "kitti-small": Scale(
+        "small", SMALL, seeds=(0, 1, 2), steps=1, images=703, image_size=(128, 424),
+        seeds_of={"main": (0, 1, 2, 3, 4), "ablation": (0, 1, 2, 3, 4)},
+        teachers="kitti_teacher", results="kitti",
+        options={"train_split": "splits/kitti_cyclists_train.txt", "eval_every": 0,
+                 "eval_batch": 10, "workers": 1, "teacher_cache": 2.0},
+        splits={name: f"splits/kitti_cyclists_{name}.txt" for name in ("tune", "val")},
+        trials=BALANCED_TRIALS, tune_seeds=(100,),
+        tune_steps={"dino": 1 / 4, "deformable_detr": 1 / 4, "dab_detr": 1 / 4},
+        download="the backbones' weights (make kitti-backbones); KITTI's left colour images and "
+                 "training labels as for the table kitti, of which it reads the 991 frames of "
+                 "splits/kitti_cyclists_*.txt"),
     "kitti": Scale(
-        "kitti", PAPER, main_seeds=(0, 1, 2), seeds=(0,), steps=1, images=5985,
+        "kitti", PAPER, seeds=(0,), seeds_of={"main": (0, 1, 2)}, steps=1, images=5985,
+        results="kitti-full",
         image_size=(402, 1333), options={"eval_every": 5000},
         download="KITTI's left colour images (12 GB) and training labels (5 MB) from "
                  "cvlibs.net/datasets/kitti, into ROOT/training/image_2 and label_2; torchvision's "
                  "ResNet weights come by themselves"),
     "coco": Scale(
-        "coco", PAPER, main_seeds=(0,), seeds=(0,), steps=1, images=118_287,
+        "coco", PAPER, seeds=(0,), steps=1, images=118_287,
         image_size=(800, 1333), options={"eval_every": 20000},
         download="COCO's train2017 (18 GB), val2017 (1 GB) and annotations (241 MB) from "
                  "cocodataset.org, into ROOT/train2017, val2017 and annotations; torchvision's "
@@ -308,8 +353,11 @@ def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, 
         given["epochs"] = cfg.epochs * steps
     elif steps != 1:
         given["steps"] = round(cfg.steps * steps)
+    options = dict(options or {})
+    if balance := options.pop("balance", {}):
+        given["balance"] = pairs(balance)
     if options:
-        given["method_options"] = [f"{name}={value}" for name, value in sorted(options.items())]
+        given["method_options"] = pairs(options)
     cfg, _ = train.configure(command, **given)
 
     # The seeds of a row share their digest. A teacher that is not trained here is its weights.
@@ -320,6 +368,16 @@ def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, 
     else:
         name += f"-{train.digest(dataclasses.replace(cfg, seed=0), taught_by)}-{seed}"
     return Job(name, role, steps, (command, *as_words(given)), cfg)
+
+
+def pairs(options):
+    """{name: value} -> ["name=value", ...] of a command line."""
+    return [f"{name}={value}" for name, value in sorted(options.items())]
+
+
+def options_of(cfg):
+    """What a run's method was told, its ratios of gradients among it."""
+    return cfg.method_options | ({"balance": cfg.balance} if cfg.balance else {})
 
 
 def as_words(given):
@@ -377,9 +435,8 @@ def expand(study, table, detector, chosen, label, what, change):
     """One row of the plan for one detector -> [Line], or [] where it has nothing to show."""
     scope, change = study.scope, dict(change)
     # The main table has more seeds and full length; the search must not touch the split "val".
-    seeds, steps, split = scope.seeds, scope.steps, "val"
-    if table == "main":
-        seeds, steps = scope.main_seeds, 1
+    seeds, split = scope.seeds_of.get(table, scope.seeds), "val"
+    steps = 1 if table == "main" else scope.steps
     if table == "search":
         seeds, steps, split = scope.tune_seeds, scope.tune_steps[detector], "tune"
     how = {"steps": change.pop("steps", steps), "split": split}
@@ -421,13 +478,14 @@ def trials(study, only=TABLES):
     for letter, detector in scope.detectors.items():
         for what in (row[2] for table in only for row in PLAN[table] if letter in row[0]):
             whole = what in ("clockdistill", "memory_part", "logit_part")
-            needed |= {(detector, name) for name in (HALVES if whole else [what])}
+            needed |= {(detector, name) for name in (what, *(HALVES if whole else ()))}
 
     for what, (base, changes) in scope.trials.items():
         for detector in scope.tune_steps:
             if (detector, what) not in needed:
                 continue
-            preset = PRESETS[detector] if what in HALVES else {}
+            asks = what in (*HALVES, "clockdistill", "logits")       # has a logit part
+            preset = PRESETS[detector] if asks else {}
             for options in (preset | base | change for change in changes):
                 jobs = (make_job(study, detector, "student", method_of(what), options, seed,
                                  scope.tune_steps[detector], "tune") for seed in scope.tune_seeds)
@@ -443,7 +501,7 @@ def choose(done, lines):
         for what in [line.label] + ["clockdistill"] * (line.label in HALVES):
             if score > scores.get((line.detector, what), -1):
                 scores[line.detector, what] = score
-                chosen.setdefault(line.detector, {})[what] = line.jobs[0].cfg.method_options
+                chosen.setdefault(line.detector, {})[what] = options_of(line.jobs[0].cfg)
     return chosen
 
 
@@ -651,7 +709,7 @@ def summarise(lines, done):
         tables.setdefault(line.table, []).append({
             "detector": line.detector, "method": line.label, "steps": line.jobs[0].steps,
             "seeds": list(results), **columns, "gain": gain(scores, base) if line.alone else None,
-            "options": line.jobs[0].cfg.method_options, "params": first["params"],
+            "options": options_of(line.jobs[0].cfg), "params": first["params"],
             "gflops": first["gflops"], "minutes": [result["minutes"] for result in made],
             "runs": [result["name"] for result in made]})
     return tables
@@ -720,7 +778,7 @@ def markdown(tables, speed, scale):
             text.append(f"{NOTES[name]}\n")
         if name == "main":
             text.append(f"images/s: one at a time, all interleaved; {speed['machine']}.\n")
-        left_out = {"AP in the paper"} if scale == "toy" else set()
+        left_out = set() if scale in ("kitti", "coco") else {"AP in the paper"}
         if name != "rivals":
             left_out.add("clockdistill - this")
         columns = [c for c in (MAIN if name == "main" else OTHER) if c not in left_out]
@@ -821,7 +879,7 @@ def write(study):
     tables = summarise(lines, study.done)
     write_json(folder / "tables.json", tables)
     write_json(folder / "tuning.json", [
-        {"detector": line.detector, "what": line.label, "options": job.cfg.method_options,
+        {"detector": line.detector, "what": line.label, "options": options_of(job.cfg),
          "seed": job.cfg.seed, "AP": study.done[job.name]["AP"]}
         for line in tried for job in line.jobs if job.name in study.done])
     write_text(folder / "tables.md", markdown(tables, speed, study.scale))
@@ -860,7 +918,9 @@ def what_is_read(study):
     reading = {}
     for detector, path in study.shipped.items():
         teacher, _ = train.load_model(path)
-        batches = list(data.eval_loader(data.build("toy", study.root, "tune", limit=200), 20))
+        cfg = make_job(study, detector, "student", split="tune").cfg
+        images = train.build_data(dataclasses.replace(cfg, limit=200), cfg.val_split)
+        batches = list(data.eval_loader(images, 20))
         embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
         width, accuracy = teacher.config["hidden_dim"], reading.setdefault(detector, {})
         for content, noise in CONTENTS:
@@ -976,9 +1036,9 @@ def add_options(parser):
     parser.add_argument("--jobs", type=int,
                         help="runs at once (default: one per CPU core, one in all on a GPU)")
     parser.add_argument("--teachers", choices=("shipped", "scratch"), default="shipped",
-                        help="of the toy")
+                        help="those in weights/, or trained anew")
     parser.add_argument("--work", help="folder of the runs' folders (default: runs/table-SCALE)")
-    parser.add_argument("--results", help="folder of the results (default: results/SCALE)")
+    parser.add_argument("--results", help="folder of the results (default: in results/)")
     parser.add_argument("--tflops", type=float, default=20.,
                         help="dry run: useful work per second (default: %(default)s)")
     parser.add_argument("--teacher-floor", type=float,
@@ -995,12 +1055,14 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
     # start where this repository lies.
     folder = f"runs/table-{scale}" + ("-changed" if changes else "")
     root = root or ("datasets/toy" if scale == "toy" else "ROOT")
-    results = results or (f"{folder}/results" if changes else f"results/{scale}")
+    results = results or (f"{folder}/results" if changes else f"results/{SCALES[scale].results or scale}")
     work, results = Path(work or folder).resolve(), Path(results).resolve()
-    # The toy's teachers come with the repository, for the published recipe.
+    # Some teachers come with the repository, for the published recipe.
     shipped = {}
-    if scale == "toy" and teachers == "shipped" and not changes:
-        shipped = {name: file for name, file in train.SHIPPED_TEACHERS.items() if file.exists()}
+    if SCALES[scale].teachers and teachers == "shipped" and not changes:
+        files = {name: HERE / "weights" / f"{SCALES[scale].teachers}_{name}.safetensors"
+                 for name in SCALES[scale].detectors.values()}
+        shipped = {name: file for name, file in files.items() if file.exists()}
     study = Study(
         scale, root if root == "ROOT" else str(Path(root).resolve()), work, results, shipped,
         {name: value for name, value in train.parse(["fit", *changes]).items()
@@ -1050,7 +1112,8 @@ def make(study, only, workers, shard):
     for job in teachers:
         file = study.shipped.get(job.cfg.detector)
         if file and job.name not in study.done:
-            file_result(study, job, shipped_teacher(file, study.root, train.pick_device()))
+            images = train.build_data(job.cfg, job.cfg.val_split)
+            file_result(study, job, shipped_teacher(file, images, train.pick_device()))
     stage("teachers", teachers)
 
     # Keep what tuning chose for the tables of other commands.

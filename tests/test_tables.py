@@ -193,7 +193,8 @@ def test_every_detector_and_method_of_the_plan_is_a_command_that_train_reads(sca
     here = study(tmp_path, scale)
     lines = tables.plan(here) + tables.trials(here)
     jobs = tables.jobs_of(lines)
-    assert {job.cfg.method for job in jobs} == {None, "clockdistill", *tables.RIVALS}
+    rivals = {"fitnets", "fgd", "mgd", "kd_detr"} if scale == "kitti-small" else tables.RIVALS
+    assert {job.cfg.method for job in jobs} == {None, "clockdistill", *rivals}
     for job in {(job.cfg.method, job.steps, job.cfg.val_split): job for job in jobs}.values():
         given = train.parse(list(job.arguments))
         command, _ = given.pop("command"), given.pop("debug")
@@ -233,11 +234,12 @@ def test_a_name_holds_the_settings_and_the_teacher_s_weights(tmp_path, monkeypat
 
 def test_another_kind_of_data_is_one_entry(tmp_path, monkeypatch):
     split = "splits/kitti_cyclists_{}.txt".format
-    small = tables.Scale("small", {"D": "dino"}, (0, 1), (0,), 1, 703, (128, 424),
-                         {"train_split": split("train")}, "nothing", tables.TRIALS, (100,),
-                         {"dino": 1 / 2}, {"val": split("val"), "tune": split("tune")})
-    monkeypatch.setitem(tables.SCALES, "kitti-small", small)
-    here = study(tmp_path, "kitti-small")
+    farm = tables.Scale("small", {"D": "dino"}, seeds=(0,), seeds_of={"main": (0, 1)}, steps=1, images=703,
+                        image_size=(128, 424), options={"train_split": split("train")}, download="nothing",
+                        trials=tables.TRIALS, tune_seeds=(100,), tune_steps={"dino": 1 / 2},
+                        splits={"val": split("val"), "tune": split("tune")})
+    monkeypatch.setitem(tables.SCALES, "farm", farm)
+    here = study(tmp_path, "farm")
     main = tables.plan(here, ("main",))
     assert [(line.label, len(line.jobs)) for line in main] == [("teacher", 1), ("student", 2),
                                                                ("clockdistill", 2)]
@@ -461,7 +463,7 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
         toy, tmp_path, monkeypatch, capsys):
     """One detector, one seed, runs of two steps: `table toy` from the teacher to the page."""
     monkeypatch.setitem(tables.SCALES, "toy", dataclasses.replace(
-        tables.SCALES["toy"], main_seeds=(0,), detectors={"C": "dino"}, tune_steps={"dino": 1}))
+        tables.SCALES["toy"], seeds_of={"main": (0,)}, detectors={"C": "dino"}, tune_steps={"dino": 1}))
     monkeypatch.setattr(train.data, "make_toy", lambda root: None)
     monkeypatch.setitem(tables.TRIALS, "with_scale", ({}, [{"lambda_mem": 100}]))
     monkeypatch.setitem(tables.TRIALS, "without_scale", ({}, []))
@@ -488,3 +490,35 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
     (results / "tables.json").unlink()
     assert train.main([*command, "--rebuild", *changes]) == 0
     assert json.loads((results / "tables.json").read_text()) == page
+
+
+def test_on_real_images_every_method_is_tuned_by_the_ratio_of_its_gradients(tmp_path):
+    tuned = tables.trials(study(tmp_path, "kitti-small"))
+    assert len(tuned) == 4 * (9 + 3 + 1)                   # DINO's methods, Deformable DETR's, DAB-DETR's
+    both = [line.jobs[0].cfg for line in tuned if (line.detector, line.label) == ("dino", "clockdistill")]
+    assert [cfg.balance for cfg in both] == [
+        {"memory": 3.125, "cls+l1+giou": 1 / 16}, {"memory": 12.5, "cls+l1+giou": 1 / 4},
+        {"memory": 50.0, "cls+l1+giou": 1.0}, {"memory": 200.0, "cls+l1+giou": 4.0}]
+    assert all(cfg.steps == train.RECIPES["small-student"]["dino"]["steps"] // 4
+               and cfg.val_split.endswith("tune.txt") and cfg.method_options["groups"] == 3 for cfg in both)
+    # Every part that is weighed is one that its method has.
+    for line in tuned:
+        cfg = line.jobs[0].cfg
+        method = train.method_class(cfg.method)(**cfg.method_options)
+        assert train.open_balance(cfg, method, cfg.steps) is not None
+
+
+def test_what_tuning_chose_on_real_images_reaches_the_rows(tmp_path):
+    small = study(tmp_path, "kitti-small")
+    lines = tables.trials(small)
+    best = {(line.detector, line.label): line for line in lines}        # the last of four: the heaviest
+    scores = {line.jobs[0].name: {"AP": .2 if line is best[line.detector, line.label] else .1} for line in lines}
+    chosen = tables.choose(scores, lines)
+    rows = {line.label: line.jobs for line in tables.plan(study(tmp_path, "kitti-small", chosen)) if line.detector == "dino"
+            and line.table in ("ablation", "rivals")}
+    assert [job.cfg.seed for job in rows["+ location mask"]] == [0, 1, 2, 3, 4]
+    assert rows["+ location mask"][0].cfg.balance == {"memory": 200.0}
+    assert rows["+ location mask"][0].cfg.method_options == {"lambda_log": 0.0, "scale": False}
+    assert rows["the logit part"][0].cfg.balance == {"cls+l1+giou": 4.0}
+    assert rows["fgd"][0].cfg.balance == {"objects+background+attention+relation": 200.0}
+    assert len(rows["fgd"]) == 3 and "hinton" not in rows
