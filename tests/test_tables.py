@@ -244,7 +244,7 @@ def test_another_kind_of_data_is_one_entry(tmp_path, monkeypatch):
     assert [(line.label, len(line.jobs)) for line in main] == [("teacher", 1), ("student", 2),
                                                                ("clockdistill", 2)]
     cfg = main[2].jobs[1].cfg
-    assert (cfg.val_split, cfg.train_split, cfg.steps) == (split("val"), split("train"), 1600)
+    assert (cfg.val_split, cfg.train_split, cfg.steps) == (split("val"), split("train"), 2400)
     assert {line.jobs[0].cfg.val_split for line in tables.trials(here)} == {split("tune")}
 
 

@@ -596,6 +596,16 @@ def test_a_checkpoint_names_no_file_to_open(toy, teacher, tmp_path, capsys):
         capsys.readouterr().err)
 
 
+def test_queries_and_average_can_follow_the_data_and_the_length(toy, tmp_path, capsys):
+    settings = {k: v for k, v in TINY.items() if k not in ("num_queries", "ema", "steps")}
+    most = train.build_data(Config(root=toy), "train").most_objects
+    result = train.fit(Config(**settings, root=toy, steps=25, fit_to_data=True), Run(out=str(tmp_path / "a"), workers=0))
+    assert result["settings"]["num_queries"] == max(30, 3 * most) and result["settings"]["ema"] == .2
+    assert f"30 queries, for at most {most} objects" in capsys.readouterr().out
+    given = train.fit_to_data(Config(**settings, fit_to_data=True, num_queries=7, ema=.5), train.build_data(Config(root=toy), "train"), 25)
+    assert (given.num_queries, given.ema) == (7, .5)                     # what is given stays
+
+
 def test_too_few_queries_are_noted(toy, tmp_path, capsys):
     for queries in (1, 10):
         cfg = Config(root=toy, **TINY | dict(num_queries=queries, steps=0))
