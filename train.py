@@ -145,9 +145,7 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
     rank = dist.get_rank() if dist.is_initialized() else 0
     trainable = [p for p in inner.parameters() if p.requires_grad]
     device = trainable[0].device
-    # Autocast runs the networks in half precision; a disabled scaler leaves everything as it is, so
-    # that one backward path serves all precisions.
-    amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
+    # A disabled scaler leaves everything as it is, so that one backward path serves all precisions.
     generator = torch.Generator(device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     for step, batch in enumerate(batches, start):
@@ -168,7 +166,7 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
             if learner is not inner and part is not parts[-1]:
                 silent = learner.no_sync()
             with silent:
-                with torch.autocast(device.type, amp, enabled=amp is not None):
+                with autocast(device, cfg.precision):
                     losses = losses_of(learner, teacher, part, generator, step)
                 if balance is not None:
                     if part is parts[0]:
@@ -200,6 +198,14 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         if balance is not None and step == len(balance.measured):
             log["balance"] = balance.factors(step)
         yield step, log | ({"report": report} if report else {})
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device, precision):
+    """The context in which networks compute in this precision: "fp32" changes nothing."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def losses_of(learner, teacher, batch, generator, step):
@@ -996,14 +1002,15 @@ def plain(cfg):
 # ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def answer(model, batch):
+def answer(model, batch, precision="fp32"):
     """A batch through the model in eval mode -> per image {"image_id", "scores", "labels", "boxes"}.
 
     On the CPU, boxes xyxy in original pixels, best first.
     Raises FloatingPointError, naming the image, when a detection is not finite.
     """
     training, results = model.training, []
-    output = model.eval()(batch.images, batch.padding)
+    with autocast(batch.images.device, precision):
+        output = model.eval()(batch.images, batch.padding)
     model.train(training)
     sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])     # (B, 2): h, w
     detections = models.postprocess(output.detections, sizes, 100)
@@ -1013,7 +1020,7 @@ def answer(model, batch):
     return results
 
 
-def detect(model, dataset, run, batch_size=1, progress=True):
+def detect(model, dataset, run, batch_size=1, progress=True, precision="fp32"):
     """Every image of the data set through the model -> list of what `answer` returns.
 
     Each of several processes does its share and gets everybody's.
@@ -1023,7 +1030,7 @@ def detect(model, dataset, run, batch_size=1, progress=True):
     batches = data.eval_loader(dataset, batch_size, workers=run.workers, rank=rank, world=world)
     for batch in tqdm(batches, "evaluate", leave=False, disable=not progress or rank > 0,
                       mininterval=quiet_interval()):
-        results += answer(model, batch.to(device))
+        results += answer(model, batch.to(device), precision)
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, results)
@@ -1054,26 +1061,26 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
         model = rebuild(payload).to(device)
         # Detect, judge, tell.
         start = time.monotonic()
-        results = detect(model, dataset, run, run.eval_batch)
+        results = detect(model, dataset, run, run.eval_batch, precision=cfg.precision)
         seconds = (time.monotonic() - start) / max(1, len(dataset))
         scores = data.evaluate(results, dataset)
         memory = peak_memory_gb(device)
         told = scores | {"seconds_per_image": seconds, "peak_memory_gb": memory,
                          "images": len(dataset), "checkpoint": str(checkpoint),
-                         "machine": machine(device)}
+                         "precision": cfg.precision, "machine": machine(device)}
         if rank == 0:
             print(dataset.summary)
             print("  ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "per_class"))
             for name, values in scores["per_class"].items():
                 print(f"  {name:<20} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
             print(f"{seconds:.3f} s per image with loading, peak memory {memory:.2f} GB, "
-                  f"{told['machine']}")
+                  f"{cfg.precision}, {told['machine']}")
             if out:
                 write_json(out, told)
     return told
 
 
-def predict(checkpoint, images, out, min_score, size, device):
+def predict(checkpoint, images, out, min_score, size, device, precision):
     """Detections of image files: drawn to OUT/000_NAME.png, 001_.., all listed in predictions.json.
 
     images: files, or folders of images. Raises ValueError after the last one when files could not be
@@ -1097,7 +1104,7 @@ def predict(checkpoint, images, out, min_score, size, device):
         # One image is a batch without padding.
         image, sides = data.prepare(picture, size), torch.tensor(picture.shape[1:])
         batch = data.collate([(image, {"image_id": index, "orig_size": sides})]).to(device)
-        result, = answer(model, batch)
+        result, = answer(model, batch, precision)
         result["boxes"] = clip_boxes_to_image(result["boxes"], tuple(picture.shape[1:]))
         # Pictures are numbered: never the input itself, nor one name twice.
         drawn = out / f"{index:03d}_{Path(name).stem}.png"
@@ -1756,7 +1763,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
                 epilog="--data, --class-map and --size are those of the training when not given")
     p.add_argument("--checkpoint", required=True, help=checkpoint)
     p.add_argument("--out", help="also write the figures to this JSON file")
-    add_options(p, Config, only=EVALUATION)
+    add_options(p, Config, only=(*EVALUATION, "precision"))
     add_options(p, Run, only=("device", "workers", "eval_batch"))
 
     p = command("predict", "draw and list the detections of image files")
@@ -1768,6 +1775,7 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was "
                                   "trained")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
 
     p = command("export", "weights alone as fp16 safetensors: small, safe to publish")
     p.add_argument("--checkpoint", required=True, help=checkpoint)

@@ -250,6 +250,8 @@ def add_options(parser):
     parser.add_argument("--size",
                         help="resize to SHORT,MAX pixels; default: as each checkpoint was trained")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+    parser.add_argument("--precision", choices=train.PRECISIONS, default="fp32",
+                        help="(default: %(default)s)")
 
 
 def open_detectors(paths, layer, device):
@@ -273,7 +275,7 @@ def open_detectors(paths, layer, device):
     return detectors
 
 
-def run(checkpoint, images, out, best, layer, size, device):
+def run(checkpoint, images, out, best, layer, size, device, precision):
     """Write OUT/000_NAME_MODEL_layers.png and so on: `look --help` names all files.
 
     Raises ValueError after the last image when some could not be read; those are left out.
@@ -298,8 +300,9 @@ def run(checkpoint, images, out, best, layer, size, device):
             sides = train.parse_size(size or payload["settings"]["size"])
             sides = sides or data.DEFAULT_SIZE[payload["data"]]
             image = data.prepare(picture, sides)[None].to(device)         # (1, 3, h, w)
-            watched[name] = watch(model, image, picture, best, layer, watched.get(first),
-                                  f"{file}, {name}")
+            with train.autocast(device, precision):
+                watched[name] = watch(model, image, picture, best, layer, watched.get(first),
+                                      f"{file}, {name}")
             for kind, figure in pictures(name, picture, watched[name], written).items():
                 figures[f"{name}_{kind}"] = figure
         if others:

@@ -130,13 +130,18 @@ def save(path, detector, seed=0, classes=CLASSES):
     return str(path)
 
 
-def test_look_from_the_command_line(tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_look_from_the_command_line(precision, tmp_path, capsys, monkeypatch):
+    half, watch = [], look.watch
+    monkeypatch.setattr(look, "watch", lambda *words: (
+        half.append(torch.is_autocast_enabled("cpu")), watch(*words))[1])
     image = tmp_path / "0.png"
     save_image(picture(), image)
     teacher = save(tmp_path / "teacher" / "last.pt", "dino")
     student = save(tmp_path / "student.pt", "dab_detr", 1)
     assert train.main(["look", "--checkpoint", teacher, "--checkpoint", student, "--best", "2",
-                       "--out", str(tmp_path / "seen"), str(image)]) == 0
+                       "--precision", precision, "--out", str(tmp_path / "seen"), str(image)]) == 0
+    assert half == [precision == "bf16"] * 2
     pictures = {f"000_0_{name}_{what}.png" for name in ("teacher", "student")
                 for what in ("layers", "heads", "tokens", "self")} | {"000_0_beside.png"}
     assert {path.name for path in (tmp_path / "seen").iterdir()} == pictures | {"look.json"}
