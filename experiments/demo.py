@@ -1,13 +1,20 @@
 """A teacher, a student alone, and the same student distilled, on the toy KITTI.
 
-Ends with a table, and with pictures in runs/demo. Every stage goes on where it was cut off, and is not
-repeated once it is done.
+Ends with a table, and with pictures in runs/demo. The two students train side by side, each with
+half of the threads. Every run goes on where it was cut off, and is not repeated once it is done.
 """
 import json
 import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import checkpoints
 import data
@@ -15,15 +22,14 @@ import models
 import train
 from checkpoints import write_json
 from clockdistill import location_mask, memory_weights
-from experiments import plots
+from experiments import bench, plots
 from train import say
 
 SCALES = {
     "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500),
                  student={}, teacher={}, eval_every=400),
     "quick": dict(out="runs/demo-quick", root="datasets/toy-quick",
-                  counts=dict(train=80, val=20, tune=4),
-                  student=dict(steps=20, warmup=5, teacher_floor=0.0),
+                  counts=dict(train=80, val=20, tune=4), student=dict(steps=20, warmup=5),
                   teacher=dict(steps=20, warmup=5), eval_every=10),
 }
 
@@ -38,53 +44,158 @@ def add_options(parser):
 
 
 def run(scale, teacher, device, seed=0):
-    """From nothing to a distilled student: data, three stages, table, pictures."""
+    """From nothing to a distilled student: data, three models, table, pictures."""
     plan, device = SCALES[scale], train.pick_device(device)
     out = Path(plan["out"])
     if scale == "quick":
         say("SCALE=quick shows that everything runs. Its figures mean nothing: far too few images "
             "and steps.")
     data.make_toy(plan["root"], counts=plan["counts"])
-    folders, results = {}, {}
+    dataset = data.build("toy", plan["root"], "val")
 
-    def stage(name, recipe, taught_by=None, **changes):
-        role = plan["teacher" if name == "teacher" else "student"]
-        settings = train.RECIPES[recipe]["dino"] | role | changes
-        cfg = train.Config(**settings | dict(root=plan["root"], seed=seed))
-        folders[name] = out / f"{name}-{train.digest(cfg, taught_by)}"
-        if (folders[name] / "result.json").exists():
-            results[name] = json.loads((folders[name] / "result.json").read_text())
-            say(f"{name}: done before, AP {results[name]['AP']:.3f}")
-            return
-        say(f"\n=== {name} ===")
-        results[name] = train.fit(cfg, train.Run(
-            out=str(folders[name]), resume=True, device=device.type, workers=1,
-            eval_every=plan["eval_every"], eval_batch=20, save_minutes=0.5))
-
-    alone = dict(teacher=None, method=None, method_options={})
+    # The teacher first: the distilled student's folder is named after its weights.
     if teacher == "scratch":
-        stage("teacher", "toy-teacher", **alone)
+        job = make_job("teacher", plan, seed, device)
+        results, source = train_all({"teacher": job}, device), job.folder
     else:
-        shipped = train.SHIPPED_TEACHERS["dino"]
-        say(f"\n=== teacher: shipped weights, weights/{shipped.name}; "
+        source = Path(os.path.relpath(train.SHIPPED_TEACHERS["dino"]))
+        say(f"\n=== teacher: shipped weights, weights/{source.name}; "
             "make demo TEACHER=scratch trains it ===")
-        dataset = data.build("toy", plan["root"], "val")
-        results["teacher"] = shipped_teacher(shipped, dataset, device)
-        folders["teacher"] = Path(os.path.relpath(shipped))
-    taught_by = train.fingerprint(train.load_model(folders["teacher"])[0])
-    stage("student", "toy-student", **alone)
-    stage("distilled", "toy-student", taught_by, teacher=str(folders["teacher"]))
-    for result in results.values():
+        results = {"teacher": shipped_teacher(source, dataset, device)}
+    taught_by = train.fingerprint(train.load_model(source)[0])
+    # The students need nothing from each other.
+    floor = {"teacher_floor": 0.0} if scale == "quick" else {}
+    students = {"student": make_job("student", plan, seed, device),
+                "distilled": make_job("distilled", plan, seed, device, taught_by,
+                                      teacher=str(source), **floor)}
+    results |= train_all(students, device)
+
+    # Speed is measured when nothing else runs, all three in turn.
+    folders = {"teacher": source} | {name: job.folder for name, job in students.items()}
+    networks = {name: train.load_model(folder)[0].to(device) for name, folder in folders.items()}
+    rates = bench.images_per_second(networks, dataset[0][0][None].to(device))
+    for name, result in results.items():
+        result["images_per_second"] = rates[name]
         result.setdefault("trained_minutes", result["minutes"])
     where = train.machine(device)
     write_json(out / "summary.json",
                results | {"machine": where, "commit": train.commit(), "scale": scale})
-    draw(out, folders, results, plan, device)
+    draw(out, folders["distilled"], networks, results, dataset, device)
     print_table(results, scale, where)
 
 
+# ----------------------------------------------------------------------------------------------
+# Runs, each in a process of its own
+# ----------------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    """A command of train.py."""
+    folder: Path                       # where it writes
+    steps: int
+    words: list
+
+
+def make_job(name, plan, seed, device, taught_by=None, **given):
+    """The run `name`: "teacher", "student", or "distilled" by a teacher of this fingerprint."""
+    role = "teacher" if name == "teacher" else "student"
+    command = "distill" if name == "distilled" else "fit"
+    given |= plan[role] | dict(recipe=f"toy-{role}", detector="dino", root=plan["root"], seed=seed)
+    cfg, _ = train.configure(command, **given)
+    folder = Path(plan["out"], f"{name}-{train.digest(cfg, taught_by)}")
+    given |= dict(out=folder, device=device.type, workers=1, eval_every=plan["eval_every"],
+                  eval_batch=20, save_minutes=0.5)
+    words = [f"--{option.replace('_', '-')}={value}" for option, value in given.items()]
+    return Job(folder, cfg.steps, [command, "--resume", *words])
+
+
+def train_all(jobs, device):
+    """Run the jobs that are not done -> {name: result}.
+
+    Side by side with a share of the threads each; one after the other on one thread or a GPU.
+    """
+    missing = {name: job for name, job in jobs.items() if not (job.folder / "result.json").exists()}
+    together, threads = [missing], torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        together = [{name: job} for name, job in missing.items()]
+    for group in filter(None, together):
+        say(f"\n=== {' | '.join(group)} ===")
+        side_by_side(group, max(1, threads // len(group)))
+    results = {}
+    for name, job in jobs.items():
+        results[name] = json.loads((job.folder / "result.json").read_text())
+        before = "" if name in missing else "done before, "
+        say(f"{name}: {before}AP {results[name]['AP']:.3f}")
+    return results
+
+
+def side_by_side(jobs, threads):
+    """Run all jobs at once, `threads` threads each.
+
+    The first job that fails stops the others, as Ctrl-C does: each saves the step in hand and ends.
+    Raises ValueError with the last line of the job that failed, or train.Interrupted.
+    """
+    with train.finish_step_on_signal() as asked_to_stop:
+        children = [Child(name, job, threads, row) for row, (name, job) in enumerate(jobs.items())]
+        codes = [None]
+        while None in codes and not any(codes) and not asked_to_stop:
+            time.sleep(0.2)
+            codes = [child.poll() for child in children]
+        for child in children:
+            child.process.terminate()                    # does nothing to a process that has ended
+        lines = [child.end() for child in children]
+    for name, code, line in zip(jobs, codes, lines):
+        if code:
+            raise ValueError(f"{name} (exit code {code}): {line.removeprefix('error: ')}")
+    if asked_to_stop:
+        raise train.Interrupted("stopped, after a finished step")
+
+
+class Child:
+    """A job in a process of its own: what it says is printed after its name, its steps are a bar.
+
+    A session of its own keeps Ctrl-C from it: it is asked to stop once, by terminate(), since being
+    asked twice would stop it within a step.
+    """
+    def __init__(self, name, job, threads, row):
+        self.name, self.log = name, job.folder / "log.jsonl"
+        self.bar = tqdm(total=job.steps, desc=f"{name:<10}", position=row, dynamic_ncols=True,
+                        mininterval=train.quiet_interval())
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, str(train.HERE / "train.py"), *job.words], start_new_session=True,
+            stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"})
+        self.printer = threading.Thread(target=self.print_lines, daemon=True)
+        self.printer.start()
+
+    def print_lines(self):
+        for line in self.process.stdout:
+            say(f"{self.name:<10} {line.rstrip()}")
+
+    def poll(self):
+        """Move the bar -> exit code, or None while the process runs."""
+        if self.log.exists():
+            *lines, _ = self.log.read_text().split("\n")         # what follows the last line break
+            if lines and len(lines) > self.bar.n:
+                last = json.loads(lines[-1])
+                del last["seconds"]                                  # no loss
+                self.bar.set_postfix_str(train.short(last), refresh=False)
+                self.bar.update(len(lines) - self.bar.n)
+        return self.process.poll()
+
+    def end(self):
+        """Wait for the end of the process -> the last line of its errors."""
+        self.process.wait()
+        self.printer.join()
+        self.bar.close()
+        with self.errors as file:
+            file.seek(0)
+            lines = [line for line in file.read().splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+
 def shipped_teacher(path, dataset, device):
-    """A teacher that comes with the repository, measured here and now -> what `fit` returns of a run.
+    """A teacher that comes with the repository, measured now -> what `fit` returns of a run.
 
     dataset: the images that it is measured on.
     """
@@ -122,14 +233,15 @@ def print_table(results, scale, where):
 # Pictures
 # ----------------------------------------------------------------------------------------------
 
-def draw(out, folders, results, plan, device):
-    """The demo's pictures, OUT/*.png."""
+def draw(out, distilled, networks, results, dataset, device):
+    """The demo's pictures, OUT/*.png.
+
+    distilled: folder of that run.  networks: {name: detector} of all.  dataset: the split "val".
+    """
     # The first validation scenes with four or more objects: chosen before looking.
-    dataset = data.build("toy", plan["root"], "val")
     shown = [i for i in range(len(dataset)) if len(dataset[i][1]["labels"]) >= 4][:4] or [0]
     batch = data.collate([dataset[i] for i in shown]).to(device)
     images, truths = zip(*(dataset.raw(i) for i in shown))
-    networks = {name: train.load_model(folder)[0].to(device) for name, folder in folders.items()}
     answers = {name: train.answer(network, batch) for name, network in networks.items()}
 
     # What the memory loss weighs in the first scene, as this student had it.
@@ -137,7 +249,7 @@ def draw(out, folders, results, plan, device):
     with torch.no_grad():
         memory = networks["teacher"].encode(one, nothing)
     masks = [location_mask(boxes, height, width) for height, width in memory.shapes]
-    saved = checkpoints.load(folders["distilled"] / "last.pt")
+    saved = checkpoints.load(distilled / "last.pt")
     cfg = train.Config(**saved["settings"])
     method = train.open_method(cfg, networks["teacher"], networks["distilled"])
     method.load_state_dict(saved["resume"]["method"])
@@ -154,7 +266,7 @@ def draw(out, folders, results, plan, device):
         "ap_curves": plots.curves(
             {name: [(point["step"], point["AP"]) for point in result["history"]] or result["AP"]
              for name, result in results.items()}, "AP on the toy's val split"),
-        "losses": losses(folders["distilled"] / "log.jsonl"),
+        "losses": losses(distilled / "log.jsonl"),
         "first": plots.first(images[0], truths[0], (inside, weight), answers["student"][0],
                              answers["distilled"][0], dataset.classes, min_score=0.3),
     }

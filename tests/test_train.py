@@ -25,7 +25,6 @@ import checkpoints
 import data
 import models
 import train
-from experiments import demo
 from experiments.baselines import BASELINES
 from train import Config, Learner, Run
 
@@ -168,6 +167,17 @@ def test_autocast_losses_agree_with_fp32(toy, teacher):
     assert len(terms) == 5 + 4 + 4
     for name in terms:
         assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05, abs=1e-3), name
+
+
+def test_answers_in_bf16_are_near_those_in_fp32_and_not_the_same():
+    """The shipped teachers' memories have bf16's three digits: scores move, by less than a rounding of 0.05."""
+    for detector, path in train.SHIPPED_TEACHERS.items():
+        model, _ = train.load_model(path)
+        image = torch.rand(1, 3, 48, 160, generator=torch.Generator().manual_seed(0))
+        batch = data.collate([(image[0], {"image_id": 0, "orig_size": torch.tensor([48, 160])})])
+        (exact,), (half,) = (train.answer(model, batch, precision) for precision in ("fp32", "bf16"))
+        apart = (exact["scores"][:10] - half["scores"][:10]).abs().max()
+        assert half["scores"].dtype == torch.float32 and 0 < apart < 0.05, detector
 
 
 def test_detections_of_a_batch_are_those_of_its_images_alone_on_the_same_padded_inputs(toy, teacher):
@@ -785,36 +795,6 @@ def test_a_run_is_named_by_what_it_depends_on():
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
     result = train.fit(Config(root=toy, **{**TINY, "steps": 0}), Run(out=str(tmp_path / "run"), workers=0))
     assert result["steps"] == 0 and checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 0
-
-
-def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(toy, tmp_path, monkeypatch, capsys):
-    small = dict(steps=4, warmup=1, teacher_floor=0.0)
-    plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2), student=small, teacher=small)
-    monkeypatch.setitem(demo.SCALES, "quick", plan | {"eval_every": 2})
-    for recipe in ("toy-student", "toy-teacher"):
-        monkeypatch.setitem(train.RECIPES[recipe], "dino", {**train.RECIPES[recipe]["dino"], "batch_size": 2})
-    assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert list(summary)[:3] == ["teacher", "student", "distilled"] and {"machine", "commit"} <= summary.keys()
-    for name in ("teacher", "student", "distilled"):
-        assert {"AP", "AP50", "AP75", "params", "gflops", "minutes", "steps", "seed"} <= summary[name].keys()
-    assert len(list((tmp_path / "demo").glob("*.png"))) >= 4
-    assert "mean nothing" in capsys.readouterr().out
-    student, = (tmp_path / "demo").glob("student-*")
-    distilled, = (tmp_path / "demo").glob("distilled-*")
-    before = (distilled / "last.pt").stat().st_mtime
-    assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
-    assert (distilled / "last.pt").stat().st_mtime == before
-    # A run is named by what it depends on: another teacher, another distilled student, the same student alone.
-    shipped = tmp_path / "x.safetensors"
-    assert train.main(["export", "--checkpoint", str(student), "--out", str(shipped)]) == 0
-    monkeypatch.setattr(train, "SHIPPED_TEACHERS", {"dino": shipped})
-    assert train.main(["demo", "--scale", "quick"]) == 0
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert summary["teacher"]["minutes"] == 0
-    assert summary["teacher"]["weights"] == train.fingerprint(train.load_model(shipped)[0])
-    assert len(list((tmp_path / "demo").glob("distilled-*"))) == 2
-    assert len(list((tmp_path / "demo").glob("student-*"))) == 1
 
 
 @pytest.mark.parametrize("command", ["demo", "fit", "distill", "eval", "predict", "look", "export", "table"])
