@@ -1,19 +1,23 @@
 """How fast and how large the detectors are: `python train.py bench`.
 
-Every figure is a median of interleaved repeats: in each round all variants run once, one after the other, so that a
-machine that gets slower gets slower for all of them. Compared is with Hugging Face transformers' implementation, where
-it has one, holding the same weights, with the same parameters trainable, no dropout and its own loss; and a
-distillation step with its parts. Weights are random: they change nothing about speed.
+Every figure is a median of interleaved repeats: in each round all variants run once, one after the
+other, so that a machine that gets slower gets slower for all of them. The variants: ours in fp32
+and bf16; Hugging Face transformers' implementation, where it has one, with the same weights, the
+same parameters trainable, no dropout and its own loss; a distillation step and its parts. A large
+matrix product runs in each round too: the share of its operations per second that a detector
+reaches says how close to the machine it is. Weights are random: they change nothing about speed.
 """
 import argparse
 import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib.util
 import io
 import os
+import shlex
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,6 +25,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import checkpoints
@@ -29,7 +36,8 @@ import models
 import train
 from clockdistill import CLoCKDistill
 
-# Million parameters and GFLOPs as published (READMEs of the official repositories), R50, 91 classes.
+# Million parameters and GFLOPs as published (READMEs of the official repositories), R50, 91
+# classes.
 PUBLISHED = {"dab_detr": (44, 94), "deformable_detr": (40, 173), "dino": (47, 279)}
 PARTS = ("size", "inference", "training", "distill")
 
@@ -42,12 +50,13 @@ class Options:
     repeats: int = 5
     detectors: tuple = models.DETECTORS
     only: tuple = PARTS
+    precision: tuple = ("fp32", "bf16")
     compile: bool = False
     quick: bool = False                # tiny models: that everything runs, not how fast
 
     @property
     def architecture(self):
-        """Beside the official defaults; no dropout, which the two implementations place differently."""
+        """Changes to the official defaults; the two implementations place dropout differently."""
         if not self.quick:
             return dict(backbone="resnet50", dropout=0.)
         return dict(backbone="resnet50", backbone_width=8, hidden_dim=32, heads=4, ffn_dim=48,
@@ -86,7 +95,8 @@ def build_transformers(model):
         kind = transformers.DeformableDetrForObjectDetection
         common["d_model"] = c["hidden_dim"]
     other = kind(config(**common))
-    # Trainable is what is so in ours: transformers freezes no part of DAB-DETR's ResNet, and Deformable DETR's whole.
+    # The same parameters train as in ours: transformers freezes no part of DAB-DETR's ResNet, and
+    # all of Deformable DETR's.
     for name, parameter in other.named_parameters():
         if "backbone" in name:
             parameter.requires_grad_("embedder" not in name and "stages.0." not in name)
@@ -99,7 +109,8 @@ def pair(detector, options, device):
     other = build_transformers(model)
     if other is None:
         return {"ours": model.to(device)}
-    # transformers' DAB-DETR clamps its inverse sigmoid at 1e-5, which changes values near 0 and 1, and no speed.
+    # transformers' DAB-DETR clamps its inverse sigmoid at 1e-5, which changes values near 0 and 1,
+    # and no speed.
     model = build(detector, options, **({"logit_eps": 1e-5} if detector == "dab_detr" else {}))
     with contextlib.redirect_stdout(io.StringIO()):
         weights = {name: value.clone() for name, value in other.state_dict().items()}
@@ -163,24 +174,90 @@ def no_grad(run):
     return quietly
 
 
-def interleaved(runs, repeats, device, title):
-    """{name: () -> anything} -> {name: {"seconds": median, "all": [..], "peak_gb": .. or None}}."""
+def in_precision(precision, device, run):
+    def cast():
+        with train.autocast(device, precision):
+            return run()
+    return cast
+
+
+PRODUCT = "matrix product"
+
+
+def products(options, device):
+    """{name: () -> product}: a large one in each precision, the most that the machine reaches."""
+    side, runs = 256 if options.quick else 2048, {}
+    for precision in options.precision:
+        matrix = torch.rand(side, side, device=device).to(train.PRECISIONS[precision])
+        runs[named(PRODUCT, precision)] = functools.partial(torch.mm, matrix, matrix)
+    return runs
+
+
+def named(what, precision):
+    """The row of a variant: "ours" in fp32, "ours, bf16"."""
+    return what if precision == "fp32" else f"{what}, {precision}"
+
+
+def interleaved(runs, repeats, device, title, count=True):
+    """{name: () -> anything} -> {name: row}.
+
+    A row is {"seconds": median, "all": [..], "peak_gb": .. or None} and, with `count`,
+    {"gflops_per_second", "of_product": the share of what the matrix product of that precision
+    reaches, where it is one of the runs}.
+    """
     times = {name: [] for name in runs}
     for run in runs.values():
         run()                                                # allocates, compiles, fills caches
     for _ in tqdm(range(repeats), title, leave=False):
         for name, run in runs.items():
             times[name].append(seconds_of(run, device))
-    return {name: {"seconds": statistics.median(each), "all": each,
+    rows = {name: {"seconds": statistics.median(each), "all": each,
                    "peak_gb": peak_of(runs[name], device)}
             for name, each in times.items()}
+    for name in runs if count else ():
+        rows[name]["gflops_per_second"] = operations(runs[name]) / 1e9 / rows[name]["seconds"]
+    for name, row in rows.items():
+        _, _, precision = name.partition(", ")
+        if most := rows.get(named(PRODUCT, precision or "fp32"), {}).get("gflops_per_second"):
+            row["of_product"] = row["gflops_per_second"] / most
+    return rows
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations: convolutions, matrix products, dense attention.
+
+    Two for a multiply-add, in the backward pass too. Sampling, norms and activations take time and
+    count nothing.
+    """
+    # torch's counter knows the dense attention of CUDA alone; the CPU's takes the same shapes.
+    aten = torch.ops.aten
+    counted = flop_registry | {
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            flop_registry[aten._scaled_dot_product_flash_attention_backward]}
+    total = 0
+
+    def __torch_dispatch__(self, function, types, words=(), options=None):
+        result = function(*words, **options or {})
+        if count := self.counted.get(function.overloadpacket):
+            self.total += count(*words, **options or {}, out_val=result)
+        return result
+
+
+def operations(run):
+    """Floating-point operations of run()."""
+    with Operations() as counter:
+        run()
+    return counter.total
 
 
 def images_per_second(networks, image, seconds=2.0):
-    """{name: detector} -> {name: images a second}: image (1, 3, H, W) to detections, pre-processing not counted.
+    """{name: detector} -> {name: images per second}, from image (1, 3, H, W) to detections.
 
-    Median of interleaved repeats, as many as take `seconds` for each detector, three at least. All on the image's
-    device; training or evaluation mode is left as it was.
+    Pre-processing is not counted. Median of interleaved repeats, as many as take `seconds` for each
+    detector, three at least. All on the image's device; training or evaluation mode is left as it
+    was.
     """
     nothing, size = torch.zeros_like(image[:, 0], dtype=torch.bool), tuple(image.shape[2:])
     modes = {name: network.training for name, network in networks.items()}
@@ -215,7 +292,10 @@ def wait(device):
 
 
 def peak_of(run, device):
-    """GB that a run takes at its highest, above what stood before it. None where nobody tells: no CUDA, no glibc."""
+    """GB that a run takes at its highest, in addition to what was taken before it.
+
+    None where it cannot be known: without CUDA, without glibc.
+    """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -241,14 +321,19 @@ def peak_of(run, device):
 
 
 def show(title, rows, batch, against=None):
+    """Print the rows of `interleaved`: the % are of the matrix product, x of the row `against`."""
     print(title)
     for name, row in rows.items():
         peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.2f} GB"
-        ratio = ""
-        if against in rows and name != against:
+        images = f"  {batch / row['seconds']:7.2f} images/s"
+        if name.startswith(PRODUCT):
+            images = peak = ""
+        close = ratio = ""
+        if "of_product" in row:
+            close = f"  {row['gflops_per_second']:7.1f} GFLOP/s, {row['of_product']:4.0%}"
+        if against in rows and name != against and images:
             ratio = f"  x{row['seconds'] / rows[against]['seconds']:.2f}"
-        print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms  {batch / row['seconds']:7.2f} "
-              f"images/s{peak}{ratio}")
+        print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms{images}{close}{peak}{ratio}")
 
 
 def sizes(options):
@@ -288,7 +373,8 @@ def distillation(detector, options, device):
         "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
         "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3])),
     }
-    rows = interleaved(runs, options.repeats, device, f"{detector}, distillation")
+    rows = interleaved(runs | products(options, device), options.repeats, device,
+                       f"{detector}, distillation")
     whole, *parts = (rows[name]["seconds"] for name in runs)
     ratio = whole / sum(parts)
     show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its "
@@ -312,9 +398,15 @@ def measure(options, device):
             for name, model in both.items():
                 model.train(part == "training")
                 model = torch.compile(model) if options.compile else model
-                runs[name] = (no_grad(forward_of(model, batch)) if part == "inference"
-                              else training_step(model, loss_of(model, batch)))
-            rows = interleaved(runs, options.repeats, device, f"{detector}, {part}")
+                for precision in options.precision if name == "ours" else ("fp32",):
+                    if part == "inference":
+                        run = no_grad(in_precision(precision, device, forward_of(model, batch)))
+                    else:
+                        loss = in_precision(precision, device, loss_of(model, batch))
+                        run = training_step(model, loss)
+                    runs[named(name, precision)] = run
+            rows = interleaved(runs | products(options, device), options.repeats, device,
+                               f"{detector}, {part}", count=not options.compile)
             same = f"; the same weights, logits differ by {agree:.1e}" if len(both) > 1 else ""
             show(f"{part}: {detector}, {options.batch} x {options.height} x "
                  f"{options.width}{same}", rows, options.batch,
@@ -324,6 +416,84 @@ def measure(options, device):
             told.setdefault("distill", {})[detector] = distillation(detector, options, device)
     return told
 
+
+# ----------------------------------------------------------------------------------------------
+# What runs would cost: `train.py table --dry-run`
+# ----------------------------------------------------------------------------------------------
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps for the backward pass, each storage once, parameters apart.
+
+    Works on fake tensors.
+    """
+    def __init__(self, parameters):
+        self.counted = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self.kept, self.bytes = [], 0
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.counted:
+            self.counted.add(storage._cdata)
+            self.kept.append(storage)                  # alive: no other storage gets its address
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def training_bytes(model, batch, height, width):
+    """Estimated peak of a step: weights, gradients, Adam's two averages, and what forward keeps."""
+    parameters = list(model.parameters())
+    hooks = SavedBytes([*parameters, *model.buffers()])
+    with FakeTensorMode(allow_non_fake_inputs=True), hooks:
+        images = torch.zeros(batch, 3, height, width)
+        model.train()(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
+    return 16 * sum(p.numel() for p in parameters) + hooks.bytes
+
+
+def untrained(cfg):
+    """The model of a run, without weights to download."""
+    given = {name: getattr(cfg, name) for name in models.described_options()}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= dict(pretrained_backbone=False, frozen_backbone=cfg.pretrained_backbone != "none")
+    return models.build(cfg.detector, 80 if cfg.data == "coco" else 3, **given)
+
+
+def print_costs(jobs, images, image_size, tflops):
+    """Print every run with its command, and what it would take.
+
+    jobs: tables.Job, teachers before students.  images: of the training split.
+    image_size: (height, width).  tflops: useful work per second.
+    """
+    costs, total, (height, width) = {}, 0., image_size
+    for job in jobs:
+        cfg, key = job.cfg, (job.cfg.detector, job.role)
+        # Models of one role are alike: they are counted once.
+        if key not in costs:
+            model = untrained(cfg)
+            costs[key] = (models.gflops(model, height, width),
+                          training_bytes(model, cfg.batch_size, height, width),
+                          4 * sum(p.numel() for p in model.parameters()))
+        forward, memory, _ = costs[key]
+
+        # Images times multiply-adds, two floating-point operations each.
+        count = cfg.epochs * images if cfg.steps is None else cfg.steps * cfg.batch_size
+        gflops = 3 * forward                           # backward costs two forward passes
+        if cfg.method:
+            teacher, _, frozen = costs[cfg.detector, "teacher"]
+            gflops, memory = gflops + teacher, memory + frozen
+        hours = count * gflops * 2e9 / (tflops * 1e12) / 3600
+        total += hours
+        print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
+              f"  python {shlex.join(['train.py', *job.arguments])}")
+    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work "
+          "(--tflops: the peak times what training reaches of it, a fifth to a third), a step "
+          "being three forward passes and one of the teacher. Memory: weights (also the "
+          f"teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
+
+
+# ----------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------
 
 def add_options(parser):
     """The options of `train.py bench`."""
@@ -335,6 +505,8 @@ def add_options(parser):
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
                         default=models.DETECTORS, help="(default: all)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--precision", nargs="+", choices=train.PRECISIONS,
+                        default=Options.precision, help="of ours (default: fp32 bf16)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--quick", action="store_true",
                         help="tiny models and images: that everything runs, not how fast")

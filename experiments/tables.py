@@ -39,7 +39,6 @@ except ImportError:                    # Windows: there no job is locked
 import numpy as np
 import scipy.special
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import data
@@ -899,7 +898,7 @@ def images_per_second(study):
     device, networks = train.pick_device(), {}
     for detector in study.scope.detectors.values():
         for role in ("teacher", "student"):
-            model = untrained(make_job(study, detector, role).cfg)
+            model = bench.untrained(make_job(study, detector, role).cfg)
             networks[detector, role] = model.to(device)
     image = torch.zeros(1, 3, *study.scope.image_size, device=device)
     speed = {"machine": train.machine(device)}
@@ -932,80 +931,6 @@ def what_is_read(study):
             name = content + (f", noise {noise}" if noise else "")
             accuracy[name] = look.reading(teacher, method, embedding, batches)
     return reading
-
-
-# ----------------------------------------------------------------------------------------------
-# A dry run
-# ----------------------------------------------------------------------------------------------
-
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd keeps for the backward pass, each storage once, parameters apart.
-
-    Works on fake tensors.
-    """
-    def __init__(self, parameters):
-        self.counted = {parameter.untyped_storage()._cdata for parameter in parameters}
-        self.kept, self.bytes = [], 0
-        super().__init__(self.pack, lambda tensor: tensor)
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.counted:
-            self.counted.add(storage._cdata)
-            self.kept.append(storage)                  # alive: no other storage gets its address
-            self.bytes += storage.nbytes()
-        return tensor
-
-
-def training_bytes(model, batch, height, width):
-    """Estimated peak of a step: weights, gradients, Adam's two averages, and what forward keeps."""
-    parameters = list(model.parameters())
-    hooks = SavedBytes([*parameters, *model.buffers()])
-    with FakeTensorMode(allow_non_fake_inputs=True), hooks:
-        images = torch.zeros(batch, 3, height, width)
-        model.train()(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
-    return 16 * sum(p.numel() for p in parameters) + hooks.bytes
-
-
-def untrained(cfg):
-    """The model of a run, without weights to download."""
-    overrides = {name: value for name in models.described_options()
-                 if (value := getattr(cfg, name)) is not None}
-    frozen = overrides.pop("pretrained_backbone", "imagenet") != "none"
-    return models.build(cfg.detector, 80 if cfg.data == "coco" else 3, pretrained_backbone=False,
-                        frozen_backbone=frozen, **overrides)
-
-
-def print_costs(study, jobs, tflops):
-    """Print every run with its command, and what it would take. Teachers come before students."""
-    costs, total, (height, width) = {}, 0., study.scope.image_size
-    print(f"To download: {study.scope.download}.\n")
-    for job in jobs:
-        cfg, key = job.cfg, (job.cfg.detector, job.role)
-        # Models of one role are alike: they are counted once.
-        if key not in costs:
-            model = untrained(cfg)
-            costs[key] = (models.gflops(model, height, width),
-                          training_bytes(model, cfg.batch_size, height, width),
-                          4 * sum(p.numel() for p in model.parameters()))
-        forward, memory, _ = costs[key]
-
-        # Images times multiply-adds, two floating-point operations each.
-        images = cfg.epochs * study.scope.images
-        if cfg.steps is not None:
-            images = cfg.steps * cfg.batch_size
-        gflops = 3 * forward                           # backward costs two forward passes
-        if cfg.method:
-            teacher, _, frozen = costs[cfg.detector, "teacher"]
-            gflops, memory = gflops + teacher, memory + frozen
-        hours = images * gflops * 2e9 / (tflops * 1e12) / 3600
-        total += hours
-        print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
-              f"  python {shlex.join(['train.py', *job.arguments])}")
-    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work "
-          "(--tflops: the peak times what training reaches of it, a fifth to a third), a step "
-          "being three forward passes and one of the teacher. Memory: weights (also the "
-          f"teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1071,7 +996,9 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
         read_results(results / "runs"))
     if dry_run:
         lines = trials(study, only) + plan(study, only)
-        print_costs(study, [*teachers_of(study, lines), *jobs_of(lines)], tflops)
+        print(f"To download: {study.scope.download}.\n")
+        jobs = [*teachers_of(study, lines), *jobs_of(lines)]
+        bench.print_costs(jobs, study.scope.images, study.scope.image_size, tflops)
         return 0
     if rebuild:
         write(study)

@@ -1,9 +1,11 @@
-"""bench.py: that it compares what it says it compares, and that the command ends with every figure."""
+"""bench.py: it compares what it says it compares, and the command ends with every figure."""
+import functools
 import json
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from experiments import bench
 import models
@@ -20,7 +22,8 @@ def test_both_implementations_hold_the_same_weights_and_train_the_same_parameter
     with torch.no_grad():
         answers = [bench.forward_of(model, batch)() for model in (ours, theirs)]
     torch.testing.assert_close(*answers, atol=1e-4, rtol=0)
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad)
+              for model in (ours, theirs)]
     assert counts[0] == counts[1]
 
 
@@ -33,12 +36,47 @@ def test_a_training_step_trains():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     bench.training_step(model, bench.loss_of(model, batch))()
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-    assert any(name.startswith("decoder.") for name in changed) and "backbone.conv1.weight" not in changed
+    assert any(name.startswith("decoder.") for name in changed)
+    assert "backbone.conv1.weight" not in changed
+
+
+def test_operations_by_hand():
+    """Two for a multiply-add: a linear layer of 3 rows, 4 -> 5, and attention of 2 heads.
+
+    Backward: a product each for the gradient of the layer's input and weight; five products of the
+    queries' and keys' size for attention's, which computes its weights once more.
+    """
+    layer, x = nn.Linear(4, 5), torch.zeros(3, 4, requires_grad=True)
+    assert bench.operations(lambda: layer(x)) == 2 * 3 * 4 * 5
+    assert bench.operations(lambda: layer(x).sum().backward()) == 3 * 2 * 3 * 4 * 5
+    q = torch.zeros(1, 2, 6, 8, requires_grad=True)
+    product, attend = 2 * 2 * 6 * 6 * 8, nn.functional.scaled_dot_product_attention
+    assert bench.operations(lambda: attend(q, q, q)) == 2 * product
+    assert bench.operations(lambda: attend(q, q, q).sum().backward()) == (2 + 5) * product
+
+
+def test_operations_of_dab_detr_are_its_gflops():
+    """GFLOPs are multiply-adds of one image; this detector samples nothing."""
+    model = bench.build("dab_detr", QUICK).eval()
+    image, nothing = torch.zeros(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
+    counted = bench.operations(bench.no_grad(lambda: model(image, nothing)))
+    assert counted / 2e9 == pytest.approx(models.gflops(model, 64, 96))
+
+
+def test_share_of_the_product_is_of_the_same_precision(monkeypatch):
+    """100 operations each. The product takes 1 s, in bf16 half of it; the detector 2 s in both."""
+    seconds = {"ours": 2., "ours, bf16": 2., "matrix product": 1., "matrix product, bf16": .5}
+    monkeypatch.setattr(bench, "seconds_of", lambda run, device: run())
+    monkeypatch.setattr(bench, "operations", lambda run: 100)
+    runs = {name: (lambda value=value: value) for name, value in seconds.items()}
+    rows = bench.interleaved(runs, 1, CPU, "")
+    assert [row["of_product"] for row in rows.values()] == [.5, .25, 1, 1]
 
 
 def test_repeats_are_interleaved_and_the_median_is_told():
     order = []
-    rows = bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU, "order")
+    runs = {name: functools.partial(order.append, name) for name in "ab"}
+    rows = bench.interleaved(runs, 3, CPU, "order")
     assert order[2:8] == ["a", "b"] * 3                      # after a first run of each
     assert rows["a"]["seconds"] == sorted(rows["a"]["all"])[1]
 
@@ -46,9 +84,9 @@ def test_repeats_are_interleaved_and_the_median_is_told():
 def test_images_a_second_are_of_interleaved_detectors_in_evaluation_mode():
     order, networks = [], {}
     for name in ("a", "b"):
-        networks[name] = models.build("deformable_detr", 3, **bench.Options(quick=True).architecture,
-                                      pretrained_backbone=False)
-        networks[name].register_forward_pre_hook(lambda network, _, name=name: order.append((name, network.training)))
+        networks[name] = bench.build("deformable_detr", QUICK, 3)
+        networks[name].register_forward_pre_hook(
+            lambda network, _, name=name: order.append((name, network.training)))
     networks["a"].eval()
     rates = bench.images_per_second(networks, torch.zeros(1, 3, 64, 128), seconds=0)
     assert order == [("a", False), ("b", False)] * 3
@@ -71,16 +109,32 @@ def test_parameters_are_the_published_ones():
         assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 0.5
 
 
+def test_saved_bytes_by_hand():
+    """A linear layer keeps its input for the weight's gradient, a sigmoid its output.
+
+    That is 3 x 4 and 3 x 5 floats; the weight itself is a parameter and not counted.
+    """
+    layer = nn.Linear(4, 5)
+    saved = bench.SavedBytes(layer.parameters())
+    with saved:
+        layer(torch.zeros(3, 4)).sigmoid()
+    assert saved.bytes == 4 * (3 * 4 + 3 * 5)
+
+
 def test_the_command_tells_everything(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    assert train.main(["bench", "--quick", "--repeats", "1", "--detectors", "deformable_detr", "--out", str(out)]) == 0
+    command = ["bench", "--quick", "--repeats", "1", "--detectors", "deformable_detr"]
+    assert train.main([*command, "--out", str(out)]) == 0
     told = json.loads(out.read_text())
     assert {"machine", "commit", "options", *bench.PARTS} <= told.keys()
     for part in ("inference", "training"):
         rows = told[part]["deformable_detr"]
-        assert rows["ours"]["seconds"] > 0 and rows["transformers"]["seconds"] > 0 and rows["logits_differ_by"] < 1e-4
+        assert rows["ours"]["seconds"] > 0 and rows["transformers"]["seconds"] > 0
+        assert rows["logits_differ_by"] < 1e-4
+        assert 0 < rows["ours"]["of_product"] < 1 and 0 < rows["ours, bf16"]["of_product"] < 1
     distilled = told["distill"]["deformable_detr"]
     names = ("student step", "teacher encode", "teacher target-query decode")
     parts = sum(distilled[name]["seconds"] for name in names)
-    assert distilled["whole_over_parts"] == pytest.approx(distilled["distillation step"]["seconds"] / parts)
+    whole = distilled["distillation step"]["seconds"]
+    assert distilled["whole_over_parts"] == pytest.approx(whole / parts)
     assert "images/s" in capsys.readouterr().out

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 import data
 import models
 import train
-from experiments import tables
+from experiments import bench, tables
 from train import PRESETS
 
 PUBLISHED = tables.HERE / "results" / "toy"
@@ -420,22 +419,10 @@ def test_shards_that_do_not_exist_are_refused(text):
         tables.shard(text)
 
 
-def test_saved_bytes_by_hand():
-    """A linear layer keeps its input for the weight's gradient, a sigmoid its output.
-
-    That is 3 x 4 and 3 x 5 floats; the weight itself is a parameter and not counted.
-    """
-    layer = nn.Linear(4, 5)
-    saved = tables.SavedBytes(layer.parameters())
-    with saved:
-        layer(torch.zeros(3, 4)).sigmoid()
-    assert saved.bytes == 4 * (3 * 4 + 3 * 5)
-
-
 @pytest.mark.parametrize("scale", ["kitti", "coco"])
 def test_a_dry_run_tells_each_run_of_the_paper_s_scales(scale, capsys, monkeypatch):
     # Real models would take a while.
-    monkeypatch.setattr(tables, "training_bytes", lambda *_: 1e9)
+    monkeypatch.setattr(bench, "training_bytes", lambda *_: 1e9)
     monkeypatch.setattr(models, "gflops", lambda *_: 100.0)
     a_gigabyte = SimpleNamespace(parameters=lambda: [torch.empty(250_000_000, device="meta")])
     monkeypatch.setattr(models, "build", lambda *_, **__: a_gigabyte)
