@@ -157,8 +157,8 @@ class Child:
     asked twice would stop it within a step.
     """
     def __init__(self, name, job, threads, row):
-        self.name, self.log = name, job.folder / "log.jsonl"
-        self.bar = tqdm(total=job.steps, desc=f"{name:<10}", position=row, dynamic_ncols=True,
+        self.name, self.log = f"{name:<10} ", job.folder / "log.jsonl"
+        self.bar = tqdm(total=job.steps, desc=self.name, position=row, dynamic_ncols=True,
                         mininterval=train.quiet_interval())
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -170,17 +170,12 @@ class Child:
 
     def print_lines(self):
         for line in self.process.stdout:
-            say(f"{self.name:<10} {line.rstrip()}")
+            say(self.name + line.rstrip())
 
     def poll(self):
-        """Move the bar -> exit code, or None while the process runs."""
+        """Move the bar to the last step logged -> exit code, or None while the process runs."""
         if self.log.exists():
-            *lines, _ = self.log.read_text().split("\n")         # what follows the last line break
-            if lines and len(lines) > self.bar.n:
-                last = json.loads(lines[-1])
-                del last["seconds"]                                  # no loss
-                self.bar.set_postfix_str(train.short(last), refresh=False)
-                self.bar.update(len(lines) - self.bar.n)
+            self.bar.update(self.log.read_text().count("\n") - self.bar.n)
         return self.process.poll()
 
     def end(self):
@@ -188,10 +183,8 @@ class Child:
         self.process.wait()
         self.printer.join()
         self.bar.close()
-        with self.errors as file:
-            file.seek(0)
-            lines = [line for line in file.read().splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        self.errors.seek(0)
+        return ["no message", *filter(str.strip, self.errors.read().splitlines())][-1]
 
 
 def shipped_teacher(path, dataset, device):
