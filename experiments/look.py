@@ -145,7 +145,7 @@ def compare(detectors):
     compared = {}
     for name, watched in detectors.items():
         look = watched["look"]
-        mass = plots.attention_mass(look["places"], look["weights"], *grid).cpu()         # (q, H, W)
+        mass = plots.attention_mass(look["places"], look["weights"], *grid).cpu()        # (q, H, W)
         if not compared:
             first = mass
             even = plots.even_mass(watched["boxes"], watched["side"], *grid)
@@ -251,7 +251,7 @@ def add_options(parser):
                         help="resize to SHORT,MAX pixels; default: as each checkpoint was trained")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     parser.add_argument("--precision", choices=train.PRECISIONS, default="fp32",
-                        help="(default: %(default)s)")
+                        help=train.PRECISION_HELP)
 
 
 def open_detectors(paths, layer, device):
