@@ -287,6 +287,19 @@ def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
                              "too large for their precision; take an earlier checkpoint")
 
 
+def load_backbone(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a backbone's file (torchvision, timm, or wrapped by a program) by name.
+
+    A prefix that all names share is stripped. Raises FileNotFoundError or ValueError with one line.
+    """
+    state, _ = find_weights(load(path))
+    if not state:
+        raise ValueError(f"{path} holds no weights: give the state_dict of a backbone")
+    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    return state
+
+
 def load_from_hub(name: str) -> dict:
     """'organisation/model' on the Hugging Face hub -> payload, its config.json as payload["config"]."""
     try:

@@ -364,6 +364,31 @@ def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, content, 
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("wrap", [
+    dict, lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+    lambda state: {"net": {f"module.backbone.{key}": value for key, value in state.items()}},
+    lambda state: {"model": {key: value * 0 for key, value in state.items()}, "model_ema": state}])
+def test_a_backbones_file_is_unwrapped(tmp_path, wrap):
+    state = {"conv1.weight": torch.ones(2), "layer1.0.conv1.weight": torch.ones(3), "fc.bias": torch.ones(4)}
+    torch.save(wrap(state), tmp_path / "x.pth")
+    loaded = checkpoints.load_backbone(tmp_path / "x.pth")
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no checkpoint at"), (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<html>", "a web page"), (legacy()[:900], "damaged"), ({"epoch": 3}, "holds no weights")])
+def test_a_damaged_backbone_file_is_told_for_what_it_is(tmp_path, content, words):
+    path = tmp_path / "x.pth"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        checkpoints.load_backbone(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
 @pytest.mark.parametrize("metadata", ["[1]", "null", "3", "[" * 100_000])
 def test_metadata_that_is_no_dictionary_is_refused(tmp_path, metadata):
     save_file({"a.b": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"payload": metadata})
