@@ -244,8 +244,7 @@ def find_weights(payload) -> tuple[dict[str, Tensor], str]:
         if any("." in key for key in state):
             states[place] = state
         for key, value in part.items():
-            if (isinstance(value, dict) and depth < 3
-                    and not re.search("optim|sched|resume|scaler|criterion", str(key), re.I)):
+            if isinstance(value, dict) and depth < 3 and not ASIDE.search(str(key)):
                 search(value, f"{place}.{key}".lstrip("."), depth + 1)
 
     search(payload, "", 0)
@@ -260,7 +259,9 @@ def find_weights(payload) -> tuple[dict[str, Tensor], str]:
     return tensors_of(payload), ""
 
 
+# Averaged weights, and what is no model, by the names that programs give them.
 AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.I)
+ASIDE = re.compile("optim|sched|resume|scaler|criterion|(^|_)(loss|matcher|metric)", re.I)
 
 
 def tensors_of(part: dict) -> dict[str, Tensor]:
@@ -274,20 +275,31 @@ def tensors_of(part: dict) -> dict[str, Tensor]:
     return tensors
 
 
+def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the first part of its names, if all share it; otherwise {}.
+
+    Losses beside a model (Lightning's "criterion." beside "model.") and names without parts do not
+    count; they are dropped.
+    """
+    groups = {}                                              # {first part: state}
+    for key, value in state.items():
+        first, dot, rest = key.partition(".")
+        if dot and not ASIDE.search(first):
+            groups.setdefault(first, {})[rest] = value
+    return groups.popitem()[1] if len(groups) == 1 else {}
+
+
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state without a wrapper's prefix: "module." of DDP, "_orig_mod." of torch.compile.
 
-    Prefixes that all names share are stripped until the names are of a known format; if they never
-    are, the state stays as it was.
+    Prefixes are stripped until the names are of a known format; if they never are, the state stays
+    as it was.
     """
     bare = state
-    for _ in range(4):
+    while bare:
         if any(contains(bare, mark) for mark, _ in FORMATS.values()):
             return bare
-        prefixes = {key.partition(".")[0] for key in bare if "." in key}
-        if len(prefixes) != 1:
-            break
-        bare = {key.partition(".")[2]: value for key, value in bare.items() if "." in key}
+        bare = inner(bare)
     return state
 
 
@@ -302,13 +314,16 @@ def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
 def load_backbone(path: str | Path) -> dict[str, Tensor]:
     """The weights of a backbone's file (torchvision, timm, or wrapped by a program) by name.
 
-    A prefix that all names share is stripped. Raises FileNotFoundError or ValueError with one line.
+    A prefix that all names share is stripped; of a whole detector the part "backbone." is taken.
+    Raises FileNotFoundError or ValueError with one line.
     """
-    state, _ = find_weights(load(path))
+    state = weights_of(load(path))
     if not state:
         raise ValueError(f"{path} holds no weights: give the state_dict of a backbone")
-    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
-        state = {key.partition(".")[2]: value for key, value in state.items()}
+    part = {key: value for key, value in state.items() if "backbone." in key}
+    state = part or state
+    while bare := inner(state):
+        state = bare
     return state
 
 
@@ -432,7 +447,7 @@ FORMATS = {   # program: (by which name its files are known, rows), tried in thi
     "mmdetection": ("^bbox_head.", MMDETECTION + OFFICIAL),
     "detrex": ("^transformer.(?:en|de)coder.layers.#.attentions.", DETREX + OFFICIAL),
     "official": ("^transformer.(?:en|de)coder.layers.", OFFICIAL),
-    "hugging_face": ("^model.(?:en|de)coder.layers.", HUGGING_FACE + OFFICIAL),
+    "hugging_face": ("^model.(?:en|de)coder.layers.#.self_attn", HUGGING_FACE + OFFICIAL),
     "torchvision": ("^layer1.0.conv1.weight$", [("^", "backbone.")]),
 }
 DETECTORS = {"dab_detr": "ref_anchor_head|anchor_size", "dino": "label_enc|label_embed",
@@ -591,6 +606,7 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
     state, where = find_weights(payload)
     check_finite(state, origin)
+    held = len(state)
     if source == "auto":
         state = unwrapped(state)
         source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
@@ -607,6 +623,8 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     own, report, rows = model.state_dict(), Report(f"{origin} ({source})"), {}
     if where not in ("", "model", "state_dict"):
         report.note = f"; of its weights those under {where!r} were taken"
+    if held > len(state):
+        report.note += f"; {held - len(state)} tensors beside the model were dropped"
     found = translate(state, source, detector, origin)           # {our name: (source name, value)}
     options = options_of(found, state, source, detector) | said_by(payload, origin)
     options |= made_with or {}

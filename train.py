@@ -1405,15 +1405,21 @@ def build_model(cfg, num_classes):
     # None means the official value, which only models.py knows.
     overrides = {name: getattr(cfg, name) for name in models.described_options()
                  if getattr(cfg, name) is not None}
-    named = {"none": False, "imagenet": True}
-    if "pretrained_backbone" in overrides:
-        word = cfg.pretrained_backbone
-        overrides["pretrained_backbone"] = named.get(word, word)
+    word = overrides.pop("pretrained_backbone", "imagenet")
+    weights = {"none": False, "imagenet": True}.get(word)
+    advice = ("--pretrained-backbone FILE takes torchvision's or timm's weights (`make "
+              "kitti-backbones` fetches the small recipes'), --pretrained-backbone none starts "
+              "from scratch")
     try:
-        return models.build(cfg.detector, num_classes, **overrides)
-    except (ValueError, OSError) as error:                # in the words of the command line
-        text = re.sub(r"pretrained_backbone=(\w+)", r"--pretrained-backbone \1", str(error))
-        raise type(error)(text.replace("backbone False", "backbone none")) from None
+        if weights is None:
+            weights = checkpoints.load_backbone(word)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{error}; {advice}") from None
+    try:
+        return models.build(cfg.detector, num_classes, pretrained_backbone=weights, **overrides)
+    except ValueError as error:                           # in the words of the command line
+        text = str(error).replace("pretrained_backbone:", f"{word}:")
+        raise ValueError(text.replace(models.OTHER_WEIGHTS, advice)) from None
 
 
 def method_class(name):

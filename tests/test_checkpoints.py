@@ -278,6 +278,9 @@ WRAPPED = {
     "arrays": lambda raw, averaged: ({"model": {k: v.numpy() for k, v in raw.items()}}, ""),
     "arrays of another byte order": lambda raw, averaged: ({"weights": {
         k: v.numpy().astype(v.numpy().dtype.newbyteorder(">")) for k, v in raw.items()}}, "'weights'"),
+    "Lightning": lambda raw, averaged: ({"state_dict": {f"model.{k}": v for k, v in raw.items()} | {
+        "criterion.empty_weight": torch.ones(4), "train_loss.weight": torch.ones(1)},
+        "loops": {"fit_loop": {}}}, ""),
     "timm": lambda raw, averaged: ({"state_dict": raw, "state_dict_ema": averaged}, "'state_dict_ema'"),
 }
 
@@ -290,6 +293,7 @@ def test_wrapped_weights_are_unwrapped_and_averaged_ones_preferred(how):
     wanted = averaged if "ema" in where.lower() else raw
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     assert not report.missing and where in str(report) and ("were taken" in str(report)) == bool(where)
+    assert ("2 tensors beside the model were dropped" in str(report)) == (how == "Lightning")
 
 
 def test_our_own_checkpoint_is_read_where_it_keeps_what_was_evaluated():
@@ -367,7 +371,10 @@ def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, content, 
 @pytest.mark.parametrize("wrap", [
     dict, lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
     lambda state: {"net": {f"module.backbone.{key}": value for key, value in state.items()}},
-    lambda state: {"model": {key: value * 0 for key, value in state.items()}, "model_ema": state}])
+    lambda state: {"model": {key: value * 0 for key, value in state.items()}, "model_ema": state},
+    lambda state: {f"backbone.{key}": value for key, value in state.items()} | {"head.bias": torch.zeros(1)},
+    lambda state: {"state_dict": {f"model.backbone.0.body.{key}": value for key, value in state.items()}
+                   | {"model.encoder.bias": torch.zeros(1), "criterion.weight": torch.zeros(1)}}])
 def test_a_backbones_file_is_unwrapped(tmp_path, wrap):
     state = {"conv1.weight": torch.ones(2), "layer1.0.conv1.weight": torch.ones(3), "fc.bias": torch.ones(4)}
     torch.save(wrap(state), tmp_path / "x.pth")

@@ -747,10 +747,19 @@ def test_ctrl_c_while_the_libraries_load_is_one_line():
     assert run.communicate()[1] == "stopped before anything began\n" and run.returncode == 130
 
 
-def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, capsys):
+@pytest.mark.parametrize("content, words", [
+    (None, "no checkpoint at"), (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<html>", "a web page"), ({"conv1.weight": torch.zeros(1)}, "not the weights of this resnet18")])
+def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, content, words, capsys):
+    path = tmp_path / "none.pth"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
     assert train.main(["fit", "--out", str(tmp_path / "run"), "--workers", "0", *flags(
-        {**TINY, "root": toy, "pretrained_backbone": str(tmp_path / "none.pth")})]) == 2
+        {**TINY, "root": toy, "pretrained_backbone": str(path)})]) == 2
     error = capsys.readouterr().err
+    assert words in error and str(path) in error and len(error.splitlines()) == 1
     assert "--pretrained-backbone FILE" in error and "--pretrained-backbone none" in error and "=False" not in error
 
 
