@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,54 +175,59 @@ def load(path: str | Path, map_location="cpu") -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: check the path")
-    broken = f"{path} is not a readable checkpoint: {what_it_is(path)}"
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as file:
+        start = file.read(200)
+    # A safetensors file is known by what it holds: the length of a JSON header, then the header.
+    if start[8:9] == b"{":
         try:
             with safe_open(path, "pt", device=str(map_location)) as file:
-                rest = json.loads((file.metadata() or {}).get("payload", "{}"))
-                if not isinstance(rest, dict):
-                    raise ValueError(f"{broken} (its metadata is a {type(rest).__name__}, no "
-                                     "dictionary)")
-                payload = {**rest, "model": {key: file.get_tensor(key) for key in file.keys()}}
-        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{broken} ({str(error)[:120]})") from None
+                payload = json.loads((file.metadata() or {}).get("payload", "{}"))
+                if not isinstance(payload, dict):
+                    raise TypeError(f"its metadata is a {type(payload).__name__}, no dictionary")
+                payload["model"] = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, TypeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(what_it_is(path, start, error)) from None
         check_finite(payload["model"], path)
         return payload
     try:
-        with torch.serialization.safe_globals(INERT):
-            payload = torch.load(path, map_location=map_location, weights_only=True)
+        # By its name alone torch would take a file for safetensors: it gets the opened one.
+        with torch.serialization.safe_globals(INERT), open(path, "rb") as file:
+            payload = torch.load(file, map_location=map_location, weights_only=True)
     except Refused as error:
         raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None
     except Exception as error:                          # torch raises many kinds for a damaged file
-        text = " ".join(str(error).split())
-        if found := re.search(r"GLOBAL ([\w.]+)", text):
-            raise ValueError(f"{path} holds a {found[1]}, which could execute code when loaded: "
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{path} holds a {refused[1]}, which could execute code when loaded: "
                              "refused; save tensors where it was made, "
                              "torch.save({'model': model.state_dict()}, FILE)") from None
-        raise ValueError(f"{broken} ({text[:120]})") from None
+        raise ValueError(what_it_is(path, start, error)) from None
     check_finite(weights_of(payload), path)
     return payload
 
 
-def what_it_is(path: Path) -> str:
-    """What a file that cannot be read is, where its first bytes tell; never a guess."""
-    with open(path, "rb") as file:
-        start = file.read(200)
-    if not start:
-        return "it is empty; copy or download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return ("it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes "
-                "from")
-    if start.lstrip()[:1] == b"<":
-        return "it is a web page; download the file that the page leads to"
+def what_it_is(path: Path, start: bytes, error: Exception) -> str:
+    """What a file that cannot be read is, where its first bytes tell; otherwise what stopped it."""
     # torch's own pickles of old begin with a number by which they are known.
-    if start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P":
-        return ("it is a plain pickle, not a file of torch.save; open it where it was made and "
+    pickled = start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
+    if not start.strip(b"\0"):
+        what = "it is empty (no bytes, or zeros); copy or download it again"
+    elif start.startswith(b"version https://git-lfs"):
+        what = "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
+    elif start.lstrip()[:1] == b"<":
+        what = "it is a web page; download the file that the page leads to"
+    elif re.fullmatch(rb"[\t\n\r -~]*", start):
+        what = f"it is a text file, {start[:40].decode()!r}...; give a .pth, .pt or .safetensors"
+    elif pickled:
+        what = ("it is a plain pickle, not a file of torch.save; open it where it was made and "
                 "write torch.save({'model': its tensors or arrays}, FILE)")
-    if b"NUMPY" in start or re.match(rb"PK.{28}[^\0]*\.npy", start, re.S):
-        return ("it is numpy's, not a file of torch.save; write "
+    elif b"NUMPY" in start or re.match(rb"PK.{28}[^\0]*\.npy", start, re.S):
+        what = ("it is numpy's, not a file of torch.save; write "
                 "torch.save({'model': dict(numpy.load(IT))}, FILE)")
-    return "it is damaged or of another kind; copy it again, or give a .pth, .pt or .safetensors"
+    else:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        what = ("it is damaged or of another kind; copy it again, or give a .pth, .pt or "
+                f".safetensors ({textwrap.shorten(reason, 120)})")
+    return f"{path} is not a readable checkpoint: {what}"
 
 
 def weights_of(payload) -> dict[str, Tensor]:
@@ -353,7 +359,7 @@ def load_from_hub(name: str) -> dict:
         raise ValueError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin: is it a "
                          "PyTorch model?")
     payload, config = load(path), fetch("config.json")
-    said = {"config": json.loads(Path(config).read_text())} if config else {}
+    said = {"config": read_json(config)} if config else {}
     return said | (payload if "model" in payload else {"model": payload})
 
 
@@ -504,7 +510,7 @@ COCO = {91: COCO_91, 80: [name for name in COCO_91 if name not in ("__background
 def read_json(path: str | Path):
     """What a JSON file holds. Raises ValueError with file and remedy when it is damaged."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({str(error)[:80]}): delete it and repeat "
                          "the command that made it") from None
@@ -523,36 +529,42 @@ def write_json(path: str | Path, content) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Atomic, so that a kill never leaves half a file."""
-    write_file(path, lambda temporary: Path(temporary).write_text(text))
+    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 PATIENCE = 10                                                    # seconds
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, wait: bool = False):
-    """Lock a folder against a second process; the system unlocks it when this process ends.
+def locked(path: str | Path, wait: bool = False):
+    """Lock a folder or a file against a second process; yields the lock, a file descriptor.
 
+    The system unlocks it when the last process that holds it ends: this one, or a child that
+    inherits it (`pass_fds`) and outlives its parent.
     wait: wait for as long as another process holds the lock. Otherwise wait PATIENCE seconds, in
-    which the workers of a killed run end, and then raise ValueError. On Windows nothing is locked.
+    which the workers of a killed run end, and then raise ValueError. On Windows, and where a mount
+    has no locks, nothing is locked.
     """
     if fcntl is None:
-        yield
+        yield None
         return
-    handle, patience = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    lock, patience = os.open(path, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait and time.monotonic() > patience:
-                    raise ValueError(f"{folder} is in the hands of another run: wait for its end, "
+                    raise ValueError(f"{path} is in the hands of another run: wait for its end, "
                                      "or choose another folder") from None
                 time.sleep(0.2)
-        yield
+                continue
+            except OSError:                                  # some network mounts
+                pass
+            break
+        yield lock
     finally:
-        os.close(handle)
+        os.close(lock)
 
 
 @dataclass

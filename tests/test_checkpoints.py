@@ -64,6 +64,13 @@ def test_save_and_load_round_trip(tmp_path, name):
     assert [f.name for f in (tmp_path / "deep").iterdir()] == [name]      # no temporary file left
 
 
+def test_a_file_is_read_by_what_it_holds_whatever_its_name(tmp_path):
+    for name, other in (("a.safetensors", "a.bin"), ("b.pth", "b.safetensors")):
+        checkpoints.save(tmp_path / name, {"model": {"a.b": torch.ones(2)}})
+        (tmp_path / name).rename(tmp_path / other)
+        assert torch.equal(checkpoints.load(tmp_path / other)["model"]["a.b"], torch.ones(2))
+
+
 def test_half_precision_weights(tmp_path):
     model, other = toy(seed=0), toy(seed=1)
     checkpoints.save(tmp_path / "half.safetensors", payload(model), half=True)
@@ -89,7 +96,7 @@ class Calls:
         return self.call
 
 
-@pytest.mark.parametrize("kind, message", [("missing", "check the path"), ("cut", "damaged"), ("text", "damaged"),
+@pytest.mark.parametrize("kind, message", [("missing", "check the path"), ("cut", "damaged"), ("text", "a text file, 'not a checkpoint'"),
                                            ("system", "system"), ("eval", "eval"), ("cut.safetensors", "damaged")])
 def test_unreadable_files_are_one_line_errors(tmp_path, monkeypatch, kind, message):
     monkeypatch.chdir(tmp_path)
@@ -355,7 +362,8 @@ def legacy():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    (b"", "it is empty"), (bytes(5000), "it is empty"), (b'{"error": "Entry not found"}', "a text file, .*Entry not found"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     (b"\n<!DOCTYPE html><html>", "a web page"), (b"PK\x03\x04 cut", "damaged or of another kind"),
     (pickle.dumps({"model": 1}), "plain pickle"), (pickle.dumps([2], 2), "plain pickle"),
     (b"\x93NUMPY\x01\x00", "numpy's"), (npz(), "numpy's"),
@@ -366,6 +374,7 @@ def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, content, 
     with pytest.raises(ValueError, match=words) as error:
         checkpoints.load(tmp_path / name)
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert "Weights only load" not in str(error.value)
 
 
 @pytest.mark.parametrize("wrap", [
@@ -465,10 +474,17 @@ def test_a_lock_is_refused_in_one_line_and_ends_with_a_killed_process(tmp_path, 
         assert not list(tmp_path.iterdir())                     # nothing is left to be removed
 
 
-def test_without_flock_a_folder_is_written_to_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "fcntl", None)             # Windows
+def no_locks(*_):
+    raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("fcntl", [None, types.SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)],
+                         ids=["Windows", "a mount without locks"])
+def test_without_flock_a_folder_is_written_to_all_the_same(tmp_path, monkeypatch, fcntl):
+    monkeypatch.setattr(checkpoints, "fcntl", fcntl)
     with checkpoints.locked(tmp_path), checkpoints.locked(tmp_path):
-        checkpoints.write_text(tmp_path / "x", "text")
+        checkpoints.write_text(tmp_path / "x", "text ±")
+    assert (tmp_path / "x").read_bytes() == "text ±".encode()
 
 
 # --------------------------------------------------------------------------------------------------------- what fits
