@@ -31,6 +31,7 @@ import math
 import platform
 import re
 import subprocess
+import textwrap
 import threading
 import time
 from dataclasses import dataclass
@@ -1157,25 +1158,42 @@ def load_payload(path):
     if path.is_dir():                                    # a run's folder
         path = path / "last.pt"
     payload = checkpoints.load(path)
-    kinds = {"model": dict, "detector": str, "config": dict, "classes": list, "data": str,
-             "settings": dict, "metrics": dict}
+    kinds = {"model": dict, "detector": str, "config": dict, "classes": list, "category_ids": list,
+             "data": str, "settings": dict, "metrics": dict}
     if not isinstance(payload, dict) or not kinds.keys() <= payload.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt "
                          "that `fit` or `distill` wrote, or an exported .safetensors")
-    # A file may be safe to read and still absurd.
     wrong = [name for name, kind in kinds.items() if not isinstance(payload[name], kind)]
-    if not wrong:
-        wrong += ["classes"] * (not all(isinstance(name, str) for name in payload["classes"]))
-        wrong += ["detector"] * (payload["detector"] not in models.DETECTORS)
-        wrong += ["data"] * (payload["data"] not in data.DEFAULT_SIZE)
-        for name in LIMITS.keys() & payload["config"].keys():
-            value, (least, end) = payload["config"][name], LIMITS[name]
-            if not (isinstance(value, (int, float)) and least <= value < end):
-                wrong.append(f"config.{name}")
+    wrong = wrong or [place for place, right in entries_of(payload) if not right]
     if wrong:
         raise ValueError(f"{path}: its {wrong[0]!r} is not what a checkpoint of this project "
                          "holds: make it again")
     return payload | {"path": path}
+
+
+def entries_of(payload):
+    """Yield (place in a checkpoint, whether its value is one that a checkpoint may hold).
+
+    A file may be safe to read and still absurd: options have the types and ranges that they have on
+    the command line.
+    """
+    config, settings, classes = payload["config"], payload["settings"], payload["classes"]
+    weights, ids = payload["model"], payload["category_ids"]
+    for part in ("model", "config", "settings", "metrics"):
+        yield part, all(isinstance(key, str) for key in payload[part])
+    yield "model", all(isinstance(value, torch.Tensor) for value in weights.values())
+    yield "classes", classes and all(isinstance(name, str) for name in classes)
+    yield "category_ids", len(ids) == len(classes) and all(type(number) is int for number in ids)
+    yield "detector", payload["detector"] in models.DETECTORS
+    yield "metrics.AP", type(payload["metrics"].get("AP")) in (float, int, type(None))
+    # The model's options, and the settings that evaluation reads.
+    yield "data", payload["data"] == settings.get("data") in data.DEFAULT_SIZE
+    yield "settings.class_map", fits("class_map", settings.get("class_map"), str | None)
+    yield "settings.size", fits("size", settings.get("size"), str | None)
+    kinds = {name: kind for name, (kind, _) in models.described_options().items()}
+    kinds |= {"frozen_backbone": bool, "pretrained_backbone": bool}
+    for name in kinds.keys() & config.keys():
+        yield f"config.{name}", fits(name, config[name], kinds[name])
 
 
 def rebuild(payload):
@@ -1185,17 +1203,17 @@ def rebuild(payload):
     configuration, or when its backbone was a module of one's own.
     """
     # A checkpoint never names a file to open.
-    config = payload["config"] | {"pretrained_backbone": False}
-    if config["backbone"] == "custom":
-        raise ValueError(f"{payload['path']} was made with a backbone module of your own: build "
-                         "the model with it (models.build), then checkpoints.load_weights")
-    model = models.build(payload["detector"], len(payload["classes"]), **config)
+    path, config = payload["path"], payload["config"] | {"pretrained_backbone": False}
+    if config.get("backbone") == "custom":
+        raise ValueError(f"{path} was made with a backbone module of your own: build the model "
+                         "with it (models.build), then checkpoints.load_weights")
     try:
+        model = models.build(payload["detector"], len(payload["classes"]), **config)
         model.load_state_dict(payload["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{payload['path']}: weights and configuration do not fit ({reason}): "
-                         "make it again") from None
+    except (ValueError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 150)
+        raise ValueError(f"{path}: weights and configuration do not fit ({reason}): make it "
+                         "again") from None
     return model.eval()
 
 
@@ -1362,7 +1380,7 @@ LIMITS = {
     "num_queries": (1, 2 ** 16), "feature_levels": (1, 10), "points": (1, 100), "dropout": (0, 1),
     "num_patterns": (0, 2 ** 10), "denoising": (0, 2 ** 16), "denoising_box_noise": (0, math.inf),
     "denoising_label_noise": (0, math.inf), "position_temperature": (0, math.inf),
-    "logit_eps": (0, 1),
+    "position_offset": (-100, 100), "feature_stride": (8, 33), "logit_eps": (0, 1),
     "workers": (0, 1024), "eval_every": (0, math.inf), "eval_batch": (1, math.inf),
     "teacher_cache": (0, math.inf), "probe_every": (0, math.inf), "save_minutes": (0, math.inf),
 }
@@ -1375,6 +1393,22 @@ def check_limits(settings):
         if value is not None and not least <= value < end:
             less = f" and less than {end}" if end < math.inf else ", a finite number"
             raise ValueError(f"--{name.replace('_', '-')} {value}: want at least {least}{less}")
+    if getattr(settings, "accumulate", 1) > (batch := getattr(settings, "batch_size", 1)):
+        raise ValueError(f"--accumulate {settings.accumulate}: it splits each batch, want at most "
+                         f"--batch-size {batch}")
+
+
+def fits(name, value, kind):
+    """Whether a value from a file is one of an option: of its type, in its range."""
+    kinds = getattr(kind, "__args__", (kind,))
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+        return False
+    if name == "size":
+        with contextlib.suppress(ValueError):
+            return parse_size(value) or True
+        return False
+    least, end = LIMITS.get(name, (-math.inf, math.inf))
+    return not isinstance(value, (int, float)) or least <= value < end
 
 
 def parse_size(text):
@@ -1387,7 +1421,10 @@ def parse_size(text):
         raise ValueError(f"--size {text}: want SHORT,MAX in pixels, e.g. 800,1333")
     if max(int(side) for side in sides) > 16384:
         raise ValueError(f"--size {text}: want at most 16384 pixels")
-    return int(sides[0]), int(sides[1])
+    short, longest = map(int, sides)
+    if short > longest:
+        raise ValueError(f"--size {text}: want the short side first, SHORT,MAX")
+    return short, longest
 
 
 def build_data(cfg, split, augment=False):
