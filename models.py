@@ -291,6 +291,13 @@ class DeformableEncoderLayer(nn.Module):
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Also where a group has a single value, which nn.GroupNorm refuses: one channel, one cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class DeformableEncoder(nn.Module):
     """Feature maps -> Memory: project to one width, mark the levels, let tokens attend."""
 
@@ -310,7 +317,7 @@ class DeformableEncoder(nn.Module):
             nn.init.zeros_(convolution.bias)
         groups = math.gcd(32, dim)                       # 32 in every official model
         self.project = nn.ModuleList(
-            nn.Sequential(convolution, nn.GroupNorm(groups, dim)) for convolution in convolutions)
+            nn.Sequential(convolution, GroupNorm(groups, dim)) for convolution in convolutions)
         self.level_embed = nn.Parameter(torch.randn(levels, dim))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, heads, ffn_dim, levels, points, dropout)

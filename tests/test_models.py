@@ -573,6 +573,23 @@ def test_any_number_of_levels(variant, levels):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoder.parameters())
 
 
+@pytest.mark.parametrize("variant", ["plain", "dino"])
+def test_a_level_of_one_cell_is_the_same_alone_and_in_a_batch(variant):
+    """One channel a group and one cell: a norm of a single value, 0 before its bias; nn.GroupNorm refuses it alone."""
+    model = fresh(variant, hidden_dim=32, heads=4, feature_levels=4).eval()
+    norm = model.encoder.project[-1][1]
+    assert norm.num_groups == norm.num_channels
+    images = torch.randn(2, 3, 33, 64, generator=torch.Generator().manual_seed(0))
+    nothing = torch.zeros(2, 33, 64, dtype=torch.bool)
+    with torch.no_grad():
+        nn.init.normal_(norm.bias)
+        alone, both = model.encode(images[:1], nothing[:1]), model.encode(images, nothing)
+        assert alone.shapes[-1] == (1, 1)
+        torch.testing.assert_close(alone.tokens, both.tokens[:1], rtol=1e-3, atol=1e-3)
+        single = norm(torch.full((1, 32, 1, 1), 3.))[0, :, 0, 0]
+        torch.testing.assert_close(single, norm.bias, rtol=1e-3, atol=1e-3)
+
+
 def test_level_masks_by_hand():
     """32 of 80 columns are the image's. Each level takes the image's own nearest pixel: the last level's second cell
     that of column 40, padding; the level before it (its cells: columns 0, 26, 53) would say otherwise."""
