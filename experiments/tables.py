@@ -951,8 +951,16 @@ def untrained(cfg):
 
 def print_costs(study, jobs, tflops):
     """Print every run with its command, and what it would take. Teachers come before students."""
-    costs, total, (height, width) = {}, 0., study.scope.image_size
-    print(f"To download: {study.scope.download}.\n")
+    costs, total = {}, 0.
+    in_all, (height, width) = study.scope.images, study.scope.image_size
+    if study.scale == "toy" or study.root == "ROOT":
+        print(f"To download: {study.scope.download}.\n")
+    else:                                              # a folder of the user's own
+        cfg = jobs[0].cfg
+        dataset = data.build(cfg.data, cfg.root, cfg.train_split, class_map=cfg.class_map,
+                             limit=cfg.limit, size=train.parse_size(cfg.size), check=False)
+        in_all, (_, height, width) = len(dataset), dataset[0][0].shape
+        print(f"{dataset.summary}\n")
     for job in jobs:
         cfg, key = job.cfg, (job.cfg.detector, job.role)
         # Models of one role are alike: they are counted once.
@@ -964,7 +972,7 @@ def print_costs(study, jobs, tflops):
         forward, memory, _ = costs[key]
 
         # Images times multiply-adds, two floating-point operations each.
-        images = cfg.epochs * study.scope.images
+        images = cfg.epochs * in_all
         if cfg.steps is not None:
             images = cfg.steps * cfg.batch_size
         gflops = 3 * forward                           # backward costs two forward passes

@@ -454,6 +454,21 @@ def test_a_dry_run_tells_each_run_of_the_paper_s_scales(scale, capsys, monkeypat
     assert f"--recipe {scale}-student" in twice
 
 
+def test_a_dry_run_counts_the_images_of_the_folder_it_is_given(toy, capsys, monkeypatch):
+    """KITTI's layout with 16 images of 160 x 48 pixels: 12 epochs of 1 GFLOP forward, three times."""
+    sizes = []
+    monkeypatch.setattr(tables, "training_bytes", lambda *_: 1e9)
+    monkeypatch.setattr(models, "gflops", lambda _, *size: sizes.append(size) or 1e6)
+    monkeypatch.setattr(models, "build", lambda *_, **__: SimpleNamespace(parameters=lambda: []))
+    changes = ["--", "--train-split", "all", "--size", "24,80"]
+    assert train.main(["table", "kitti", "--dry-run", "--root", str(toy), *changes]) == 0
+    said = capsys.readouterr().out
+    assert "kitti all: 16 images" in said and "To download" not in said and set(sizes) == {(24, 80)}
+    hours = 12 * 16 * 3 * 1e6 * 2e9 / 20e12 / 3600
+    line = next(line for line in said.splitlines() if line.startswith("dino-student") and "-x" not in line)
+    assert f"about {hours:.1f} GPU-hours" in line
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
