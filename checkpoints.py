@@ -310,8 +310,11 @@ def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
-    """Raises ValueError that names the first tensor with NaN or infinity in it."""
+    """Raises ValueError that names the first tensor with NaN or infinity in it, or of an odd kind."""
     for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{origin}: {name} is a sparse, quantized or meta tensor: save it as a "
+                             "plain one where it was made")
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{origin}: {name} is not finite: weights of a run that blew up, or "
                              "too large for their precision; take an earlier checkpoint")
@@ -696,7 +699,7 @@ def translate(state: dict, source: str, detector: str | None,
               origin: str) -> dict[str, tuple[str, Tensor]]:
     """-> {our name: (source name, value)}, heads numbered by layer; unknown names stay."""
     rows = [(regex(theirs), full(ours).replace("#", r"\1"))
-            for theirs, ours in FORMATS[source][1] + OF_DETECTOR[detector]]
+            for theirs, ours in FORMATS[source][1] + OF_DETECTOR.get(detector, [])]
     found = {}
     for key, value in state.items():
         name = key
@@ -775,7 +778,8 @@ def said_by(payload: dict, origin: str) -> dict:
     if said.get("dilation"):
         raise ValueError(f"{origin} was made with dilation (DC5), which these models do not have: "
                          "choose another file")
-    return {SAID[name]: value for name, value in said.items() if name in SAID and value is not None}
+    return {SAID[name]: value for name, value in said.items()
+            if name in SAID and isinstance(value, (bool, int, float))}
 
 
 def check_options(model: nn.Module, options: dict, origin: str) -> None:
@@ -826,7 +830,8 @@ def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> 
     dataset, labels = dict_of(meta, "dataset_meta"), dict_of(dict_of(payload, "config"), "id2label")
     said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"),
             dataset.get("classes"), list(labels.values()), COCO.get(theirs)]
-    named = next((names for names in said if names and len(names) == theirs), [])
+    named = next((names for names in said if isinstance(names, (list, tuple)) and len(names) == theirs
+                  and all(isinstance(name, str) for name in names)), [])
     if not named and theirs == ours:                      # nothing says otherwise: the same classes
         return list(range(theirs)), list(range(ours))
     known = classes or COCO.get(ours, [])

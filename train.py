@@ -631,10 +631,10 @@ def restore(path, stateful, provenance):
     continue from.
     """
     def identity(facts):      # the teacher is known by its weights, wherever their file lies now
-        return facts["settings"] | {"teacher": facts["taught_by"],
-                                    "number of processes": facts["world"],
+        return facts["settings"] | {"teacher": facts.get("taught_by"),
+                                    "number of processes": facts.get("world"),
                                     "images, classes or boxes": facts.get("images")}
-    saved = checkpoints.load(path)
+    saved = load_payload(path)
     then = identity(saved)
     differ = [name for name, value in identity(provenance).items()
               if then.get(name, value) != value]

@@ -255,6 +255,21 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, name, 
         checkpoints.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("odd", [torch.zeros(3).to_sparse(), torch.zeros(3, device="meta"),
+                                 torch.quantize_per_tensor(torch.zeros(3), 1., 0, torch.qint8)])
+def test_tensors_of_an_odd_kind_are_refused(tmp_path, odd):
+    torch.save({"model": {"a.b": odd}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth: a.b is a sparse, quantized or meta tensor"):
+        checkpoints.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("classes", [7, "abc", [1, 2, 3], {"a": 1}, torch.zeros(3), ["Car", None, "Dog"]])
+def test_class_names_that_are_none_count_as_no_names(classes):
+    source, model = payload(toy(seed=0)) | {"classes": classes, "config": {"heads": "many"}}, toy(seed=1)
+    report = checkpoints.load_weights(model, source, classes=["Car", "Pedestrian", "Cyclist"])
+    assert "copied row by row" in str(report)
+
+
 def test_half_precision_that_overflows_is_not_written(tmp_path):
     model = toy(seed=0)
     with torch.no_grad():

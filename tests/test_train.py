@@ -703,6 +703,16 @@ def test_resuming_notices_images_that_are_gone(toy, tmp_path, capsys):
     assert "other settings (images, classes or boxes)" in capsys.readouterr().err
 
 
+def test_resuming_from_what_is_no_run_is_one_line(toy, teacher, tmp_path, capsys):
+    command = ["fit", "--out", str(tmp_path), "--workers", "0", "--resume", *flags({**TINY, "root": toy})]
+    exported = {k: v for k, v in checkpoints.load(teacher / "last.pt").items() if k not in ("resume", "world", "taught_by")}
+    for content, words in (({"a.b": torch.zeros(1)}, "is not a checkpoint of this project"), (exported, "last.pt ")):
+        torch.save(content, tmp_path / "last.pt")
+        assert train.main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error and str(tmp_path) in error
+
+
 def test_images_without_any_object_are_no_training_set(toy, tmp_path, capsys):
     root = tmp_path / "toy"
     shutil.copytree(toy, root)
