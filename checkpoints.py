@@ -1,11 +1,11 @@
 """Files: save and load without ever executing code, and read published weights into models.py.
 
-A payload is a nested dict / list of tensors, numbers, strings and None. A model's
-payload is {"model": state_dict, "detector": name, "config": model.config, "classes": [...], "category_ids": [...]}
-and whatever else the caller adds.
+A payload is a nested dict / list of tensors, numbers, strings and None. A model's payload is
+{"model": state_dict, "detector": name, "config": model.config, "classes": [...],
+"category_ids": [...]} and whatever else the caller adds.
 
-`load_weights` knows other programs' models by two kinds of tables: what they call our parameters (FORMATS), and how
-they compute differently with equally named weights (PUBLISHED).
+`load_weights` knows other programs' models by two kinds of tables: what they call our parameters
+(FORMATS), and how they compute differently with equally named weights (PUBLISHED).
 """
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +33,10 @@ except ImportError:                                              # Windows
     fcntl = None
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 class Ignored:
-    """Placeholder for pickled objects that are not needed: accepts any arguments and does nothing."""
+    """Placeholder for pickled objects that are not needed: takes any arguments and does nothing."""
     def __init__(self, *args):
         pass
 
@@ -47,7 +48,8 @@ class Refused(ValueError):
 class Dtype:
     """Stands for numpy.dtype in a file: only numbers, and only the byte order as its state.
 
-    numpy's own would also take types with Python objects in them, whose addresses then come out of the file.
+    numpy's own class also accepts types that hold Python objects, and would take the objects'
+    addresses from the file.
     """
     def __init__(self, code, *flags):
         if not re.fullmatch(r"[?bB]|[biuf][1248]|c8|c16", code if isinstance(code, str) else ""):
@@ -55,13 +57,17 @@ class Dtype:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
-        if not (isinstance(state, tuple) and state[2:] == (None, None, None, -1, -1, 0) and state[1] in ("<", ">", "|")):
+        plain = (None, None, None, -1, -1, 0)
+        if not (isinstance(state, tuple) and state[2:] == plain and state[1] in ("<", ">", "|")):
             raise Refused("holds a numpy type with a state of its own")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class Array(np.ndarray):
-    """Stands for numpy.ndarray in a file: begins empty, see `empty_array`, and is filled once, from exactly its bytes."""
+    """Stands for numpy.ndarray in a file.
+
+    It begins empty (see `empty_array`) and is filled once, from exactly as many bytes as it holds.
+    """
     def __new__(cls, *args):
         raise Refused("calls numpy.ndarray, which takes any memory for an array")
 
@@ -69,7 +75,8 @@ class Array(np.ndarray):
         if hasattr(self, "filled"):            # a second time would free memory that others look at
             raise Refused("holds a numpy array that changes while it is read")
         version, shape, kind, fortran, content = state
-        whole = isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int and n >= 0 for n in shape)
+        whole = (isinstance(shape, tuple) and len(shape) <= 32
+                 and all(type(n) is int and n >= 0 for n in shape))
         if not (whole and isinstance(kind, Dtype) and isinstance(content, bytes)
                 and math.prod(shape) * kind.dtype.itemsize == len(content)):
             raise Refused("holds a numpy array whose bytes do not fit its shape")
@@ -84,27 +91,32 @@ def empty_array(*args):
 
 def numpy_number(kind, content):
     """Stands for numpy's `scalar`, which makes one number from its bytes."""
-    if not (isinstance(kind, Dtype) and isinstance(content, bytes) and len(content) == kind.dtype.itemsize):
+    if not (isinstance(kind, Dtype) and isinstance(content, bytes)
+            and len(content) == kind.dtype.itemsize):
         raise Refused("holds a numpy number whose bytes do not fit its type")
     return np.frombuffer(content, kind.dtype)[0]
 
 
-# What published .pth files hold beside tensors, and what cannot execute anything when it is unpickled: the arguments of
-# official programs, numpy's numbers and arrays (numpy 1 says core, numpy 2 _core), MMEngine's log of the training.
+# What published .pth files hold in addition to tensors, and what cannot execute anything when it is
+# unpickled: the arguments of official programs, numpy's numbers and arrays (numpy 1 says core,
+# numpy 2 _core), MMEngine's log of the training.
 INERT = [argparse.Namespace, (Dtype, "numpy.dtype"), (Array, "numpy.ndarray"),
          *[(stand_in, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
            for stand_in, name in ((numpy_number, "scalar"), (empty_array, "_reconstruct"))],
          (lambda: b"", "builtins.bytes"),                         # of an array without elements
-         (lambda *factory: {}, "collections.defaultdict"),        # into which torch's unpickler refuses to put anything
-         *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],    # its factories
+         # torch's unpickler fills no defaultdict, but fills a dictionary.
+         (lambda *factory: {}, "collections.defaultdict"),
+         # The factories of a defaultdict.
+         *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],
          (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"), (Ignored, "builtins.getattr")]
 
 
 def save(path: str | Path, payload: dict, half: bool = False) -> None:
-    """Write atomically: a crash at any moment leaves the old file or the new one, never a broken one.
+    """Write atomically: a crash at any moment leaves the old file or the new one, never a mix.
 
-    A name ending in .safetensors holds payload["model"] alone as tensors and the rest, which must be plain values, as
-    JSON in its metadata; half: floating-point weights as float16. Any other name: torch.save of the whole payload.
+    A file named *.safetensors holds payload["model"] as tensors and the rest, which must be plain
+    values, as JSON in its metadata. Any other name: torch.save of the whole payload.
+    half: write floating-point weights as float16.
     Raises ValueError, and leaves the old file, when weights are not finite.
     """
     path = Path(path)
@@ -127,8 +139,8 @@ def save(path: str | Path, payload: dict, half: bool = False) -> None:
 def write_file(path: str | Path, write) -> None:
     """Let `write(temporary path)` make a file, and put it in place at once when it is whole.
 
-    A crash at any moment leaves the old file or the new one. Raises OSError with one line that names
-    the file when it could not be written; the old one is then as it was.
+    A crash at any moment leaves the old file or the new one. Raises OSError, in one line that names
+    the file, when it cannot be written; the old file is then intact.
     """
     path, temporary = Path(path), None
     try:
@@ -155,61 +167,67 @@ def write_file(path: str | Path, write) -> None:
 
 
 def load(path: str | Path, map_location="cpu") -> dict:
-    """Read what `save` wrote, or any .pth / .safetensors file; float16 weights stay float16. Never executes code.
+    """Read what `save` wrote, or any .pth / .safetensors file, without ever executing code.
 
-    Raises FileNotFoundError or ValueError with one line: a missing or cut-off file, a pickle that holds more than data,
-    weights that are not finite.
+    float16 weights stay float16. Raises FileNotFoundError or ValueError with one line: a missing or
+    damaged file, a pickle that holds more than data, weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: check the path")
-    broken = f"{path} is not a readable checkpoint: {what_it_is(path)}"
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as file:
+        start = file.read(200)
+    # A safetensors file is known by what it holds: the length of a JSON header, then the header.
+    if start[8:9] == b"{":
         try:
             with safe_open(path, "pt", device=str(map_location)) as file:
-                rest = json.loads((file.metadata() or {}).get("payload", "{}"))
-                if not isinstance(rest, dict):
-                    raise ValueError(f"{broken} (its metadata is a {type(rest).__name__}, no "
-                                     "dictionary)")
-                payload = {**rest, "model": {key: file.get_tensor(key) for key in file.keys()}}
-        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{broken} ({str(error)[:120]})") from None
+                payload = json.loads((file.metadata() or {}).get("payload", "{}"))
+                if not isinstance(payload, dict):
+                    raise TypeError(f"its metadata is a {type(payload).__name__}, no dictionary")
+                payload["model"] = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, TypeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(what_it_is(path, start, error)) from None
         check_finite(payload["model"], path)
         return payload
     try:
-        with torch.serialization.safe_globals(INERT):
-            payload = torch.load(path, map_location=map_location, weights_only=True)
+        # By its name alone torch would take a file for safetensors: it gets the opened one.
+        with torch.serialization.safe_globals(INERT), open(path, "rb") as file:
+            payload = torch.load(file, map_location=map_location, weights_only=True)
     except Refused as error:
         raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None
     except Exception as error:                          # torch raises many kinds for a damaged file
-        text = " ".join(str(error).split())
-        if found := re.search(r"GLOBAL ([\w.]+)", text):
-            raise ValueError(f"{path} holds a {found[1]}, which could execute code when loaded: "
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{path} holds a {refused[1]}, which could execute code when loaded: "
                              "refused; save tensors where it was made, "
                              "torch.save({'model': model.state_dict()}, FILE)") from None
-        raise ValueError(f"{broken} ({text[:120]})") from None
+        raise ValueError(what_it_is(path, start, error)) from None
     check_finite(weights_of(payload), path)
     return payload
 
 
-def what_it_is(path: Path) -> str:
-    """What a file that cannot be read is, where its first bytes tell; never a guess."""
-    with open(path, "rb") as file:
-        start = file.read(200)
-    if not start:
-        return "it is empty; copy or download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
-    if start.lstrip()[:1] == b"<":
-        return "it is a web page; download the file that the page leads to"
+def what_it_is(path: Path, start: bytes, error: Exception) -> str:
+    """What a file that cannot be read is, where its first bytes tell; otherwise what stopped it."""
     # torch's own pickles of old begin with a number by which they are known.
-    if start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P":
-        return ("it is a plain pickle, not a file of torch.save; open it where it was made and write "
-                "torch.save({'model': its tensors or arrays}, FILE)")
-    if b"NUMPY" in start or re.match(rb"PK.{28}[^\0]*\.npy", start, re.S):
-        return ("it is numpy's, not a file of torch.save; write "
+    pickled = start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
+    if not start.strip(b"\0"):
+        what = "it is empty (no bytes, or zeros); copy or download it again"
+    elif start.startswith(b"version https://git-lfs"):
+        what = "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
+    elif start.lstrip()[:1] == b"<":
+        what = "it is a web page; download the file that the page leads to"
+    elif re.fullmatch(rb"[\t\n\r -~]*", start):
+        what = f"it is a text file, {start[:40].decode()!r}...; give a .pth, .pt or .safetensors"
+    elif pickled:
+        what = ("it is a plain pickle, not a file of torch.save; open it where it was made and "
+                "write torch.save({'model': its tensors or arrays}, FILE)")
+    elif b"NUMPY" in start or re.match(rb"PK.{28}[^\0]*\.npy", start, re.S):
+        what = ("it is numpy's, not a file of torch.save; write "
                 "torch.save({'model': dict(numpy.load(IT))}, FILE)")
-    return "it is damaged or of another kind; copy it again, or give a .pth, .pt or .safetensors"
+    else:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        what = ("it is damaged or of another kind; copy it again, or give a .pth, .pt or "
+                f".safetensors ({textwrap.shorten(reason, 120)})")
+    return f"{path} is not a readable checkpoint: {what}"
 
 
 def weights_of(payload) -> dict[str, Tensor]:
@@ -232,8 +250,7 @@ def find_weights(payload) -> tuple[dict[str, Tensor], str]:
         if any("." in key for key in state):
             states[place] = state
         for key, value in part.items():
-            if (isinstance(value, dict) and depth < 3
-                    and not re.search("optim|sched|resume|scaler|criterion", str(key), re.I)):
+            if isinstance(value, dict) and depth < 3 and not ASIDE.search(str(key)):
                 search(value, f"{place}.{key}".lstrip("."), depth + 1)
 
     search(payload, "", 0)
@@ -248,7 +265,9 @@ def find_weights(payload) -> tuple[dict[str, Tensor], str]:
     return tensors_of(payload), ""
 
 
+# Averaged weights, and what is no model, by the names that programs give them.
 AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.I)
+ASIDE = re.compile("optim|sched|resume|scaler|criterion|(^|_)(loss|matcher|metric)", re.I)
 
 
 def tensors_of(part: dict) -> dict[str, Tensor]:
@@ -262,33 +281,63 @@ def tensors_of(part: dict) -> dict[str, Tensor]:
     return tensors
 
 
+def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the first part of its names, if all share it; otherwise {}.
+
+    Losses beside a model (Lightning's "criterion." beside "model.") and names without parts do not
+    count; they are dropped.
+    """
+    groups = {}                                              # {first part: state}
+    for key, value in state.items():
+        first, dot, rest = key.partition(".")
+        if dot and not ASIDE.search(first):
+            groups.setdefault(first, {})[rest] = value
+    return groups.popitem()[1] if len(groups) == 1 else {}
+
+
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state without a wrapper's prefix: "module." of DDP, "_orig_mod." of torch.compile.
 
-    Prefixes that all names share are stripped until the names are of a known format; if they never
-    are, the state stays as it was.
+    Prefixes are stripped until the names are of a known format; if they never are, the state stays
+    as it was.
     """
     bare = state
-    for _ in range(4):
+    while bare:
         if any(contains(bare, mark) for mark, _ in FORMATS.values()):
             return bare
-        prefixes = {key.partition(".")[0] for key in bare if "." in key}
-        if len(prefixes) != 1:
-            break
-        bare = {key.partition(".")[2]: value for key, value in bare.items() if "." in key}
+        bare = inner(bare)
     return state
 
 
 def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
-    """Raises ValueError with the first tensor that holds NaN or infinity: a broken model answers with nonsense."""
+    """Raises ValueError that names the first tensor with NaN or infinity in it, or of an odd kind."""
     for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{origin}: {name} is a sparse, quantized or meta tensor: save it as a "
+                             "plain one where it was made")
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{origin}: {name} is not finite: weights of a run that blew up, or "
                              "too large for their precision; take an earlier checkpoint")
 
 
+def load_backbone(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a backbone's file (torchvision, timm, or wrapped by a program) by name.
+
+    A prefix that all names share is stripped; of a whole detector the part "backbone." is taken.
+    Raises FileNotFoundError or ValueError with one line.
+    """
+    state = weights_of(load(path))
+    if not state:
+        raise ValueError(f"{path} holds no weights: give the state_dict of a backbone")
+    part = {key: value for key, value in state.items() if "backbone." in key}
+    state = part or state
+    while bare := inner(state):
+        state = bare
+    return state
+
+
 def load_from_hub(name: str) -> dict:
-    """'organisation/model' on the Hugging Face hub -> payload, its config.json as payload["config"]."""
+    """'organisation/model' on the Hugging Face hub -> payload; "config" is its config.json."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import EntryNotFoundError
@@ -313,14 +362,15 @@ def load_from_hub(name: str) -> dict:
         raise ValueError(f"hf:{name} has neither model.safetensors nor pytorch_model.bin: is it a "
                          "PyTorch model?")
     payload, config = load(path), fetch("config.json")
-    said = {"config": json.loads(Path(config).read_text())} if config else {}
+    said = {"config": read_json(config)} if config else {}
     return said | (payload if "model" in payload else {"model": payload})
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-# Rows (theirs, ours), replaced one after the other: regular expressions in which a dot is a dot, # a number, the same
-# on both sides, E encoder.layers.# and D decoder.layers.#. A program's rows lead to the names of the official
-# repositories or at once to ours, the rows OFFICIAL from there to ours, those of the detector do what depends on it.
+# ------------------------------------------------------------------------------------------- tables
+# Rows (theirs, ours), replaced one after the other. They are regular expressions in which a dot is a
+# dot, # is a number, the same on both sides, E is encoder.layers.# and D is decoder.layers.#. A
+# program's rows lead to the names of the official repositories or directly to ours; the rows
+# OFFICIAL lead from the official names to ours; the rows of a detector do what depends on it.
 
 OFFICIAL = [   # IDEA-Research/DAB-DETR and DINO, fundamentalvision/Deformable-DETR
     ("^backbone.0.body.", "backbone."), ("^transformer.", ""), ("^input_proj.", "encoder.project."),
@@ -380,11 +430,13 @@ MMDETECTION = MMCV_LAYERS + [   # 2.x and 3.x; the backbone has torchvision's na
     ("^memory_trans_fc.", "enc_output."), ("^memory_trans_norm.", "enc_output_norm."),
     ("^(pos_trans|reference_points)_fc.", r"\1."), ("^dn_query_generator.label_embedding.", "label_enc."),
 ]
-HUGGING_FACE = [   # transformers 4 and the hub's files; transformers 5 has .mlp. and o_proj, and no conv_encoder
+# transformers 4 and the hub's files; transformers 5 has .mlp. and o_proj, and no conv_encoder.
+HUGGING_FACE = [
     ("^model.backbone.(?:conv_encoder.)?model.(?:_backbone.)?", "backbone."),          # timm has torchvision's names
     ("^backbone.embedder.embedder.convolution.", "backbone.conv1."),
     ("^backbone.embedder.embedder.normalization.", "backbone.bn1."),
-    *[(f"^backbone.encoder.stages.{stage - 1}.layers.", f"backbone.layer{stage}.") for stage in (1, 2, 3, 4)],
+    *[(f"^backbone.encoder.stages.{stage - 1}.layers.", f"backbone.layer{stage}.")
+      for stage in (1, 2, 3, 4)],
     *[(f".layer.{part - 1}.convolution.", f".conv{part}.") for part in (1, 2, 3)],
     *[(f".layer.{part - 1}.normalization.", f".bn{part}.") for part in (1, 2, 3)],
     (".shortcut.convolution.", ".downsample.0."), (".shortcut.normalization.", ".downsample.1."),
@@ -404,54 +456,64 @@ FORMATS = {   # program: (by which name its files are known, rows), tried in thi
     "mmdetection": ("^bbox_head.", MMDETECTION + OFFICIAL),
     "detrex": ("^transformer.(?:en|de)coder.layers.#.attentions.", DETREX + OFFICIAL),
     "official": ("^transformer.(?:en|de)coder.layers.", OFFICIAL),
-    "hugging_face": ("^model.(?:en|de)coder.layers.", HUGGING_FACE + OFFICIAL),
+    "hugging_face": ("^model.(?:en|de)coder.layers.#.self_attn", HUGGING_FACE + OFFICIAL),
     "torchvision": ("^layer1.0.conv1.weight$", [("^", "backbone.")]),
 }
 DETECTORS = {"dab_detr": "ref_anchor_head|anchor_size", "dino": "label_enc|label_embed",
              "deformable_detr": "sampling_offsets"}                  # in this order
 FUSED = ("q_proj", "k_proj", "v_proj")                # three matrices that are one in ours, in_proj
-IGNORED = re.compile(r"num_batches_tracked$|^backbone\.fc\.")    # nothing depends on it; ImageNet's classes
+# Nothing depends on the first; the second are ImageNet's classes.
+IGNORED = re.compile(r"num_batches_tracked$|^backbone\.fc\.")
 PER_CLASS = re.compile(r"class_heads?\.|label_embed\.")          # a row for each class
 PER_QUERY = re.compile(r"(content|anchors|queries)\.")           # a row for each query
 
-# (position_temperature, position_offset, logit_eps) of models.build with which a program's model was made: neither
-# names nor shapes give them away, and with others the same weights compute other numbers. Read in the sources named.
+# (position_temperature, position_offset, logit_eps) of models.build with which a program's model was
+# made. Neither names nor shapes tell them, and with other values the same weights compute other
+# numbers. They were read in the sources named.
 PUBLISHED = {
-    # util/misc.py, models/**/position_encoding.py, config/; DAB-DETR by what it computes, see tests/test_golden.py
+    # util/misc.py, models/**/position_encoding.py, config/; DAB-DETR by what it computes
+    # (tests/test_golden.py).
     ("official", "dab_detr"): (20., 0., 1e-3),
     ("official", "deformable_detr"): (10000., -0.5, 1e-5),
     ("official", "dino"): (20., 0., 1e-3),
-    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py; not run. DINO: 12 epochs, configs of 24 and 36: (20, 0).
+    # detrex/utils/misc.py, projects/*/configs/models/*_r50.py; not run. DINO: of 12 epochs; the
+    # configs of 24 and 36 epochs have (20, 0).
     ("detrex", "dab_detr"): (20., 0., 1e-3),
     ("detrex", "deformable_detr"): (10000., -0.5, 1e-3),         # also with weights that were official ones
     ("detrex", "dino"): (10000., -0.5, 1e-3),
     # 3.3 by running it, 2.28 in mmdet/models/utils/transformer.py. Two eps in one model: DINO moves
-    # references with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one for both, so a box whose
-    # reference is within 1e-3 of 0 or 1 comes out differently; all else is equal.
+    # references with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one eps for
+    # both, so a box whose reference is within 1e-3 of 0 or 1 differs; everything else is equal.
     ("mmdetection", "dab_detr"): (20., 0., 1e-3),
     ("mmdetection", "deformable_detr"): (10000., -0.5, 1e-5),
     ("mmdetection", "dino"): (20., 0., 1e-3),
-    # transformers 5.24 by running it. With which eps the hub's DAB-DETR was trained is not verified (official: 1e-3).
+    # transformers 5.24 by running it. Which eps the hub's DAB-DETR was trained with is not verified
+    # (official: 1e-3).
     ("hugging_face", "dab_detr"): (20., 0., 1e-5),
     ("hugging_face", "deformable_detr"): (10000., -0.5, 1e-5),
 }
 HEADS = 8                                                        # of attention, in all of them
 # What a file says of itself (our config, official args, the hub's config.json) -> option.
-SAID = {name: name for name in ("position_temperature", "position_offset", "logit_eps", "heads", "two_stage")} | {
-    "pe_temperatureH": "position_temperature", "temperature_height": "position_temperature", "nheads": "heads",
+SAID = {name: name for name in
+        ("position_temperature", "position_offset", "logit_eps", "heads", "two_stage")} | {
+    "pe_temperatureH": "position_temperature", "temperature_height": "position_temperature",
+    "nheads": "heads",
     "encoder_attention_heads": "heads", "with_box_refine": "box_refine"}
-RESNETS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
-# The class of each row of a head: of 91 rows COCO's official id, as torchvision lists them, of 80 the ids that exist.
+# {(blocks of layer3, whether they are bottlenecks): name}
+RESNETS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50",
+           (23, True): "resnet101"}
+# The class of each row of a head. 91 rows: COCO's official ids, as torchvision lists them; 80 rows:
+# the ids that exist.
 COCO_91 = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO = {91: COCO_91, 80: [name for name in COCO_91 if name not in ("__background__", "N/A")]}
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 def read_json(path: str | Path):
-    """What a JSON file holds. Raises ValueError, naming the file and the remedy, when it is damaged."""
+    """What a JSON file holds. Raises ValueError with file and remedy when it is damaged."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({str(error)[:80]}): delete it and repeat "
                          "the command that made it") from None
@@ -470,52 +532,60 @@ def write_json(path: str | Path, content) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Atomic, so that a kill never leaves half a file."""
-    write_file(path, lambda temporary: Path(temporary).write_text(text))
+    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 PATIENCE = 10                                                    # seconds
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, wait: bool = False):
-    """Hold a folder, so that no second process writes into it; the system lets go when this process ends.
+def locked(path: str | Path, wait: bool = False):
+    """Lock a folder or a file against a second process; yields the lock, a file descriptor.
 
-    wait: for as long as another one holds it. Otherwise for PATIENCE seconds, in which the workers of a killed run end,
-    and then raises ValueError. On Windows nothing is held.
+    The system unlocks it when the last process that holds it ends: this one, or a child that
+    inherits it (`pass_fds`) and outlives its parent.
+    wait: wait for as long as another process holds the lock. Otherwise wait PATIENCE seconds, in
+    which the workers of a killed run end, and then raise ValueError. On Windows, and where a mount
+    has no locks, nothing is locked.
     """
     if fcntl is None:
-        yield
+        yield None
         return
-    handle, patience = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    lock, patience = os.open(path, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait and time.monotonic() > patience:
-                    raise ValueError(f"{folder} is in the hands of another run: wait for its end, "
+                    raise ValueError(f"{path} is in the hands of another run: wait for its end, "
                                      "or choose another folder") from None
                 time.sleep(0.2)
-        yield
+                continue
+            except OSError:                                  # some network mounts
+                pass
+            break
+        yield lock
     finally:
-        os.close(handle)
+        os.close(lock)
 
 
 @dataclass
 class Report:
     """What `load_weights` did, by our names; skipped are names of the source."""
     source: str
-    loaded: dict[str, str] = field(default_factory=dict)         # our name -> source name
-    resized: dict[str, str] = field(default_factory=dict)        # our name -> what was done
-    skipped: list[str] = field(default_factory=list)             # of parts that the model lacks
-    note: str = ""                                             # what a reader should know beside it
-    missing: list[str] = field(default_factory=list)             # of the model, not in the source: left as they were
+    loaded: dict[str, str] = field(default_factory=dict)      # our name -> source name
+    resized: dict[str, str] = field(default_factory=dict)     # our name -> what was done
+    skipped: list[str] = field(default_factory=list)          # of parts that the model lacks
+    missing: list[str] = field(default_factory=list)          # not in the source: left as they were
+    note: str = ""                                            # ends the printed line
 
     def __str__(self):
-        groups = {change: [name for name in self.resized if self.resized[name] == change] for change in
-                  self.resized.values()}
-        resized = "; ".join(f"{', '.join(names)} {change}" for change, names in groups.items()) or "none"
+        groups = {}                                           # {what was done: our names}
+        for name, change in self.resized.items():
+            groups.setdefault(change, []).append(name)
+        changes = [f"{', '.join(names)} {change}" for change, names in groups.items()]
+        resized = "; ".join(changes) or "none"
         return (f"{self.source}: loaded {len(self.loaded)} tensors, skipped {len(self.skipped)}, "
                 f"missing {len(self.missing)}, resized: {resized}{self.note}")
 
@@ -530,17 +600,19 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
                  source_classes: list[str] | None = None) -> Report:
     """Copy weights into the model, whichever known program made them, and print one line about it.
 
-    source_weights: a file, "hf:organisation/model", a payload, or a state_dict. source: one of FORMATS, or "auto" to
-    recognise it by its names.
-    classes: names of the model's classes. Rows of class heads and label embeddings go to their namesakes, rows without
-    one keep the model's own initialisation. The source's names come with it (ours, MMDetection's, the hub's); without
-    names 80 and 91 classes are COCO's, on either side, and equal numbers are copied as they are, which the line says.
-    source_classes: names of the source's classes, where it does not tell them.
-    made_with: options of models.build that the source was made with, where you know better than PUBLISHED.
-    Of another number of queries the first ones are used. A part of the model (backbone, encoder, ...) is loaded whole
-    or not at all.
-    Raises ValueError, and leaves the model as it was, when the source was made with other options than the model
-    (naming them), when nothing fits, when a part fits only partly, or when any other shape differs.
+    source_weights: a file, "hf:organisation/model", a payload, or a state_dict.
+    source: one of FORMATS, or "auto" to recognise it by its names.
+    classes: names of the model's classes. Rows of class heads and label embeddings go to the rows of
+    the same name; rows without one keep the model's own initialisation. The source's names come with
+    it (ours, MMDetection's, the hub's). Without names 80 and 91 classes are COCO's, on either side;
+    otherwise equal numbers of classes are copied row by row, which the printed line says.
+    source_classes: names of the source's classes, where the source does not hold them.
+    made_with: options of models.build for the source, where you know better than PUBLISHED.
+    When the numbers of queries differ, the first queries are used. A part of the model (backbone,
+    encoder, ...) is loaded whole or not at all.
+    Raises ValueError, and leaves the model as it was, when the source was made with other options
+    than the model (naming them), when nothing fits, when a part fits only partly, or when any other
+    shape differs.
     """
     origin = "state_dict" if isinstance(source_weights, dict) else str(source_weights)
     if origin.startswith("hf:"):
@@ -549,6 +621,7 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
     state, where = find_weights(payload)
     check_finite(state, origin)
+    held = len(state)
     if source == "auto":
         state = unwrapped(state)
         source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
@@ -565,15 +638,19 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     own, report, rows = model.state_dict(), Report(f"{origin} ({source})"), {}
     if where not in ("", "model", "state_dict"):
         report.note = f"; of its weights those under {where!r} were taken"
+    if held > len(state):
+        report.note += f"; {held - len(state)} tensors beside the model were dropped"
     found = translate(state, source, detector, origin)           # {our name: (source name, value)}
-    options = options_of(found, state, source, detector) | said_by(payload, origin) | (made_with or {})
+    options = options_of(found, state, source, detector) | said_by(payload, origin)
+    options |= made_with or {}
     check_options(model, options, report.source)
     found = share_heads(found, own, origin)
     if source_classes:
         payload = payload | {"classes": source_classes}
     names = class_names(payload, found, own, classes)
     if classes is not None and names[0] and not isinstance(names[0][0], str):
-        report.note += "; it names no classes, as many as the model has: heads were copied row by row"
+        report.note += ("; it names no classes, as many as the model has: heads were copied row by "
+                        "row")
     for name, (key, value) in found.items():
         if name not in own:
             report.skipped += [] if IGNORED.search(name) else [key]
@@ -591,8 +668,8 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         raise ValueError(f"{origin}: none of its {len(state)} tensors fits this model: is it "
                          "another architecture's?")
     parts = {name.split(".")[0] for name in report.loaded}
-    strays = [name for name in report.missing + [name for name in found if name not in own and not IGNORED.search(name)]
-              if name.split(".")[0] in parts]
+    extra = [name for name in found if name not in own and not IGNORED.search(name)]
+    strays = [name for name in report.missing + extra if name.split(".")[0] in parts]
     if strays:
         raise ValueError(f"{origin}: another architecture, {strays[0]} and {len(strays) - 1} more "
                          "have no counterpart; build the model with the checkpoint's depths and "
@@ -618,16 +695,18 @@ def contains(state: dict, mark: str) -> bool:
     return any(map(regex(mark).search, state))
 
 
-def translate(state: dict, source: str, detector: str | None, origin: str) -> dict[str, tuple[str, Tensor]]:
-    """-> {our name: (source name, value)}, heads numbered by layer; names that no row knows stay as they are."""
+def translate(state: dict, source: str, detector: str | None,
+              origin: str) -> dict[str, tuple[str, Tensor]]:
+    """-> {our name: (source name, value)}, heads numbered by layer; unknown names stay."""
     rows = [(regex(theirs), full(ours).replace("#", r"\1"))
-            for theirs, ours in FORMATS[source][1] + OF_DETECTOR[detector]]
+            for theirs, ours in FORMATS[source][1] + OF_DETECTOR.get(detector, [])]
     found = {}
     for key, value in state.items():
         name = key
         for theirs, ours in rows:
             name = theirs.sub(ours, name, count=1)
-        if name in found and not torch.equal(value, found[name][1]):         # modules that are stored twice
+        # Some programs store a module twice.
+        if name in found and not torch.equal(value, found[name][1]):
             raise ValueError(f"{origin}: {key} differs from {found[name][0]}, but one should be "
                              "the other")
         found.setdefault(name, (key, value))
@@ -640,37 +719,51 @@ def translate(state: dict, source: str, detector: str | None, origin: str) -> di
     layers = len({name.split(".")[2] for name in found if name.startswith("decoder.layers.")})
 
     def settle(name):         # one head more than decoder layers: the last is that of the proposals
-        name = re.sub(r"^encoder\.project\.\+(\d+)", lambda m: f"encoder.project.{levels + int(m[1])}", name)
+        name = re.sub(r"^encoder\.project\.\+(\d+)",
+                      lambda m: f"encoder.project.{levels + int(m[1])}", name)
         return re.sub(rf"^decoder\.(class|box)_heads\.{layers}\.", r"proposals.\1_head.", name)
     found = {settle(name): entry for name, entry in found.items()}
     for name in [name for name in found if re.fullmatch(r"encoder\.project\.\d+\.0\.weight", name)]:
-        bias = found[name][1].new_zeros(len(found[name][1]))     # mmcv's convolutions have none before a norm
+        # mmcv's convolutions have no bias before a norm.
+        bias = found[name][1].new_zeros(len(found[name][1]))
         found.setdefault(name.replace("weight", "bias"), ("no bias", bias))
     return found
 
 
 def options_of(found: dict, state: dict, source: str, detector: str | None) -> dict:
-    """Options of models.build that a source was made with, by its names, shapes and program; None: not known."""
+    """Options of models.build that a source was made with, by names, shapes and program.
+
+    None where the source does not tell.
+    """
     def size(name):
         return len(found[name][1]) if name in found else None
 
     def count(prefix):
         return len({name.split(".")[2] for name in found if name.startswith(prefix)})
 
-    first = {name: re.sub(r"_heads\.\d+\.", "_heads.0.", name) for name in found if "_heads." in name}
-    differ = any(not torch.equal(found[name][1], found[zero][1]) for name, zero in first.items() if zero in found)
-    options = {"encoder_layers": count("encoder.layers.") or None, "feature_levels": size("encoder.level_embed"),
-               "backbone": RESNETS.get((count("backbone.layer3."), "backbone.layer1.0.conv3.weight" in found)),
+    first = {name: re.sub(r"_heads\.\d+\.", "_heads.0.", name)
+             for name in found if "_heads." in name}
+    differ = any(not torch.equal(found[name][1], found[zero][1])
+                 for name, zero in first.items() if zero in found)
+    bottlenecks = "backbone.layer1.0.conv3.weight" in found
+    options = {"encoder_layers": count("encoder.layers.") or None,
+               "feature_levels": size("encoder.level_embed"),
+               "backbone": RESNETS.get((count("backbone.layer3."), bottlenecks)),
                "backbone_width": size("backbone.conv1.weight")}
     if count("decoder.layers."):
-        # A plain Deformable DETR has one head for all layers, though its program may store it for each.
-        several = contains(state, "decoder.bbox_embed.") or source == "ours" and count("decoder.box_heads.") > 1
-        options |= {"decoder_layers": count("decoder.layers."), "hidden_dim": size("decoder.layers.0.self_norm.weight"),
-                    "ffn_dim": size("decoder.layers.0.ffn.linear1.bias"), "num_patterns": size("patterns.weight") or 0,
-                    "two_stage": "proposals.project.weight" in found, "box_refine": differ or several,
+        # A plain Deformable DETR has one head for all layers; its program may store it for each.
+        several = (contains(state, "decoder.bbox_embed.")
+                   or source == "ours" and count("decoder.box_heads.") > 1)
+        options |= {"decoder_layers": count("decoder.layers."),
+                    "hidden_dim": size("decoder.layers.0.self_norm.weight"),
+                    "ffn_dim": size("decoder.layers.0.ffn.linear1.bias"),
+                    "num_patterns": size("patterns.weight") or 0,
+                    "two_stage": "proposals.project.weight" in found,
+                    "box_refine": differ or several,
                     "shared_heads": False if differ else None}
     if known := PUBLISHED.get((source, detector)):
-        options |= dict(zip(("position_temperature", "position_offset", "logit_eps", "heads"), (*known, HEADS)))
+        names = ("position_temperature", "position_offset", "logit_eps", "heads")
+        options |= dict(zip(names, (*known, HEADS)))
     return options
 
 
@@ -685,14 +778,16 @@ def said_by(payload: dict, origin: str) -> dict:
     if said.get("dilation"):
         raise ValueError(f"{origin} was made with dilation (DC5), which these models do not have: "
                          "choose another file")
-    return {SAID[name]: value for name, value in said.items() if name in SAID and value is not None}
+    return {SAID[name]: value for name, value in said.items()
+            if name in SAID and isinstance(value, (bool, int, float))}
 
 
 def check_options(model: nn.Module, options: dict, origin: str) -> None:
-    """Refuse a source made with other options than the model; a model without .config is taken as it is."""
+    """Refuse a source made with other options than the model; a model without .config passes."""
     config = {name: value for name, value in getattr(model, "config", {}).items()
               if not (name.startswith("backbone") and model.config["backbone"] == "custom")}
-    wrong = {name: value for name, value in options.items() if value is not None and config.get(name, value) != value}
+    wrong = {name: value for name, value in options.items()
+             if value is not None and config.get(name, value) != value}
     if wrong:
         theirs = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         ours = ", ".join(f"{name}={config[name]!r}" for name in wrong)
@@ -702,7 +797,7 @@ def check_options(model: nn.Module, options: dict, origin: str) -> None:
 
 
 def share_heads(found: dict, own: dict, origin: str) -> dict:
-    """The source's only head for every layer of the model, or equal ones for the model's only head."""
+    """One head of the source for every layer of the model, or equal heads for the model's one."""
     def numbered(name, layer):
         return re.sub(r"_heads\.\d+\.", f"_heads.{layer}.", name)
 
@@ -718,7 +813,10 @@ def share_heads(found: dict, own: dict, origin: str) -> dict:
 
 
 def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> tuple[list, list]:
-    """The source's classes and the model's: names, [] where unknown; numbers, when rows are copied as they are."""
+    """The source's classes and the model's: names, or [] where unknown.
+
+    Numbers stand for names where rows are copied as they are.
+    """
     head = "decoder.class_heads.0.bias"
     if head not in found or head not in own:
         return [], []
@@ -730,16 +828,22 @@ def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> 
                          "each")
     meta = dict_of(payload, "meta")                            # of MMDetection 2, dataset_meta of 3
     dataset, labels = dict_of(meta, "dataset_meta"), dict_of(dict_of(payload, "config"), "id2label")
-    said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"), dataset.get("classes"),
-            list(labels.values()), COCO.get(theirs)]
-    named = next((names for names in said if names and len(names) == theirs), [])
+    said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"),
+            dataset.get("classes"), list(labels.values()), COCO.get(theirs)]
+    named = next((names for names in said if isinstance(names, (list, tuple)) and len(names) == theirs
+                  and all(isinstance(name, str) for name in names)), [])
     if not named and theirs == ours:                      # nothing says otherwise: the same classes
         return list(range(theirs)), list(range(ours))
-    return [name.lower() for name in named], [name.lower() for name in classes or COCO.get(ours, [])]
+    known = classes or COCO.get(ours, [])
+    return [name.lower() for name in named], [name.lower() for name in known]
 
 
-def fit_rows(name: str, value: Tensor, own: Tensor, names: tuple, detector: str | None) -> tuple | None:
-    """-> ((our rows, the source's rows), what to say of it); None for a tensor that is copied whole, or not at all."""
+def fit_rows(name: str, value: Tensor, own: Tensor, names: tuple,
+             detector: str | None) -> tuple | None:
+    """-> ((our rows, the source's rows), the words for the report).
+
+    None for a tensor that is copied whole, or not at all.
+    """
     if value.shape[1:] != own.shape[1:] or not (PER_QUERY.match(name) or PER_CLASS.search(name)):
         return None
     # In Deformable DETR class 0 of a proposal means any object, whatever the classes are.
@@ -748,11 +852,16 @@ def fit_rows(name: str, value: Tensor, own: Tensor, names: tuple, detector: str 
     else:
         theirs, ours = names
         pairs = [(i, theirs.index(label)) for i, label in enumerate(ours) if label in theirs]
-        named = ", ".join(str(ours[i]) for i, _ in pairs) if len(pairs) < 6 else f"{len(pairs)} classes"
-        change = "by class" if len(pairs) == len(ours) else f"{named} by name, the others re-initialised"
+        named = f"{len(pairs)} classes"
+        if len(pairs) < 6:
+            named = ", ".join(str(ours[i]) for i, _ in pairs)
+        change = f"{named} by name, the others re-initialised"
+        if len(pairs) == len(ours):
+            change = "by class"
         if not pairs:
             change = "re-initialised"
-        elif len(value) > len(theirs) and len(own) > len(ours):  # label_embed's row of no class, which not all have
+        # In some programs label_embed has one more row, of no class.
+        elif len(value) > len(theirs) and len(own) > len(ours):
             pairs.append((len(ours), len(theirs)))
     if len(value) == len(own) and pairs == [(i, i) for i in range(len(own))]:
         return None

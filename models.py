@@ -13,7 +13,6 @@ import inspect
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -100,30 +99,9 @@ class Bottleneck(resnet.Bottleneck):
         return residual.add_(normed(*self.downsample, x) if self.downsample else x).relu_()
 
 
-def read_state(path: str, advice: str) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file by name; code in it is never run.
-
-    Raises FileNotFoundError or ValueError in one line that ends with the advice.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no backbone weights at {path}: {advice}")
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        for wrapper in ("state_dict", "model"):
-            state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-        if all(key.startswith("module.") for key in state):
-            state = {key.removeprefix("module."): value for key, value in state.items()}
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("values that are no tensors")
-        return state
-    except Exception as error:                 # pickle, zip and safetensors each have their own
-        raise ValueError(f"{path}: holds no plain weights ({type(error).__name__}): "
-                         f"{advice}") from None
-
-
+# What to do instead, in errors about pretrained weights.
+OTHER_WEIGHTS = ("use pretrained_backbone=checkpoints.load_backbone(FILE), or "
+                 "pretrained_backbone=False (from scratch)")
 RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
@@ -174,28 +152,24 @@ class ResNet(nn.Module):
             maps.append(x)
         return maps[1:]
 
-    def load_pretrained(self, name: str, source: bool | str) -> None:
-        """source: True downloads torchvision's ImageNet weights; else a file with its names."""
-        advice = ("use pretrained_backbone=FILE (torchvision's weights), or "
-                  "pretrained_backbone=False (from scratch)")
-        if source is True:
+    def load_pretrained(self, name: str, weights: bool | dict) -> None:
+        """weights: True downloads torchvision's ImageNet weights; else a state_dict of its names."""
+        if weights is True:
             try:
                 weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-                state = weights.get_state_dict(check_hash=True)
+                weights = weights.get_state_dict(check_hash=True)
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"cannot download ImageNet weights of {name} ({error}): "
-                                 f"{advice}") from None
-        else:
-            state = read_state(source, advice)
-        # The file also has the classifier, and stages that this network may lack.
+                                 f"{OTHER_WEIGHTS}") from None
+        # The classifier is not used, and this network may lack the last stages.
         unused = ("fc.", *(f"layer{stage}." for stage in range(self.stages + 1, 5)))
-        state = {key: value for key, value in state.items() if not key.startswith(unused)}
+        weights = {key: value for key, value in weights.items() if not key.startswith(unused)}
         try:
-            self.load_state_dict(state)
+            self.load_state_dict(weights)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{source}: not the weights of this {name} ({reason}): "
-                             f"{advice}") from None
+            raise ValueError(f"pretrained_backbone: not the weights of this {name} ({reason}): "
+                             f"{OTHER_WEIGHTS}") from None
 
 
 class TimmBackbone(nn.Module):
@@ -203,12 +177,12 @@ class TimmBackbone(nn.Module):
 
     name: timm's.  coarsest: the largest stride that is read.
     frozen: as in `ResNet`, BatchNorms are fixed and nothing before stride 8 gets a gradient.
-    source: False, True (timm's own weights, downloaded) or a local file, see `timm_state`.
+    weights: False, True (timm's own, downloaded) or a state_dict, see `timm_state`.
     Raises ValueError without timm, for names it lacks, models of a fixed image size, and weights
     that cannot be had.
     """
     def __init__(self, name: str, frozen: bool = False, coarsest: int = 32,
-                 source: bool | str = False):
+                 weights: bool | dict = False):
         super().__init__()
         try:
             import timm
@@ -220,17 +194,17 @@ class TimmBackbone(nn.Module):
                              "timm.list_models()")
         with torch.device("meta"):                               # names and shapes only
             whole = timm.create_model(name).state_dict()
-        file = None if isinstance(source, bool) else {"state_dict": timm_state(whole, source)}
+        given = isinstance(weights, dict) and {"state_dict": timm_state(whole, weights)}
         try:
-            self.body = timm.create_model(name, features_only=True, pretrained=bool(source),
-                                          pretrained_cfg_overlay=file).eval()
+            self.body = timm.create_model(name, features_only=True, pretrained=bool(weights),
+                                          pretrained_cfg_overlay=given or None).eval()
             with torch.enable_grad():
                 maps = self.body(torch.zeros(1, 3, 64, 96))
         except Exception as error:           # of a hub, a network, or an assertion on the size
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"cannot make backbone timm:{name} ({reason}): choose another model; "
-                             "pretrained_backbone=FILE or False needs no download") from None
-        self.body.pretrained_cfg = self.body.default_cfg = None  # hold the file's tensors again
+            raise ValueError(f"cannot make backbone timm:{name} ({reason}): choose another model, "
+                             f"or {OTHER_WEIGHTS}") from None
+        self.body.pretrained_cfg = self.body.default_cfg = None  # hold the given tensors again
         strides = [64 // x.shape[2] for x in maps]
         self.chosen = [i for i, stride in enumerate(strides) if 8 <= stride <= coarsest]
         if not self.chosen or coarsest < 32 and strides[self.chosen[-1]] != coarsest:
@@ -267,26 +241,22 @@ class TimmBackbone(nn.Module):
         return [maps[i] for i in self.chosen]
 
 
-def timm_state(whole: dict, path: str) -> dict[str, Tensor]:
-    """The tensors of a file under timm's names.
+def timm_state(whole: dict, given: dict) -> dict[str, Tensor]:
+    """Given tensors under timm's names.
 
-    whole: timm.create_model(name).state_dict(). The file has the same names, or other names for
-    tensors of the same kinds (weight, bias, ..) and shapes in the same order.
-    Raises ValueError or FileNotFoundError in one line.
+    whole: timm.create_model(name).state_dict(). Given are the same names, or other names for tensors
+    of the same kinds (weight, bias, ..) and shapes in the same order. Raises ValueError in one line.
     """
-    advice = ("run `make kitti-backbones`, use pretrained_backbone=FILE (timm's weights), or False "
-              "(from scratch)")
-    state = read_state(path, advice)
     kinds = [[(key.rpartition(".")[2], value.shape) for key, value in tensors.items()]
-             for tensors in (state, whole)]
-    if state.keys() != whole.keys() and kinds[0] == kinds[1]:
-        print(f"backbone   {path}: loaded by position, {len(state)} tensors of the same kinds and "
-              "shapes as timm's")
-        return dict(zip(whole, state.values()))
-    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (state, whole)]
+             for tensors in (given, whole)]
+    if given.keys() != whole.keys() and kinds[0] == kinds[1]:
+        print(f"backbone   loaded by position: {len(given)} tensors of the same kinds and shapes as "
+              "timm's")
+        return dict(zip(whole, given.values()))
+    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (given, whole)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{path}: not the weights of this timm model: {advice}")
-    return state
+        raise ValueError(f"pretrained_backbone: not the weights of this timm model: {OTHER_WEIGHTS}")
+    return given
 
 
 # ---------------------------------------------------------------------------------------- encoders
@@ -321,6 +291,13 @@ class DeformableEncoderLayer(nn.Module):
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Also where a group has a single value, which nn.GroupNorm refuses: one channel, one cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class DeformableEncoder(nn.Module):
     """Feature maps -> Memory: project to one width, mark the levels, let tokens attend."""
 
@@ -340,7 +317,7 @@ class DeformableEncoder(nn.Module):
             nn.init.zeros_(convolution.bias)
         groups = math.gcd(32, dim)                       # 32 in every official model
         self.project = nn.ModuleList(
-            nn.Sequential(convolution, nn.GroupNorm(groups, dim)) for convolution in convolutions)
+            nn.Sequential(convolution, GroupNorm(groups, dim)) for convolution in convolutions)
         self.level_embed = nn.Parameter(torch.randn(levels, dim))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, heads, ffn_dim, levels, points, dropout)
@@ -1216,7 +1193,7 @@ def described_options() -> dict[str, tuple[type, str]]:
 
 
 def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50",
-          backbone_width: int = 64, pretrained_backbone: bool | str = True,
+          backbone_width: int = 64, pretrained_backbone: bool | dict = True,
           frozen_backbone: bool | None = None, **overrides) -> nn.Module:
     """A detector; without overrides the official R50 recipe of `name`, one of DETECTORS.
 
@@ -1224,7 +1201,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     images -> list of maps, finest first, with .channels.
     backbone_width: 64 is the standard ResNet; of ResNets only.
     pretrained_backbone: True (ImageNet weights of torchvision or timm, downloaded), False, or a
-    local file of theirs.
+    state_dict of theirs (checkpoints.load_backbone reads a file).
     frozen_backbone: see `ResNet`; by default True exactly with pretrained weights. Your own module
     ignores both.
     overrides: OPTIONS says what they are, `options_of(name)` which of them a detector takes, with
@@ -1250,6 +1227,8 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     if stride not in (8, 16, 32):
         raise ValueError(f"feature_stride {stride}: choose 8, 16 or 32")
 
+    if not isinstance(pretrained_backbone, (bool, dict)):
+        raise ValueError(f"pretrained_backbone={pretrained_backbone!r}: {OTHER_WEIGHTS}")
     custom = isinstance(backbone, nn.Module)
     frozen = bool(pretrained_backbone) if frozen_backbone is None else frozen_backbone
     if custom:
@@ -1263,7 +1242,7 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
         raise ValueError(f"backbone_width {backbone_width}: want at least 1")
     elif pretrained_backbone is True and backbone_width != 64:
         raise ValueError(f"no ImageNet weights exist for backbone_width {backbone_width}: "
-                         "use 64, or pretrained_backbone=False, or a file of your own")
+                         f"use 64, or {OTHER_WEIGHTS}")
     else:
         body = ResNet(backbone, backbone_width, frozen, {32: 4, 16: 3, 8: 2}[stride])
         if pretrained_backbone:

@@ -31,6 +31,7 @@ import math
 import platform
 import re
 import subprocess
+import textwrap
 import threading
 import time
 from dataclasses import dataclass
@@ -638,10 +639,10 @@ def restore(path, stateful, provenance):
     continue from.
     """
     def identity(facts):      # the teacher is known by its weights, wherever their file lies now
-        return facts["settings"] | {"teacher": facts["taught_by"],
-                                    "number of processes": facts["world"],
+        return facts["settings"] | {"teacher": facts.get("taught_by"),
+                                    "number of processes": facts.get("world"),
                                     "images, classes or boxes": facts.get("images")}
-    saved = checkpoints.load(path)
+    saved = load_payload(path)
     then = identity(saved)
     differ = [name for name, value in identity(provenance).items()
               if then.get(name, value) != value]
@@ -1166,25 +1167,42 @@ def load_payload(path):
     if path.is_dir():                                    # a run's folder
         path = path / "last.pt"
     payload = checkpoints.load(path)
-    kinds = {"model": dict, "detector": str, "config": dict, "classes": list, "data": str,
-             "settings": dict, "metrics": dict}
+    kinds = {"model": dict, "detector": str, "config": dict, "classes": list, "category_ids": list,
+             "data": str, "settings": dict, "metrics": dict}
     if not isinstance(payload, dict) or not kinds.keys() <= payload.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt "
                          "that `fit` or `distill` wrote, or an exported .safetensors")
-    # A file may be safe to read and still absurd.
     wrong = [name for name, kind in kinds.items() if not isinstance(payload[name], kind)]
-    if not wrong:
-        wrong += ["classes"] * (not all(isinstance(name, str) for name in payload["classes"]))
-        wrong += ["detector"] * (payload["detector"] not in models.DETECTORS)
-        wrong += ["data"] * (payload["data"] not in data.DEFAULT_SIZE)
-        for name in LIMITS.keys() & payload["config"].keys():
-            value, (least, end) = payload["config"][name], LIMITS[name]
-            if not (isinstance(value, (int, float)) and least <= value < end):
-                wrong.append(f"config.{name}")
+    wrong = wrong or [place for place, right in entries_of(payload) if not right]
     if wrong:
         raise ValueError(f"{path}: its {wrong[0]!r} is not what a checkpoint of this project "
                          "holds: make it again")
     return payload | {"path": path}
+
+
+def entries_of(payload):
+    """Yield (place in a checkpoint, whether its value is one that a checkpoint may hold).
+
+    A file may be safe to read and still absurd: options have the types and ranges that they have on
+    the command line.
+    """
+    config, settings, classes = payload["config"], payload["settings"], payload["classes"]
+    weights, ids = payload["model"], payload["category_ids"]
+    for part in ("model", "config", "settings", "metrics"):
+        yield part, all(isinstance(key, str) for key in payload[part])
+    yield "model", all(isinstance(value, torch.Tensor) for value in weights.values())
+    yield "classes", classes and all(isinstance(name, str) for name in classes)
+    yield "category_ids", len(ids) == len(classes) and all(type(number) is int for number in ids)
+    yield "detector", payload["detector"] in models.DETECTORS
+    yield "metrics.AP", type(payload["metrics"].get("AP")) in (float, int, type(None))
+    # The model's options, and the settings that evaluation reads.
+    yield "data", payload["data"] == settings.get("data") in data.DEFAULT_SIZE
+    yield "settings.class_map", fits("class_map", settings.get("class_map"), str | None)
+    yield "settings.size", fits("size", settings.get("size"), str | None)
+    kinds = {name: kind for name, (kind, _) in models.described_options().items()}
+    kinds |= {"frozen_backbone": bool, "pretrained_backbone": bool}
+    for name in kinds.keys() & config.keys():
+        yield f"config.{name}", fits(name, config[name], kinds[name])
 
 
 def rebuild(payload):
@@ -1194,17 +1212,17 @@ def rebuild(payload):
     configuration, or when its backbone was a module of one's own.
     """
     # A checkpoint never names a file to open.
-    config = payload["config"] | {"pretrained_backbone": False}
-    if config["backbone"] == "custom":
-        raise ValueError(f"{payload['path']} was made with a backbone module of your own: build "
-                         "the model with it (models.build), then checkpoints.load_weights")
-    model = models.build(payload["detector"], len(payload["classes"]), **config)
+    path, config = payload["path"], payload["config"] | {"pretrained_backbone": False}
+    if config.get("backbone") == "custom":
+        raise ValueError(f"{path} was made with a backbone module of your own: build the model "
+                         "with it (models.build), then checkpoints.load_weights")
     try:
+        model = models.build(payload["detector"], len(payload["classes"]), **config)
         model.load_state_dict(payload["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{payload['path']}: weights and configuration do not fit ({reason}): "
-                         "make it again") from None
+    except (ValueError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 150)
+        raise ValueError(f"{path}: weights and configuration do not fit ({reason}): make it "
+                         "again") from None
     return model.eval()
 
 
@@ -1371,7 +1389,7 @@ LIMITS = {
     "num_queries": (1, 2 ** 16), "feature_levels": (1, 10), "points": (1, 100), "dropout": (0, 1),
     "num_patterns": (0, 2 ** 10), "denoising": (0, 2 ** 16), "denoising_box_noise": (0, math.inf),
     "denoising_label_noise": (0, math.inf), "position_temperature": (0, math.inf),
-    "logit_eps": (0, 1),
+    "position_offset": (-100, 100), "feature_stride": (8, 33), "logit_eps": (0, 1),
     "workers": (0, 1024), "eval_every": (0, math.inf), "eval_batch": (1, math.inf),
     "teacher_cache": (0, math.inf), "probe_every": (0, math.inf), "save_minutes": (0, math.inf),
 }
@@ -1384,6 +1402,22 @@ def check_limits(settings):
         if value is not None and not least <= value < end:
             less = f" and less than {end}" if end < math.inf else ", a finite number"
             raise ValueError(f"--{name.replace('_', '-')} {value}: want at least {least}{less}")
+    if getattr(settings, "accumulate", 1) > (batch := getattr(settings, "batch_size", 1)):
+        raise ValueError(f"--accumulate {settings.accumulate}: it splits each batch, want at most "
+                         f"--batch-size {batch}")
+
+
+def fits(name, value, kind):
+    """Whether a value from a file is one of an option: of its type, in its range."""
+    kinds = getattr(kind, "__args__", (kind,))
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+        return False
+    if name == "size":
+        with contextlib.suppress(ValueError):
+            return parse_size(value) or True
+        return False
+    least, end = LIMITS.get(name, (-math.inf, math.inf))
+    return not isinstance(value, (int, float)) or least <= value < end
 
 
 def parse_size(text):
@@ -1396,7 +1430,10 @@ def parse_size(text):
         raise ValueError(f"--size {text}: want SHORT,MAX in pixels, e.g. 800,1333")
     if max(int(side) for side in sides) > 16384:
         raise ValueError(f"--size {text}: want at most 16384 pixels")
-    return int(sides[0]), int(sides[1])
+    short, longest = map(int, sides)
+    if short > longest:
+        raise ValueError(f"--size {text}: want the short side first, SHORT,MAX")
+    return short, longest
 
 
 def build_data(cfg, split, augment=False):
@@ -1414,15 +1451,21 @@ def build_model(cfg, num_classes):
     # None means the official value, which only models.py knows.
     overrides = {name: getattr(cfg, name) for name in models.described_options()
                  if getattr(cfg, name) is not None}
-    named = {"none": False, "imagenet": True}
-    if "pretrained_backbone" in overrides:
-        word = cfg.pretrained_backbone
-        overrides["pretrained_backbone"] = named.get(word, word)
+    word = overrides.pop("pretrained_backbone", "imagenet")
+    weights = {"none": False, "imagenet": True}.get(word)
+    advice = ("--pretrained-backbone FILE takes torchvision's or timm's weights (`make "
+              "kitti-backbones` fetches the small recipes'), --pretrained-backbone none starts "
+              "from scratch")
     try:
-        return models.build(cfg.detector, num_classes, **overrides)
-    except (ValueError, OSError) as error:                # in the words of the command line
-        text = re.sub(r"pretrained_backbone=(\w+)", r"--pretrained-backbone \1", str(error))
-        raise type(error)(text.replace("backbone False", "backbone none")) from None
+        if weights is None:
+            weights = checkpoints.load_backbone(word)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{error}; {advice}") from None
+    try:
+        return models.build(cfg.detector, num_classes, pretrained_backbone=weights, **overrides)
+    except ValueError as error:                           # in the words of the command line
+        text = str(error).replace("pretrained_backbone:", f"{word}:")
+        raise ValueError(text.replace(models.OTHER_WEIGHTS, advice)) from None
 
 
 def method_class(name):

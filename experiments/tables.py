@@ -31,11 +31,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:                    # Windows: there no job is locked
-    fcntl = None
-
 import numpy as np
 import scipy.special
 import torch
@@ -44,7 +39,7 @@ from tqdm import tqdm
 import data
 import models
 import train
-from checkpoints import write_json, write_text
+from checkpoints import locked, read_json, write_json, write_text
 from clockdistill import CLoCKDistill
 from experiments import bench, look, plots
 from experiments.demo import shipped_teacher
@@ -511,14 +506,6 @@ def choose(done, lines):
 NUMBERS = ("AP", "minutes", "params", "gflops")
 
 
-def read_json(file):
-    """A small file. Raises ValueError, with its name and the remedy, when it is damaged."""
-    try:
-        return json.loads(file.read_text())
-    except ValueError:
-        raise ValueError(f"{file} cannot be read: delete it, and it is made again") from None
-
-
 def read_result(file):
     """The JSON of a finished run. Raises ValueError when it lacks a number that tables need."""
     result = read_json(file)
@@ -547,23 +534,6 @@ def read_chosen(study):
     return read_json(file) if file.exists() else {}
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Yield the lock on a folder, or None while another process holds it.
-
-    The system frees it when its last holder ends: a child that outlives a killed parent holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "table.lock", "a") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield file
-
-
 class Children:
     """The processes of running jobs: they end with this one, after saving the step in hand."""
 
@@ -571,10 +541,13 @@ class Children:
         self.running, self.stopping = [], False
 
     def run(self, command, lock, threads, output):
-        """-> exit code. In its own session, a child hears of Ctrl-C from `stop` alone, once."""
+        """-> exit code. In its own session, a child hears of Ctrl-C from `stop` alone, once.
+
+        It inherits the lock, so that one which outlives a killed parent still holds it.
+        """
         child = subprocess.Popen(
             command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            pass_fds=[lock.fileno()] if fcntl else [],
+            pass_fds=[] if lock is None else [lock],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         self.running.append(child)
         if self.stopping:                              # it began while `stop` went over the others
@@ -615,9 +588,9 @@ def run_job(study, job, threads, children):
     Raises RuntimeError with the last line of a run that failed.
     """
     folder = study.work / job.name
-    with locked(folder) as lock:
-        if lock is None:
-            raise RuntimeError(f"{job.name}: another process has it in hand")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.lock").touch()
+    with locked(folder / "table.lock") as lock:
         command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder), "--resume"]
         # Another process may have finished it since this one began.
         if not (folder / "result.json").exists():
@@ -996,9 +969,8 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
         read_results(results / "runs"))
     if dry_run:
         lines = trials(study, only) + plan(study, only)
-        print(f"To download: {study.scope.download}.\n")
         jobs = [*teachers_of(study, lines), *jobs_of(lines)]
-        bench.print_costs(jobs, study.scope.images, study.scope.image_size, tflops)
+        bench.print_costs(jobs, *images_of(study, jobs[0].cfg), tflops)
         return 0
     if rebuild:
         write(study)
@@ -1008,6 +980,20 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
     return make(study, only, jobs, shard)
+
+
+def images_of(study, cfg):
+    """-> how many images the runs train on, and their (height, width); of what is at --root, if given.
+
+    Prints the summary of these images, or what has to be downloaded.
+    """
+    if study.scale == "toy" or study.root == "ROOT":
+        print(f"To download: {study.scope.download}.\n")
+        return study.scope.images, study.scope.image_size
+    dataset = data.build(cfg.data, cfg.root, cfg.train_split, class_map=cfg.class_map,
+                         limit=cfg.limit, size=train.parse_size(cfg.size), check=False)
+    print(f"{dataset.summary}\n")
+    return len(dataset), tuple(dataset[0][0].shape[1:])
 
 
 def jobs_of(lines):

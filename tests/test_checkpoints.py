@@ -64,6 +64,13 @@ def test_save_and_load_round_trip(tmp_path, name):
     assert [f.name for f in (tmp_path / "deep").iterdir()] == [name]      # no temporary file left
 
 
+def test_a_file_is_read_by_what_it_holds_whatever_its_name(tmp_path):
+    for name, other in (("a.safetensors", "a.bin"), ("b.pth", "b.safetensors")):
+        checkpoints.save(tmp_path / name, {"model": {"a.b": torch.ones(2)}})
+        (tmp_path / name).rename(tmp_path / other)
+        assert torch.equal(checkpoints.load(tmp_path / other)["model"]["a.b"], torch.ones(2))
+
+
 def test_half_precision_weights(tmp_path):
     model, other = toy(seed=0), toy(seed=1)
     checkpoints.save(tmp_path / "half.safetensors", payload(model), half=True)
@@ -89,7 +96,7 @@ class Calls:
         return self.call
 
 
-@pytest.mark.parametrize("kind, message", [("missing", "check the path"), ("cut", "damaged"), ("text", "damaged"),
+@pytest.mark.parametrize("kind, message", [("missing", "check the path"), ("cut", "damaged"), ("text", "a text file, 'not a checkpoint'"),
                                            ("system", "system"), ("eval", "eval"), ("cut.safetensors", "damaged")])
 def test_unreadable_files_are_one_line_errors(tmp_path, monkeypatch, kind, message):
     monkeypatch.chdir(tmp_path)
@@ -248,6 +255,21 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, name, 
         checkpoints.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("odd", [torch.zeros(3).to_sparse(), torch.zeros(3, device="meta"),
+                                 torch.quantize_per_tensor(torch.zeros(3), 1., 0, torch.qint8)])
+def test_tensors_of_an_odd_kind_are_refused(tmp_path, odd):
+    torch.save({"model": {"a.b": odd}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth: a.b is a sparse, quantized or meta tensor"):
+        checkpoints.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("classes", [7, "abc", [1, 2, 3], {"a": 1}, torch.zeros(3), ["Car", None, "Dog"]])
+def test_class_names_that_are_none_count_as_no_names(classes):
+    source, model = payload(toy(seed=0)) | {"classes": classes, "config": {"heads": "many"}}, toy(seed=1)
+    report = checkpoints.load_weights(model, source, classes=["Car", "Pedestrian", "Cyclist"])
+    assert "copied row by row" in str(report)
+
+
 def test_half_precision_that_overflows_is_not_written(tmp_path):
     model = toy(seed=0)
     with torch.no_grad():
@@ -278,6 +300,9 @@ WRAPPED = {
     "arrays": lambda raw, averaged: ({"model": {k: v.numpy() for k, v in raw.items()}}, ""),
     "arrays of another byte order": lambda raw, averaged: ({"weights": {
         k: v.numpy().astype(v.numpy().dtype.newbyteorder(">")) for k, v in raw.items()}}, "'weights'"),
+    "Lightning": lambda raw, averaged: ({"state_dict": {f"model.{k}": v for k, v in raw.items()} | {
+        "criterion.empty_weight": torch.ones(4), "train_loss.weight": torch.ones(1)},
+        "loops": {"fit_loop": {}}}, ""),
     "timm": lambda raw, averaged: ({"state_dict": raw, "state_dict_ema": averaged}, "'state_dict_ema'"),
 }
 
@@ -290,6 +315,7 @@ def test_wrapped_weights_are_unwrapped_and_averaged_ones_preferred(how):
     wanted = averaged if "ema" in where.lower() else raw
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     assert not report.missing and where in str(report) and ("were taken" in str(report)) == bool(where)
+    assert ("2 tensors beside the model were dropped" in str(report)) == (how == "Lightning")
 
 
 def test_our_own_checkpoint_is_read_where_it_keeps_what_was_evaluated():
@@ -351,7 +377,8 @@ def legacy():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    (b"", "it is empty"), (bytes(5000), "it is empty"), (b'{"error": "Entry not found"}', "a text file, .*Entry not found"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     (b"\n<!DOCTYPE html><html>", "a web page"), (b"PK\x03\x04 cut", "damaged or of another kind"),
     (pickle.dumps({"model": 1}), "plain pickle"), (pickle.dumps([2], 2), "plain pickle"),
     (b"\x93NUMPY\x01\x00", "numpy's"), (npz(), "numpy's"),
@@ -362,6 +389,35 @@ def test_a_file_that_is_no_checkpoint_is_told_for_what_it_is(tmp_path, content, 
     with pytest.raises(ValueError, match=words) as error:
         checkpoints.load(tmp_path / name)
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert "Weights only load" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrap", [
+    dict, lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+    lambda state: {"net": {f"module.backbone.{key}": value for key, value in state.items()}},
+    lambda state: {"model": {key: value * 0 for key, value in state.items()}, "model_ema": state},
+    lambda state: {f"backbone.{key}": value for key, value in state.items()} | {"head.bias": torch.zeros(1)},
+    lambda state: {"state_dict": {f"model.backbone.0.body.{key}": value for key, value in state.items()}
+                   | {"model.encoder.bias": torch.zeros(1), "criterion.weight": torch.zeros(1)}}])
+def test_a_backbones_file_is_unwrapped(tmp_path, wrap):
+    state = {"conv1.weight": torch.ones(2), "layer1.0.conv1.weight": torch.ones(3), "fc.bias": torch.ones(4)}
+    torch.save(wrap(state), tmp_path / "x.pth")
+    loaded = checkpoints.load_backbone(tmp_path / "x.pth")
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no checkpoint at"), (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<html>", "a web page"), (legacy()[:900], "damaged"), ({"epoch": 3}, "holds no weights")])
+def test_a_damaged_backbone_file_is_told_for_what_it_is(tmp_path, content, words):
+    path = tmp_path / "x.pth"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        checkpoints.load_backbone(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("metadata", ["[1]", "null", "3", "[" * 100_000])
@@ -433,10 +489,17 @@ def test_a_lock_is_refused_in_one_line_and_ends_with_a_killed_process(tmp_path, 
         assert not list(tmp_path.iterdir())                     # nothing is left to be removed
 
 
-def test_without_flock_a_folder_is_written_to_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "fcntl", None)             # Windows
+def no_locks(*_):
+    raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("fcntl", [None, types.SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)],
+                         ids=["Windows", "a mount without locks"])
+def test_without_flock_a_folder_is_written_to_all_the_same(tmp_path, monkeypatch, fcntl):
+    monkeypatch.setattr(checkpoints, "fcntl", fcntl)
     with checkpoints.locked(tmp_path), checkpoints.locked(tmp_path):
-        checkpoints.write_text(tmp_path / "x", "text")
+        checkpoints.write_text(tmp_path / "x", "text ±")
+    assert (tmp_path / "x").read_bytes() == "text ±".encode()
 
 
 # --------------------------------------------------------------------------------------------------------- what fits

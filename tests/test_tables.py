@@ -375,7 +375,7 @@ def test_a_result_that_cannot_be_used_is_left_out_named_and_counted(tmp_path, fa
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     here = study(tmp_path, chosen={})
     (tmp_path / "chosen.json").write_text('{"dino": ')
-    with pytest.raises(ValueError, match="chosen.json cannot be read: delete it"):
+    with pytest.raises(ValueError, match="chosen.json cannot be read as JSON .*delete it"):
         tables.plan(here, ("main",))
 
 
@@ -388,7 +388,9 @@ time.sleep(60)
 PARENT = """
 import sys
 from pathlib import Path
+import checkpoints
 from experiments import tables
+checkpoints.PATIENCE = 0
 tables.TRAIN = Path(sys.argv[2])
 here = tables.Study("toy", "ROOT", Path(sys.argv[1]), Path(sys.argv[1]), {})
 tables.run_all(here, [tables.make_job(here, "dino", "student")], 1)
@@ -405,7 +407,7 @@ def test_a_child_ends_with_its_parent_and_a_job_in_hand_is_not_begun_twice(tmp_p
         assert time.time() < until and first.poll() is None
         time.sleep(0.1)
     second = subprocess.run(command, cwd=tables.HERE, capture_output=True, text=True, timeout=60)
-    assert "another process has it in hand" in second.stdout
+    assert "table.lock is in the hands of another run" in second.stdout
     os.kill(int(pids[0]), 0)                                  # the child is there
     first.send_signal(signal.SIGTERM)
     assert first.wait(30) != 0
@@ -437,6 +439,21 @@ def test_a_dry_run_tells_each_run_of_the_paper_s_scales(scale, capsys, monkeypat
         assert name in memory
     twice = next(line for line in said.splitlines() if "dino" in line and "--epochs 24" in line)
     assert f"--recipe {scale}-student" in twice
+
+
+def test_a_dry_run_counts_the_images_of_the_folder_it_is_given(toy, capsys, monkeypatch):
+    """KITTI's layout with 16 images of 160 x 48 pixels: 12 epochs of 1 GFLOP forward, three times."""
+    sizes = []
+    monkeypatch.setattr(tables.bench, "training_bytes", lambda *_: 1e9)
+    monkeypatch.setattr(models, "gflops", lambda _, *size: sizes.append(size) or 1e6)
+    monkeypatch.setattr(models, "build", lambda *_, **__: SimpleNamespace(parameters=lambda: []))
+    changes = ["--", "--train-split", "all", "--size", "24,80"]
+    assert train.main(["table", "kitti", "--dry-run", "--root", str(toy), *changes]) == 0
+    said = capsys.readouterr().out
+    assert "kitti all: 16 images" in said and "To download" not in said and set(sizes) == {(24, 80)}
+    hours = 12 * 16 * 3 * 1e6 * 2e9 / 20e12 / 3600
+    line = next(line for line in said.splitlines() if line.startswith("dino-student") and "-x" not in line)
+    assert f"about {hours:.1f} GPU-hours" in line
 
 
 @pytest.fixture(scope="module")

@@ -598,7 +598,6 @@ def test_a_teacher_that_is_broken_does_not_pass_the_floor(toy, teacher, tmp_path
 
 def test_a_checkpoint_names_no_file_to_open(toy, teacher, tmp_path, capsys):
     payload = checkpoints.load(teacher / "last.pt")
-    payload["config"]["pretrained_backbone"] = str(tmp_path / "none.pth")
     payload["settings"]["root"] = str(tmp_path / "elsewhere")
     checkpoints.save(tmp_path / "forged.pt", payload)
     train.load_model(tmp_path / "forged.pt")
@@ -642,12 +641,33 @@ def test_nothing_of_an_earlier_run_is_overwritten_unasked(toy, tmp_path, name, c
 @pytest.mark.parametrize("option, value", [
     ("ema", "nan"), ("ema", "1"), ("clip", "nan"), ("lr", "-1"), ("lr", "inf"), ("limit", "0"), ("limit", "-1"),
     ("num-queries", "0"), ("batch-size", "0"), ("eval-batch", "0"), ("size", "0,0"), ("size", "1,2,3"),
-    ("size", "-4,5"), ("decoder-layers", "0"), ("steps", "-1"), ("warmup", "-1"), ("seed", "-1")])
+    ("size", "-4,5"), ("size", "200,100"), ("accumulate", "99"), ("position-offset", "nan"), ("feature-stride", "0"), ("decoder-layers", "0"), ("steps", "-1"), ("warmup", "-1"), ("seed", "-1")])
 def test_every_option_is_checked_before_data_is_read(tmp_path, option, value, capsys):
     assert train.main(["fit", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"),
                        f"--{option}={value}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --{option} ") and "want" in error and not list(tmp_path.iterdir())
+
+
+def test_every_number_on_the_command_line_has_a_range():
+    for field in [*dataclasses.fields(Config), *dataclasses.fields(Run)]:
+        kinds = getattr(field.type, "__args__", (field.type,))
+        assert (int in kinds or float in kinds) == (field.name in train.LIMITS), field.name
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"config.backbone": "resnet20"}, "unknown backbone"), ({"config.hidden_dim": 24}, "size mismatch"),
+    ({"config.heads": 3}, "multiple of 4 and of heads 3"), ({"config.speed": 3}, "no option speed"),
+    ({"classes": ["a"], "category_ids": [1]}, "size mismatch"), ({"config.feature_stride": 16}, "no option")])
+def test_a_checkpoint_whose_parts_do_not_fit_is_named(teacher, tmp_path, change, words):
+    payload = checkpoints.load(teacher / "last.pt")
+    for place, value in change.items():
+        part, _, key = place.partition(".")
+        payload[part] = payload[part] | {key: value} if key else value
+    torch.save(payload, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x.pt: weights and configuration do not fit .*{words}") as error:
+        train.load_model(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
 
 
 def test_training_in_a_thread_that_may_not_listen_to_signals(toy, tmp_path):
@@ -694,6 +714,16 @@ def test_resuming_notices_images_that_are_gone(toy, tmp_path, capsys):
     assert "other settings (images, classes or boxes)" in capsys.readouterr().err
 
 
+def test_resuming_from_what_is_no_run_is_one_line(toy, teacher, tmp_path, capsys):
+    command = ["fit", "--out", str(tmp_path), "--workers", "0", "--resume", *flags({**TINY, "root": toy})]
+    exported = {k: v for k, v in checkpoints.load(teacher / "last.pt").items() if k not in ("resume", "world", "taught_by")}
+    for content, words in (({"a.b": torch.zeros(1)}, "is not a checkpoint of this project"), (exported, "last.pt ")):
+        torch.save(content, tmp_path / "last.pt")
+        assert train.main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error and str(tmp_path) in error
+
+
 def test_images_without_any_object_are_no_training_set(toy, tmp_path, capsys):
     root = tmp_path / "toy"
     shutil.copytree(toy, root)
@@ -713,9 +743,15 @@ def test_a_damaged_log_is_trimmed_and_told(tmp_path, capsys):
 
 
 ABSURD = [("config", "deep"), ("config", None), ("classes", "Car"), ("classes", [1, 2, 3]), ("classes", None),
-          ("settings", []), ("detector", "yolo"), ("data", "voc"), ("metrics", None), ("model", [1]),
+          ("classes", []), ("settings", []), ("detector", "yolo"), ("data", "voc"), ("metrics", None), ("model", [1]),
+          ("model", {1: torch.zeros(1)}), ("model", {"a.b": [1.0]}), ("category_ids", [1]), ("category_ids", "123"),
+          ("category_ids", [True, True, True]), ("metrics.AP", "high"), ("metrics.AP", [0.5]), ("config", {3: 4}),
           ("config.hidden_dim", 2 ** 20), ("config.decoder_layers", 10 ** 7), ("config.heads", -2),
-          ("config.num_queries", "many"), ("config.ffn_dim", float("nan"))]
+          ("config.num_queries", "many"), ("config.ffn_dim", float("nan")), ("config.encoder_layers", True),
+          ("config.hidden_dim", 16.0), ("config.backbone", 18), ("config.backbone", None),
+          ("config.frozen_backbone", "no"), ("config.dropout", float("nan")), ("config.position_offset", float("inf")),
+          ("config.shared_heads", 1), ("config.pretrained_backbone", "FILE"), ("settings.size", 48),
+          ("settings.size", "1e5,1e5"), ("settings.size", [48, 160]), ("settings.class_map", {"Car": 1})]
 
 
 @pytest.mark.parametrize("field, value", ABSURD, ids=[f"{field}={value}" for field, value in ABSURD])
@@ -758,10 +794,19 @@ def test_ctrl_c_while_the_libraries_load_is_one_line():
     assert run.communicate()[1] == "stopped before anything began\n" and run.returncode == 130
 
 
-def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, capsys):
+@pytest.mark.parametrize("content, words", [
+    (None, "no checkpoint at"), (b"", "it is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<html>", "a web page"), ({"conv1.weight": torch.zeros(1)}, "not the weights of this resnet18")])
+def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, content, words, capsys):
+    path = tmp_path / "none.pth"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
     assert train.main(["fit", "--out", str(tmp_path / "run"), "--workers", "0", *flags(
-        {**TINY, "root": toy, "pretrained_backbone": str(tmp_path / "none.pth")})]) == 2
+        {**TINY, "root": toy, "pretrained_backbone": str(path)})]) == 2
     error = capsys.readouterr().err
+    assert words in error and str(path) in error and len(error.splitlines()) == 1
     assert "--pretrained-backbone FILE" in error and "--pretrained-backbone none" in error and "=False" not in error
 
 
