@@ -136,11 +136,62 @@ def _legible(figure):
 
 
 # ----------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------
+
+# Where the parts of the drawing stand, in inches, and what is written in them.
+PARTS = {
+    "image": (0.45, 2.3, "image"),
+    "truth": (5.25, 2.3, "ground\ntruth"),
+    "mask": (3.9, 2.3, r"$L_{\mathrm{mem}}$: compare" "\nwhere $M, S$ say"),
+    "queries": (6.65, 2.3, "target-aware\nqueries"),
+    "logits": (8.25, 2.3, r"$L_{\mathrm{log}}$: compare" "\nthese answers"),
+    "own": (5.6, 0.4, "own queries: their boxes are the\nmemory's best proposals (DINO)"),
+    "detection": (8.15, 0.4, r"$L_{\mathrm{detection}}$: own queries'" "\nanswers, ground truth")}
+ROW = {"backbone": 1.5, "encoder": 2.6, "memory": 3.9, "decoder": 6.65, "answers": 8.25}
+ADDED = "mask", "queries", "logits"
+ARROWS = [("truth", "mask", "-|>"), ("truth", "queries", "-|>"), ("student memory", "own", "-|>"),
+          ("own", "student decoder", "-|>"), ("student answers", "detection", "-|>")]
+for model in ("teacher", "student"):
+    ARROWS += [(f"{model} {a}", f"{model} {b}", "-|>") for a, b in itertools.pairwise(ROW)]
+    ARROWS += [("image", f"{model} backbone", "-|>"), ("queries", f"{model} decoder", "-|>"),
+               ("mask", f"{model} memory", "<|-|>"), ("logits", f"{model} answers", "<|-|>")]
+
+
+def method_drawing():
+    """The student, a DETR; its teacher above; and what is compared where: figures/method.png.
+
+    Green is what the method adds to plain training. Arrows with two heads compare.
+    """
+    figure = _figure(4)
+    axes = figure.subplots()
+    axes.set(xlim=(0, PAGE_INCHES), ylim=(0, 4))
+    axes.set_axis_off()
+    parts = {name: (*part, DISTILLED if name in ADDED else INK) for name, part in PARTS.items()}
+    for model, y, color, note, place in (("teacher", 3.5, TEACHER, "large, frozen", 3.8),
+                                         ("student", 1.3, STUDENT, "small, trained", 0.8)):
+        axes.text(0, place, f"{model}: {note}", fontsize=10, color=color, weight="bold")
+        parts |= {f"{model} {name}": (x, y, name, color) for name, x in ROW.items()}
+    frames = {}
+    for name, (x, y, text, color) in parts.items():
+        frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color}
+        text = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK, bbox=frame)
+        frames[name] = text.get_bbox_patch()
+    for start, end, head in ARROWS:
+        color = DISTILLED if {start, end} & {*ADDED} else INK
+        arrow = {"arrowstyle": head, "color": color, "patchA": frames[start], "patchB": frames[end]}
+        axes.annotate("", parts[end][:2], parts[start][:2], arrowprops=arrow)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------
 # Detections
 # ----------------------------------------------------------------------------------------------
 
 def detections(images, truths, results, classes, min_score=0.4):
     """Scenes in rows; the ground truth and each model in columns; titles count the detections.
+
+    Of a single scene two panels stand in a row.
 
     images: list of N. truths: list of N truths. results: dict name -> list of N results; {} draws
     the ground truth alone, with its references dotted. min_score: weaker detections are not drawn.
@@ -151,9 +202,13 @@ def detections(images, truths, results, classes, min_score=0.4):
     names = ["ground truth", *results]
     pixels = [_pixels(image) for image in images]
     ratios = [_ratio(p) for p in pixels] or [0.3]                         # of each row
-    rows, columns = len(ratios), len(names)
-    figure = _figure(PAGE_INCHES / columns * sum(ratios) + 0.04 * rows + 0.75)
-    grid = _grid(figure, rows, columns, len(images) * columns, height_ratios=ratios)
+    rows, columns, titled = len(ratios), len(names), 1
+    if len(images) == 1 and columns > 2:                                  # two panels a row
+        rows = titled = math.ceil(columns / 2)
+        ratios, columns = ratios * rows, 2
+    figure = _figure(PAGE_INCHES / columns * sum(ratios) + 0.04 * rows + 0.35 + 0.4 * titled)
+    grid = _grid(figure, rows, columns, len(images) * len(names), height_ratios=ratios)
+    grid = grid.reshape(len(images) or 1, -1)
     counts = {name: np.zeros(3, int) for name in results}
     classes, written = _class_names(classes)
     for panels, image, truth, *answers in zip(grid, pixels, truths, *results.values()):
@@ -444,16 +499,15 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     """What queries look at, over the image: queries in rows; models, layers or heads in columns.
 
     image: the padded batch image. looks: dict name -> look (see `look`), of the same targets in the
-    same order. rows: their names. A sampling point is a dot, its area the weight, its colour and
+    same order. rows: their names. A sampling point is a ring, its area the weight, its colour and
     marker the level. Dense attention is a map, mean over heads. `boxes` are solid, white or in the
     model's colour; `references` are dotted, or a cross. The titles say what share of the attention
     falls inside the box. A row's window is `context` times its boxes, or with None the whole image.
     A single row of many columns is folded.
 
-    grid: (height, width). With it every panel also has the map that `attention_mass` makes on this
-    grid, and the titles say how far it agrees with that of the first column, and the IoU of the
-    two boxes when it is below 0.5. Below `title` stands how far uniform attention over the first
-    column's boxes would agree.
+    grid: (height, width). With it the titles say how far the map that `attention_mass` makes on
+    this grid agrees with that of the first column, and the IoU of the two boxes when it is below
+    0.5. Below `title` stands how far uniform attention over the first column's boxes would agree.
     """
     pixels = _pixels(image)
     height, width = pixels.shape[:2]
@@ -462,16 +516,17 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     count = len(first["weights"])
     maps = {name: attention_mass(look["places"], look["weights"], *(grid or look["places"]))
             for name, look in looks.items() if grid or look["weights"].ndim == 3}    # (q, H, W)
-    # In the heat map 1 is an even spread.
-    heat = {name: m.numpy() * m[0].numel() for name, m in maps.items() if count}
+    # In the heat map, of dense attention, 1 is an even spread.
+    heat = {name: m.numpy() * m[0].numel() for name, m in maps.items()
+            if count and looks[name]["weights"].ndim == 3}
     norm = LogNorm(1, max([2, *(m.max() for m in heat.values())]))
     target = next(iter(maps.values()), None)                              # of the first column
     alike = {name: agreement(target, m) for name, m in maps.items() if grid}
 
     # One or two windows are large enough on a smaller page.
     columns, lines = max(len(looks), 1), max(count, 1)
-    if count == 1 and columns > 4:
-        columns, lines = 4, math.ceil(columns / 4)
+    if count == 1 and columns > 3:
+        columns, lines = (4, math.ceil(columns / 4)) if columns > 4 else (2, 2)
     shape = _ratio(pixels)                                                # of every window
     if context is not None:
         shape = min(max(shape, 0.6), 0.8)
@@ -491,7 +546,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             drawn = _heat(axes, heat[name][row], pixels, norm)
         if weights.ndim == 3:
             places = places[row]
-            _dots(axes, places, weights, (width, height), (35 if grid else 70) * min(inches, 3))
+            _dots(axes, places, weights, (width, height), 70 * min(inches, 3))
         if look["references"] is not None:
             _reference(axes, look["references"][row].numpy())
         if look["boxes"] is not None:
@@ -1332,11 +1387,15 @@ def _heat(axes, values, pixels, norm):
 
 
 def _dots(axes, places, weights, size, scale):
-    """Sampling points of one query, (heads, levels, P, 2): area scale * weight (points squared)."""
+    """Sampling points of one query, (heads, levels, P, 2): area scale * weight (points squared).
+
+    They are rings, through which the object is seen.
+    """
     for level in range(places.shape[1]):
         x, y = (places[:, level] * torch.tensor(size)).reshape(-1, 2).T   # (heads * P,) each
-        axes.scatter(x, y, s=scale * weights[:, level].ravel(), alpha=0.75, linewidths=0.4,
-                     edgecolors="black", facecolors=LEVELS[level % 6], marker=MARKERS[level % 6])
+        axes.scatter(x, y, s=scale * weights[:, level].ravel(), facecolors="none", linewidths=1.3,
+                     edgecolors=LEVELS[level % 6], marker=MARKERS[level % 6],
+                     path_effects=_halo(2.2, LEVELS[level % 6]))
 
 
 def _over_scene(image, boxes, panels, norm, label, heading, columns=2):

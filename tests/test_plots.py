@@ -109,6 +109,7 @@ def pictures(objects, found):
                                              "b": (torch.zeros(1, 1), str)}
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
+            "method_drawing": (1, ()),
             "predictions": (1, (image, result, CLASSES))}
 
 
@@ -148,7 +149,8 @@ def test_found_missed_and_false_by_hand():
     image, truth, result = scene()
     figure = plots.detections([image], [truth], {"student": [result], "teacher": [nothing()]},
                               CLASSES)
-    assert [axes.get_title().split("\n")[1] for axes in figure.axes] == [
+    assert len(figure.axes) == 4                         # one scene: two panels a row, the last is blank
+    assert [axes.get_title().split("\n")[1] for axes in figure.axes[:3]] == [
         "3 objects", "1 found, 2 missed, 2 false", "0 found, 3 missed, 0 false"]
 
 
