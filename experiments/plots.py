@@ -357,6 +357,27 @@ def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=No
         "Memory error: where the student does not yet remember what the teacher does")
 
 
+def memory_colours(image, boxes, memories, shape, title):
+    """One level of some memories over a scene, in colours: alike colours are alike tokens.
+
+    memories: dict name -> (H * W, D) tokens of the level of shape (H, W). Red, green and blue mix
+    the first three principal components of the first memory: light, blue against yellow, red
+    against green. Most is in the first two, which red-green colour blindness leaves alone.
+    """
+    first, *_ = memories = {name: _array(tokens) for name, tokens in memories.items()}
+    mean = memories[first].mean(0)
+    _, spread, axes = np.linalg.svd(memories[first] - mean, full_matrices=False)
+    largest = np.abs(axes).argmax(1)[:, None]
+    axes *= np.sign(np.take_along_axis(axes, largest, 1))                 # one sign on all machines
+    mix = np.array([[0.3, 0.3, 0.3], [0.2, 0.2, -0.4], [0.2, -0.2, 0]])
+    mix /= 2 * spread[:3, None] / math.sqrt(math.prod(shape))
+    panels = [(f"the scene, {_objects(len(boxes))}", None)]
+    for name, tokens in memories.items():
+        colours = 0.5 + (tokens - mean) @ axes[:3].T @ mix                # (H * W, 3)
+        panels.append((name, colours.clip(0, 1).reshape(*shape, 3)))
+    return _over_scene(image, boxes, panels, None, "", title)
+
+
 def maps_over_scene(image, boxes, maps, label, title, high=None):
     """Any maps over one scene: a name in each column, a level in each row, one colour scale.
 
@@ -526,7 +547,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     # One or two windows are large enough on a smaller page.
     columns, lines = max(len(looks), 1), max(count, 1)
     if count == 1 and columns > 3:
-        columns, lines = (4, math.ceil(columns / 4)) if columns > 4 else (2, 2)
+        columns = 2 if columns == 4 else 3
+        lines = math.ceil(len(looks) / columns)
     shape = _ratio(pixels)                                                # of every window
     if context is not None:
         shape = min(max(shape, 0.6), 0.8)
@@ -574,8 +596,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     if grid and count and first["boxes"] is not None:
         even = even_mass(first["boxes"], (width, height), *grid)
         even = agreement(target, even).mean()
-        title += ("\n(for comparison, an even look over the box that the first answers agrees "
-                  f"{even:.2f})")
+        title += f"\n(uniform attention over the boxes of the first would agree {even:.2f})"
     _heading(figure, title)
     return _legible(figure)
 
@@ -1367,9 +1388,14 @@ def _log_norm(maps, low=None, high=None):
 
 
 def _cells(axes, values, pixels, norm):
-    """A map of cells over the whole image, with its grid while that is coarse; 0 stays bare."""
-    rows, columns = values.shape
+    """A map of cells over the whole image, with its grid while that is coarse; 0 stays bare.
+
+    values: (H, W), or colours (H, W, 3), which hide the image.
+    """
+    rows, columns = values.shape[:2]
     extent = _, width, height, _ = _gray(axes, pixels)
+    if values.ndim == 3:
+        return axes.imshow(values, extent=extent, interpolation="nearest")
     drawn = axes.imshow(np.ma.masked_less_equal(values, 0), extent=extent, norm=norm,
                         cmap=WEIGHT_MAP, alpha=0.72, interpolation="nearest")
     if columns <= 48:
@@ -1401,11 +1427,14 @@ def _dots(axes, places, weights, size, scale):
 def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
     """Panels (title, map of cells, or None for the scene itself) over the scene, one colour bar.
 
+    No norm: the maps are colours, without a bar.
+
     Where they do not fill the rows, the first has the top row for itself.
     """
     pixels, columns = _pixels(image), max(columns, 1)
     rows = max(math.ceil(len(panels) / columns), 1)
-    figure = _figure((PAGE_INCHES / columns * _ratio(pixels) + 0.2) * rows + 0.75)
+    below = 0.75 if norm else 0.3                                         # a colour bar
+    figure = _figure((PAGE_INCHES / columns * _ratio(pixels) + 0.2) * rows + below)
     grid = figure.add_gridspec(rows, columns)
     spots = [grid[i] for i in range(rows * columns)]
     if len(panels) < len(spots):
@@ -1418,7 +1447,7 @@ def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
             drawn = _cells(axes, values, pixels, norm)
         _boxes(axes, boxes, TRUTH, width=1.1 if values is None else 0.7)
         _title(axes, title, 8.5, pad=3)
-    if drawn:
+    if drawn and norm:
         _bar(figure, every, drawn, label)
     _heading(figure, heading)
     return _legible(figure)

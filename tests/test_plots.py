@@ -110,6 +110,8 @@ def pictures(objects, found):
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
             "method_drawing": (1, ()),
+            "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach()[:120],
+                                                  "student": memory[0][:120]}, (6, 20), "Title")),
             "predictions": (1, (image, result, CLASSES))}
 
 
@@ -340,7 +342,7 @@ def test_query_attention_says_how_far_the_columns_agree():
                                    (6, 20))
     assert [axes.get_title().split("\n")[-1] for axes in figure.axes[:3]] == [
         "100% in the box", "100% in the box, agrees 1.00", "0% in the box, agrees 0.00 (IoU 0.14)"]
-    assert figure.axes[0].get_ylabel() == "Car" and "an even look" in figure.get_suptitle()
+    assert figure.axes[0].get_ylabel() == "Car" and "uniform attention" in figure.get_suptitle()
 
 
 def test_windows_lie_in_the_image_and_show_boxes_and_references():
@@ -357,12 +359,13 @@ def test_windows_lie_in_the_image_and_show_boxes_and_references():
     assert plots.query_attention(image, {"teacher": sampled(1)}).axes[0].get_xlim() == (0, 160)
 
 
-def test_heads_of_one_query_are_folded():
+@pytest.mark.parametrize("heads, lines, axes", [(8, 3, 9), (4, 2, 4), (3, 1, 3)])
+def test_heads_of_one_query_are_folded(heads, lines, axes):
     image, truth, _ = scene(1)
     figure = plots.query_attention(image, plots.heads_apart(dense(1, truth["boxes"]) | {
-        "weights": torch.rand(1, 8, 120).softmax(-1)}, 0))
-    assert [len({round(axes.get_position().y0, 3) for axes in figure.axes[:8]}),
-            len(figure.axes)] == [2, 8 + 1]
+        "weights": torch.rand(1, heads, 120).softmax(-1)}, 0))
+    rows = {round(axes.get_position().y0, 3) for axes in figure.axes[:heads]}
+    assert [len(rows), len(figure.axes)] == [lines, axes + 1]
 
 
 def test_self_attention_by_hand():
