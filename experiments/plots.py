@@ -552,7 +552,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     shape = _ratio(pixels)                                                # of every window
     if context is not None:
         shape = min(max(shape, 0.6), 0.8)
-    page = PAGE_INCHES if columns > 2 or context is None else 6
+    page = PAGE_INCHES if columns > 2 or context is None or len(looks) > columns else 6
     named = len(rows) > 0
     inches = (page - 0.4 * named) / columns
     tall = max(inches * shape, 0.9 * named)                               # room for a row's name

@@ -24,8 +24,8 @@
 # [clockdistill.py](../clockdistill.py) gives the same.
 #
 # **How sure is it that the paper does so?** A mark stands at each choice. **[A]** the paper's
-# abstract says it · **[T]** third parties say it · **[P]** the authors' earlier public code does
-# it · **[O]** our own choice. Only [A] is certain. The table at the end lists all of them.
+# abstract says it · **[T]** third parties say it · **[P]** the authors' earlier public code does it
+# · **[O]** our own choice. Only [A] is certain. The table at the end lists all of them.
 
 # %%
 import copy
@@ -113,15 +113,15 @@ plots.method_drawing()
 # Where do DINO's query boxes come from? Every token of the memory proposes a box. Token $p$ of
 # level $l$ has the centre $c_p$ of its cell and starts from an anchor of side $0.05 \cdot 2^l$:
 #
-# $$t_p = \mathrm{LayerNorm}(W A_p), \qquad s_p = \max_c\ \mathrm{class}_c(t_p), \qquad
-#   b_p = \sigma\big(\mathrm{box}(t_p) + \sigma^{-1}(c_p,\ 0.05 \cdot 2^l,\ 0.05 \cdot 2^l)\big)$$
+# $$t_p = \mathrm{LayerNorm}(W A_p), \qquad s_p = \max_c \mathrm{class}_c(t_p), \qquad
+#   b_p = \sigma\big(\mathrm{box}(t_p) + \sigma^{-1}(c_p, 0.05 \cdot 2^l, 0.05 \cdot 2^l)\big)$$
 #
 # $A_p$ is the memory at $p$. The tokens with the largest scores $s_p$ give the reference boxes,
 # best first. The contents are learned, one for each rank. In a decoder layer the queries attend to
 # one another, then read the memory around their boxes; a query's position is an MLP of its box. The
 # box head then moves the box:
 #
-# $$q \leftarrow \mathrm{layer}\big(q,\ \mathrm{MLP}(\mathrm{sine}(b)),\ A \text{ around } b\big),
+# $$q \leftarrow \mathrm{layer}\big(q, \mathrm{MLP}(\mathrm{sine}(b)), A \text{ around } b\big),
 #   \qquad b \leftarrow \sigma\big(\mathrm{box}(q) + \sigma^{-1}(b)\big)$$
 #
 # **Claim.** The lines below are all of DINO's forward pass: they give the boxes of `teacher(...)`.
@@ -178,8 +178,8 @@ for rank in range(4):
 # ## What a memory holds, and in whose words
 #
 # CLoCKDistill copies the memory, not the backbone's features [A]. A token knows its surroundings,
-# and the decoder reads nothing else. The proposal head of above shows what a token knows: it reads
-# one token and says how likely an object is there.
+# and the decoder reads nothing else. The proposal head from above shows what a token knows: it
+# reads one token and says how likely an object is there.
 #
 # **Claim.** Each model's head finds the objects in its *own* memory, and the two heads largely
 # agree. But the teacher's head cannot read the student's memory. The two models know similar things
@@ -231,7 +231,7 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
 # $$M_p = 1 \text{ if cell } p \text{ touches a ground-truth box, else } 0$$
 #
 # A box is `(cx, cy, w, h)` in fractions of the image. On an axis of $n$ cells it touches cells
-# $\lfloor (c - s/2)\, n \rfloor$ up to, but not including, $\lceil (c + s/2)\, n \rceil$. Rows and
+# $\lfloor (c - s/2) n \rfloor$ up to, but not including, $\lceil (c + s/2) n \rceil$. Rows and
 # columns are found apart; a cell is inside if both its row and its column are.
 #
 # Two boxes on a map of 4 x 6 cells: a large one of 2 x 3 cells, and a small one of one cell in it.
@@ -288,9 +288,9 @@ plots.numbers({"M": (M, "{:.0f}".format), "S": (S, lambda v: f"1/{1 / v:.0f}")},
 #
 # ## The memory loss $L_\mathrm{mem}$, opened
 #
-# $$L_\mathrm{mem} = \alpha \sum_p M_p S_p \, e_p + \beta \sum_p (1 - M_p) S_p \, e_p, \qquad
-#   e_p = \big\| A_p^\mathrm{tea} - f(A_p^\mathrm{stu}) \big\|^2, \qquad
-#   \alpha = 5 \cdot 10^{-5},\ \beta = 10^{-7}\ \text{[T]}$$
+# $$L_\mathrm{mem} = \alpha \sum_p M_p S_p  e_p + \beta \sum_p (1 - M_p) S_p  e_p, \qquad
+#   e_p = \lVert A_p^\mathrm{tea} - f(A_p^\mathrm{stu}) \rVert^2, \qquad
+#   \alpha = 5 \cdot 10^{-5}, \quad \beta = 10^{-7} \quad\text{[T]}$$
 #
 # $A^\mathrm{tea}$ and $A^\mathrm{stu}$ are the memories. The square sums over channels; levels are
 # summed; the sum is divided by the number of images [O]. $f$ is a linear map where the models'
@@ -424,9 +424,9 @@ plots.memory_error(picture, taught[METHOD][0][0], t_memory.tokens[0], shapes, tr
 #   b_k = \text{the true box} \text{ as reference box}$$
 #
 # $E$ is an embedding of the classes [T, P]; we take the teacher's, frozen [O]. Each object may be
-# asked for in several *groups*, with noise on the boxes [P: 3 groups, no noise]. In a batch, images
-# with fewer objects have *padding rows*. Who may attend to whom? With $g_i$ the group of query $i$
-# and $v_i = 1$ for a real query, 0 for a padding row:
+# asked for in several *groups* [P: 3], with noise on the boxes [P: none]. In a batch, images with
+# fewer objects have *padding rows*. Who may attend to whom? With $g_i$ the group of query $i$ and
+# $v_i = 1$ for a real query, 0 for a padding row:
 #
 # $$\mathrm{attend}_{ij} = 1 \text{ if } (g_i = g_j \text{ and } v_i v_j = 1) \text{ or } i = j,
 #   \text{ else } 0$$
@@ -543,12 +543,12 @@ plots.dots({"IoU of the teacher's and the student's answer": {"": {
 # Let $t$ be the teacher's logits and $s$ the student's. For query $k$ and a decoder layer:
 #
 # $$L_\mathrm{log} = \sum_\mathrm{layers} \frac{1}{Q} \sum_k w_k
-#   \big(1 \cdot \mathrm{KL}_k + 5 \cdot \mathrm{L1}_k + 2\,(1 - \mathrm{GIoU}_k)\big), \qquad
+#   \big(1 \cdot \mathrm{KL}_k + 5 \cdot \mathrm{L1}_k + 2(1 - \mathrm{GIoU}_k)\big), \qquad
 #   w_k = \max_c \sigma(t_{kc}) \quad\text{[T, P]}$$
 #
 # $$\mathrm{KL}_k = \tau^2 \sum_c
 #   \Big( p \ln\frac{p}{q} + (1 - p) \ln\frac{1 - p}{1 - q} \Big), \qquad
-#   p = \sigma(t_{kc} / \tau),\ q = \sigma(s_{kc} / \tau),\ \tau = 10\ \text{[P]}$$
+#   p = \sigma(t_{kc} / \tau), \quad q = \sigma(s_{kc} / \tau), \quad \tau = 10 \quad\text{[P]}$$
 #
 # $w_k$ is the teacher's confidence: an answer weighs as much as the teacher is sure. L1 and GIoU
 # compare boxes; GIoU is the overlap, made to count also for boxes apart. $Q$ is the number of valid
@@ -648,21 +648,21 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # ## How to choose the weights: one rule
 #
 # The two losses have units of their own: $\alpha = 5 \cdot 10^{-5}$ belongs to 256 channels and
-# images of 800 x 1333 pixels. A lambda tuned on one data set says little on another. What carries
-# over is how hard a part pulls, compared with detection:
+# images of 800 x 1333 pixels. A lambda tuned on one data set says little on another. What can be
+# compared is how hard a part pulls, relative to detection:
 #
 # > Set each part's weight so that its gradient norm has a wanted ratio $r$ to detection's, as
 # > `--balance` does (`train.Balance`); `train.gradient_report` shows the ratios.
 #
-# $$\lambda_\mathrm{part} = r\, \Big/ \,\Big(\text{geometric mean over 8 steps of}\
-#   \frac{\|\nabla L_\mathrm{part}\|}{\|\nabla L_\mathrm{detection}\|}\Big)$$
+# $$\lambda_\mathrm{part} = r \Big/ \Big(\text{geometric mean over 8 steps of}
+#   \frac{\lVert \nabla L_\mathrm{part} \rVert}{\lVert \nabla L_\mathrm{detection} \rVert}\Big)$$
 #
 # The norms are over the student's parameters that both losses reach. In the first 8 steps of a run
-# the student trains alone while the ratios are measured. The lambdas that won on the toy are $r =
-# 56, 19, 129$ for memory (DINO, Deformable DETR, DAB-DETR) and about 1 for the answers, so the
-# recipes for small data sets have **memory 50, answers 1**. They were tried a factor of four apart:
-# do not read them as optimal. Whether they hold on real images is undecided ([the
-# plan](../results/kitti/PLAN.md)).
+# the student trains alone while the ratios are measured. The lambdas that won on the toy (without
+# $S$) are $r = 56, 19, 129$ for memory (DINO, Deformable DETR, DAB-DETR) and about 1 for the
+# answers, so the recipes for small data sets have **memory 50, answers 1**. They were tried a
+# factor of four apart: do not read them as optimal. Whether they hold on real images is undecided
+# ([the plan](../results/kitti/PLAN.md)).
 #
 # Here is the ratio of one step by hand, on a fresh student and 8 training images.
 

@@ -12,15 +12,15 @@
 #
 # 1. The distilled memory is close to the teacher's as it is, most of all on objects. A lone
 #    student's memory is not, even when the best linear map may translate it.
-# 2. An attention map need not lie on the object. A dense one mostly does not.
+# 2. An attention map need not lie on the object. Dense attention here mostly does not.
 # 3. "It looks where the teacher looks" means nothing without a baseline and a cell size.
 #    Distillation moves the attention of target-aware queries towards the teacher's: clearly with
 #    DAB-DETR and Deformable DETR, a little with DINO, where coarse cells do not show it.
 # 4. A teacher that is asked what it was never trained on misleads, and its confidence does not
 #    always tell.
 #
-# Numbers are mean ± half of the 95 % interval, over images. Each student is one run of one seed: the
-# intervals do not hold the luck of a seed.
+# Numbers are mean ± half of the 95 % interval, over images. Each student is one run of one seed:
+# the intervals do not hold the luck of a seed.
 
 # %%
 import os
@@ -42,7 +42,7 @@ from experiments import plots
 
 # %matplotlib inline
 torch.set_num_threads(1)
-SIZE, IMAGES, SCENE = (160, 48), 120, 4       # pixels of an image; images to measure on; one to draw
+SIZE, IMAGES, SCENE = (160, 48), 120, 4       # pixels; images to measure on; the one to draw
 NAMES = {"dab_detr": "DAB-DETR", "deformable_detr": "Deformable DETR", "dino": "DINO"}
 
 
@@ -66,8 +66,9 @@ def ratio(numerators, denominators=None):
     """Sums over images (N,) -> numerators / denominators (None: N), half of its 95 % interval."""
     above = torch.as_tensor(numerators, dtype=torch.float)
     below = torch.ones_like(above) if denominators is None else torch.as_tensor(denominators)
-    draws = torch.randint(len(above), (1000, len(above)), generator=torch.Generator().manual_seed(0))
-    spread = (above[draws].sum(1) / below[draws].sum(1)).std()          # of images drawn again
+    generator, N = torch.Generator().manual_seed(0), len(above)
+    draws = torch.randint(N, (1000, N), generator=generator)            # images drawn again
+    spread = (above[draws].sum(1) / below[draws].sum(1)).std()
     return (above.sum() / below.sum()).item(), 1.96 * spread.item()
 
 
@@ -78,10 +79,10 @@ def written(numbers):
 # %% [markdown]
 # # What the memory holds
 #
-# The memory is the encoder's output: a token of 64 numbers for each cell. Its *length* says nothing,
-# because each encoder layer ends in a LayerNorm: all tokens are about $\sqrt{64} = 8$ long. What a
-# token holds is in its direction. To see directions, take the teacher's tokens of the finest level,
-# find their three principal components, and paint these as colours.
+# The memory is the encoder's output: a token of 64 numbers for each cell. Its *length* says
+# nothing, because each encoder layer ends in a LayerNorm: all tokens are about $\sqrt{64} = 8$
+# long. What a token holds is in its direction. To see directions, take the teacher's tokens of the
+# finest level, find their three principal components, and paint these as colours.
 #
 # A student trained alone has directions of its own, which would look like noise. So it gets help:
 # the linear map from its memory to the teacher's that is best (least squares) on 60 other images.
@@ -115,7 +116,7 @@ for detector, models_of in families.items():
     kept = {name: memories(model, val, IMAGES)[0] for name, model in models_of.items()}
     mapped = {f"{name}, mapped": best_map(fit[name], fit["teacher"])(kept[name])
               for name in ("untrained", "student")}
-    place = fit["teacher"].mean(0).expand_as(kept["teacher"])           # the mean token of each place
+    place = fit["teacher"].mean(0).expand_as(kept["teacher"])           # each place's mean
     versions[detector] = kept | mapped | {"place alone": place}         # (120, S, 64) each
     on_objects[detector] = memories(models_of["teacher"], val, IMAGES)[1]
 
@@ -127,16 +128,18 @@ plots.memory_colours(picture, truth["boxes"],
                      (6, 20), "DINO: the same image in three memories (finest level)")
 
 # %% [markdown]
-# *The distilled memory has the teacher's colours, on the car and along the street. The lone student's
-# is a pale version: right in the large, vague on objects.*
+# *The distilled memory repeats the teacher's colours cell by cell. The lone student's has the large
+# areas right, sky, road and cars, and misses their cells.*
 #
 # How near is it, in numbers? $R^2$ is the part of the teacher's variance that a memory explains: 1
 # is a copy, 0 is as good as the mean token.
 #
-# $$R^2 = 1 - \frac{\sum_p \| A_p^\mathrm{tea} - \hat A_p \|^2}{\sum_p \| A_p^\mathrm{tea} - \bar
-#   A^\mathrm{tea} \|^2}$$
+# $$R^2 = 1 - \frac{\sum_p \lVert A_p^\mathrm{tea} - \hat A_p \rVert^2}
+#   {\sum_p \lVert A_p^\mathrm{tea} - \bar A^\mathrm{tea} \rVert^2}$$
 #
-# The baseline needs no image at all: *place alone* is the teacher's mean token of each cell.
+# $A_p^\mathrm{tea}$ is the teacher's token at $p$, $\bar A^\mathrm{tea}$ the mean over the same
+# tokens, and $\hat A_p$ what the student has instead. The baseline needs no look at the image:
+# *place alone* is the teacher's mean token of each cell, over the 60 other images.
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
 # student's after the best linear map. That holds on objects and on the background; it explains most
@@ -161,17 +164,18 @@ for part in ("on objects", "on the background"):
               f"distilled minus alone {lead[0]:+.2f} ± {lead[1]:.2f}")
         assert lead[0] > lead[1] and R2["student alone"][0] > R2["untrained"][0]
 BASELINE = {"color": plots.INK, "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
-plots.dots(panels, "How much of the teacher's memory is in a student's?", marks={"place alone": BASELINE})
+plots.dots(panels, "How much of the teacher's memory is in a student's?",
+           marks={"place alone": BASELINE})
 
 # %% [markdown]
 # *Compare the green dots with the orange ones, and both with the black bar.* On the background the
-# lead is smaller, and with DAB-DETR the distilled memory is hardly better than the place alone.
+# lead is smaller. With DAB-DETR it is .05 there, as is the lead over the place alone.
 #
 # # Where decoders look
 #
 # In each decoder layer a query weighs places of the memory. Deformable DETR and DINO sample a few
-# points around the query's reference, on each level. DAB-DETR weighs every cell of one map. Here are
-# the teachers' own queries that find one car, in the first and in the last layer.
+# points around the query's reference, on each level. DAB-DETR weighs every cell of one map. Here
+# are the teachers' own queries that find one car, in the first and in the last layer.
 
 # %%
 def pixels(places):
@@ -194,7 +198,7 @@ def gaze(model, asked, target, image):
     starts = model.learned_queries(output.memory)[0], model.placed(models.Queries(*asked))
     starts = pixels(torch.cat([queries.boxes for queries in starts], 1)[0])           # (Q + K, .)
     own, extra = output.detections, output.extra
-    boxes = pixels(torch.cat([own.boxes, extra.boxes], 2)[:, 0])                      # (L, Q + K, 4)
+    boxes = pixels(torch.cat([own.boxes, extra.boxes], 2)[:, 0])                   # (L, Q + K, 4)
     chances = torch.cat([own.logits, extra.logits], 2)[-1, 0].sigmoid()               # (Q + K, C)
     truth, count = pixels(target["boxes"]), own.logits.shape[2]
     fits = box_iou(truth, boxes[-1, :count]) * chances[:count, target["labels"]].T    # (K, Q)
@@ -223,7 +227,8 @@ for detector, models_of in families.items():
 
 def of_object(look, k):
     """A look of the k-th query alone."""
-    return {key: value if isinstance(value, tuple) else value[k:k + 1] for key, value in look.items()}
+    return {key: value if isinstance(value, tuple) else value[k:k + 1]    # a tuple: the map's (H, W)
+            for key, value in look.items()}
 
 
 car = int((targets[SCENE]["boxes"][:, 2:].prod(1) * (targets[SCENE]["labels"] == 0)).argmax())
@@ -232,17 +237,17 @@ for layer in (0, 2):
     for detector, seen in gazes.items():
         look = seen["teacher"][SCENE]["own"]["looks"][layer]
         looks[f"{NAMES[detector]}, layer {layer}"] = of_object(look, car)
-plots.query_attention(picture, looks, title="Where the teachers' own queries look that find one car")
+plots.query_attention(picture, looks, title="Where the queries look that find one car (teachers)")
 
 # %% [markdown]
-# *Top, layer 0; bottom, layer 2. Dotted is where a query starts, solid what it answers in this layer.*
-# DAB-DETR's query lights up around the car, hardly on it. Deformable DETR's starts from a learned point
-# (+) and gathers on the car. DINO's starts from a box that the encoder proposed: it is on the car at
-# once.
+# *Top, layer 0; bottom, layer 2. Dotted is where a query starts, solid what it answers in this
+# layer.* DAB-DETR's query lights up around the car, hardly on it. Deformable DETR's starts from a
+# learned point (+) and gathers on the car. DINO's starts from a box that the encoder proposed: it
+# is on the car at once.
 #
-# **Claim.** In the last layer most of the attention of sampling points lies in the object's box, and
-# most of DAB-DETR's outside. (It is still several times the box's share of the image.) An attention
-# map is not a segmentation.
+# **Claim.** In the last layer most of the attention of sampling points lies in the object's box,
+# and most of DAB-DETR's outside. (It is still several times the box's share of the image.) An
+# attention map is not a segmentation.
 
 # %%
 def inside(look, boxes):
@@ -254,10 +259,11 @@ def inside(look, boxes):
 
 
 def mean_inside(seen, kind, layer):
-    return ratio([inside(seen[index][kind]["looks"][layer], truths[index]).mean() for index in chosen])
+    return ratio([inside(seen[index][kind]["looks"][layer], truths[index]).mean()
+                  for index in chosen])
 
 
-areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1).mean() / (SIZE[0] * SIZE[1]) for boxes in truths.values()]
+areas = [target["boxes"][:, 2:].prod(1).mean() for target in targets.values()]
 print(f"a box is {ratio(areas)[0]:.0%} of the image; of the teachers' attention lies in it:")
 for detector, seen in gazes.items():
     shares = {f"layer {layer}": mean_inside(seen["teacher"], "own", layer) for layer in range(3)}
@@ -267,9 +273,9 @@ for detector, seen in gazes.items():
 # %% [markdown]
 # # The same question to four models
 #
-# Now all models are asked the same: target-aware queries from the true boxes. The titles say how far
-# a model's attention *agrees* with the teacher's. The agreement of two maps $a$ and $b$ over cells
-# $p$, each scaled to the sum 1, is their overlap:
+# Now all models are asked the same: target-aware queries from the true boxes. The titles say how
+# far a model's attention *agrees* with the teacher's. The agreement of two maps $a$ and $b$ over
+# cells $p$, each scaled to the sum 1, is their overlap:
 #
 # $$\mathrm{agreement}(a, b) = \sum_p \min(a_p, b_p)$$
 #
@@ -286,27 +292,28 @@ def four_models(detector):
 four_models("deformable_detr")
 
 # %% [markdown]
-# *Only the distilled student answers with the teacher's box and looks where the teacher looks.* None of
-# the four is on the car: the teacher was never trained on such a query (more below), and the student
-# has copied that too.
+# *The distilled student answers with the teacher's box and looks where the teacher looks; the other
+# two do not.* The teacher's box is too small for the car: it was never trained on such a query
+# (more below), and the student copies that too.
 
 # %%
 four_models("dino")
 
 # %% [markdown]
-# *All four look at the car, also the one whose weights have seen no image.* Its sampling points start as
-# a star around the reference, as large as the box. A picture like this proves nothing about what was
-# learned, which brings us to baselines.
+# *All four look at the car, also the one whose weights have seen no image.* Its sampling points
+# start as a star around the reference, as large as the box. A picture like this proves nothing
+# about what was learned, which brings us to baselines.
 #
 # ## Agreement needs a baseline and a cell size
 #
 # The baseline is **uniform attention over the true box**: it needs the box, which is given, and no
-# learning. And cells matter: on cells of 8 pixels, as large as a pedestrian, any two looks at one object
-# agree. So we count on cells of 8, 4, 2 and 1 pixels. (DAB-DETR's maps have cells of 8 pixels.)
+# learning. And cells matter: on cells of 8 pixels, as large as a pedestrian, any two looks at one
+# object agree. So we count on cells of 8, 4, 2 and 1 pixels. (DAB-DETR's maps have cells of 8
+# pixels.)
 
 # %%
 def agreements(detector, kind, cell):
-    """{name: agreement with the teacher, mean over the objects of each image} on cells of a size."""
+    """{name: [agreement with the teacher, mean over an image's objects]} on cells of a size."""
     grid = SIZE[1] // cell, SIZE[0] // cell
     result = {}
     for index in chosen:
@@ -333,16 +340,17 @@ panels = {}
 for cell in (8, 2):
     rows = {}
     for detector, name in NAMES.items():
-        numbers = asked[detector, min(cell, *CELLS[detector], 8) if detector != "dab_detr" else 8]
+        numbers = asked[detector, cell if cell in CELLS[detector] else 8]
         rows[name] = {model: ratio(values) for model, values in numbers.items()}
     panels[f"agreement with the teacher, cells of {cell} pixels"] = {"": rows}
 plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?",
            marks={"uniform over the box": BASELINE})
 
 # %% [markdown]
-# *Look at DINO's row, left: everything is on the black bar, the untrained model included.* There the
-# number says that queries start from the right box, and nothing of what was learned. On cells of 2
-# pixels the distilled student is ahead of the lone one, and uniform attention is ahead of both.
+# *Look at DINO's row, left: all within .03 of the black bar, and the untrained model agrees most.*
+# There the number says that queries start from the right box, and nothing of what was learned. On
+# cells of 2 pixels the distilled student is ahead of the lone one, and uniform attention is ahead
+# of both: even a student that looks more like its teacher looks less like it than a plain box.
 
 # %%
 panels = {}
@@ -358,19 +366,19 @@ assert gain[0] > gain[1] and abs(undecided[0]) < undecided[1]
 plots.dots(panels, "Does distillation make a student look more like its teacher?")
 
 # %% [markdown]
-# *Right of 0, the distilled student agrees more.* With DAB-DETR and Deformable DETR it does, at every
-# cell size and for both kinds of queries. With DINO, asked the same: undecided on cells of 8 pixels, a
-# small and clear gain on finer ones. By DINO's own queries (nobody told them where to look) the sign
-# depends on the cells: less like the teacher on coarse ones, more on fine ones. So "in DINO
-# distillation does not change where it looks" is what coarse cells say, and it is wrong; "it looks where
-# the teacher looks" would be wrong too.
+# *Right of 0, the distilled student agrees more.* With DAB-DETR and Deformable DETR it does, at
+# every cell size and for both kinds of queries. With DINO, asked the same: undecided on cells of 8
+# pixels, a small and clear gain on finer ones. By DINO's own queries (nobody told them where to
+# look) the sign depends on the cells: less like the teacher on coarse ones, more on fine ones. So
+# "in DINO distillation does not change where it looks" is what coarse cells say, and it is wrong;
+# "it looks where the teacher looks" would be wrong too.
 #
 # # A misleading teacher
 #
 # The logit part copies the teacher's answers to target-aware queries, right or wrong, each with the
 # weight $w = \max_c \sigma(t_c)$ over the teacher's logits. Call an answer **wrong** when it names
-# another class, or when its box and the true one have an IoU below 0.5. Here is, for each detector, the
-# wrong answer of the largest $w$.
+# another class, or when its box and the true one have an IoU below 0.5. Here is, for each detector,
+# the wrong answer of the largest $w$.
 
 # %%
 def answers(detector, kind):
@@ -402,13 +410,14 @@ for detector, answer in asked.items():
 plots.detections(scenes, claims, {"the teacher's answer": replies}, val.classes, min_score=0)
 
 # %% [markdown]
-# *From top to bottom DAB-DETR, Deformable DETR, DINO. Left, what was asked; right, dashed, the answer.*
+# *From top to bottom DAB-DETR, Deformable DETR, DINO. Left, what was asked; right, dashed, the
+# answer.*
 #
-# **Claims.** DAB-DETR's teacher is wrong nearly every time when it starts from a true box, Deformable
-# DETR's three times in five, DINO's one time in ten. Confidence tells right from wrong for the last
-# two: the fifth of the answers with the least $w$ is wrong more often than that with the most, so $w$
-# takes away a part of the wrong answers' weight. For DAB-DETR it does not. All three teachers find
-# most of the same objects by queries of their own.
+# **Claims.** DAB-DETR's teacher is wrong nearly every time when it starts from a true box,
+# Deformable DETR's three times in five, DINO's one time in ten. Confidence helps to tell right from
+# wrong for the last two: the fifth of the answers with the least $w$ is wrong more often than that with
+# the most, so $w$ takes away a part of the wrong answers' weight. With DAB-DETR that is undecided,
+# for nearly all is wrong. All three teachers find most of the same objects by queries of their own.
 
 # %%
 def part(answer, above, below):
@@ -430,35 +439,39 @@ for detector, answer in asked.items():
                     "its own queries": part(own[detector], own[detector]["wrong"], every)}
     print(f"{name}, {len(every)} answers: {written(wrong[name] | weight[name])}; "
           f"mean w {answer['w'].mean():.2f}")
+    least, most = (mean for mean, _ in wrong[name].values())
+    assert (least - most > 0.1) == (detector != "dab_detr")
 plots.dots(panels, "What the teachers answer wrongly, and what w does about it")
 
 # %% [markdown]
-# *Left, two marks far apart: confidence tells. Right, the step from the first to the second mark is what
-# $w$ takes away.*
+# *Left, two marks far apart: confidence tells. Right, the step from the first to the second mark is
+# what $w$ takes away.*
 #
-# A likely reason for the order: a teacher answers well what it was trained on. DINO's denoising queries
-# start near true boxes. Deformable DETR's own queries have learned positions, while target-aware ones
-# get a frozen random map of the box. DAB-DETR's learned anchors are much larger than the objects:
+# A likely reason for the order: a teacher answers well what it was trained on. DINO's denoising
+# queries start near true boxes. Deformable DETR's own queries have learned positions, while
+# target-aware ones get a frozen random map of the box. DAB-DETR's learned anchors are much larger
+# than the objects:
 
 # %%
 anchors = families["dab_detr"]["teacher"].anchors.weight.detach().sigmoid()           # (60, 4)
 anchor_area = (anchors[:, 2:] * torch.tensor(SIZE)).prod(1).median()
-object_area = torch.cat([(b[:, 2:] - b[:, :2]).prod(1) for b in truths.values()]).median()
-print(f"median area: {anchor_area:.0f} pixels of DAB-DETR's anchors, {object_area:.0f} of the objects")
+boxes = torch.cat([*truths.values()])                                                 # (514, 4)
+object_area = (boxes[:, 2:] - boxes[:, :2]).prod(1).median()
+print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {object_area:.0f}")
 
 # %% [markdown]
 # # Exercises
 #
-# **1. Predict, then run.** DAB-DETR's teacher answers with a mean $w$ near 0.1. `logit_loss` weighs each
-# query with $w$ and divides by the number of queries. By which factor does the class term grow with
-# `confidence=False`? And what if the sum is divided by the summed weights, `normalise="confidence"`, as
-# the toy's recipes do?
+# **1. Predict, then run.** DAB-DETR's teacher answers with a mean $w$ near 0.1. `logit_loss` weighs
+# each query with $w$ and divides by the number of queries. By which factor does the class term grow
+# with `confidence=False`? And what if the sum is divided by the summed weights,
+# `normalise="confidence"`, as the toy's recipes do?
 #
 # <details><summary>Answer</summary>
 #
-# About 1 / 0.1: without $w$ each answer weighs 1. With `normalise="confidence"` the sizes of the weights
-# cancel, and the factor is near 1. So under the default a hesitant teacher makes the whole part light,
-# under the toy's recipes not, also when its answers are mistakes.
+# About 1 / 0.1: without $w$ each answer weighs 1. With `normalise="confidence"` the sizes of the
+# weights cancel, and the factor is near 1. So under the default a hesitant teacher makes the whole
+# part light, under the toy's recipes not, also when its answers are mistakes.
 #
 # ```python
 # models_of = families["dab_detr"]
@@ -478,13 +491,13 @@ print(f"median area: {anchor_area:.0f} pixels of DAB-DETR's anchors, {object_are
 # ```
 # </details>
 #
-# **2. The coarsest grid.** What is the agreement of any two maps on a grid of one cell? Why does a
-# finer grid always give a smaller or equal agreement?
+# **2. The coarsest grid.** What is the agreement of any two maps on a grid of one cell? Why can
+# splitting cells only lower it?
 #
 # <details><summary>Answer</summary>
 #
-# 1: both maps are the number 1. Splitting a cell in two splits $\min(a, b)$ into two minima whose sum
-# is at most the old one: the minimum of sums is at least the sum of minima.
+# 1: both maps are the number 1. Splitting a cell in two splits $\min(a, b)$ into two minima whose
+# sum is at most the old one: the minimum of sums is at least the sum of minima.
 #
 # ```python
 # a, b = torch.rand(2, 4, 8)
@@ -494,8 +507,8 @@ print(f"median area: {anchor_area:.0f} pixels of DAB-DETR's anchors, {object_are
 # ```
 # </details>
 #
-# **3. The untrained DINO.** Where exactly do its sampling points lie, relative to the reference box?
-# Look at the picture, guess, then look into `seen` of `gazes["dino"]["untrained"]`.
+# **3. The untrained DINO.** Where exactly do its sampling points lie, relative to the reference
+# box? Look at the picture, guess, then look into `seen` of `gazes["dino"]["untrained"]`.
 #
 # <details><summary>Answer</summary>
 #
