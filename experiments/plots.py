@@ -96,8 +96,8 @@ def readable(classes):
             unwritten.append(label)
         names.append(f"class {label}" if lacking or not short else short)
     if unwritten:
-        warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures call "
-                      "them by number; install a font of their script, such as Noto Sans CJK")
+        warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures "
+                      "call them by number; install a font of their script, such as Noto Sans CJK")
     return names
 
 
@@ -149,13 +149,13 @@ PARTS = {
     "own": (5.6, 0.4, "own queries: their boxes are the\nmemory's best proposals (DINO)"),
     "detection": (8.15, 0.4, r"$L_{\mathrm{detection}}$: own queries'" "\nanswers, ground truth")}
 ROW = {"backbone": 1.5, "encoder": 2.6, "memory": 3.9, "decoder": 6.65, "answers": 8.25}
-ADDED = "mask", "queries", "logits"
-ARROWS = [("truth", "mask", "-|>"), ("truth", "queries", "-|>"), ("student memory", "own", "-|>"),
-          ("own", "student decoder", "-|>"), ("student answers", "detection", "-|>")]
+ADDED = {"mask", "queries", "logits"}
+ARROWS = [("truth", "mask"), ("truth", "queries"), ("student memory", "own"),
+          ("own", "student decoder"), ("student answers", "detection")]
 for model in ("teacher", "student"):
-    ARROWS += [(f"{model} {a}", f"{model} {b}", "-|>") for a, b in itertools.pairwise(ROW)]
-    ARROWS += [("image", f"{model} backbone", "-|>"), ("queries", f"{model} decoder", "-|>"),
-               ("mask", f"{model} memory", "<|-|>"), ("logits", f"{model} answers", "<|-|>")]
+    ARROWS += [(f"{model} {a}", f"{model} {b}") for a, b in itertools.pairwise(ROW)]
+    ARROWS += [("image", f"{model} backbone"), ("queries", f"{model} decoder"),
+               ("mask", f"{model} memory"), ("logits", f"{model} answers")]
 
 
 def method_drawing():
@@ -177,8 +177,9 @@ def method_drawing():
         frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color}
         text = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK, bbox=frame)
         frames[name] = text.get_bbox_patch()
-    for start, end, head in ARROWS:
-        color = DISTILLED if {start, end} & {*ADDED} else INK
+    for start, end in ARROWS:
+        head = "<|-|>" if start in ("mask", "logits") else "-|>"
+        color = DISTILLED if {start, end} & ADDED else INK
         arrow = {"arrowstyle": head, "color": color, "patchA": frames[start], "patchB": frames[end]}
         axes.annotate("", parts[end][:2], parts[start][:2], arrowprops=arrow)
     return figure
@@ -327,14 +328,13 @@ def location_masks(image, boxes, masks):
         "Location masks: in S each object adds up to 1, and so does the background")
 
 
-def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=None, high=None):
+def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
     """Squared error between the student's and the teacher's memory tokens, level by level.
 
     image: the padded batch image. student, teacher: (S, D) memory tokens of this ONE image, of
     equal width. shapes: list of (H_l, W_l), finest first, with S = sum of H_l W_l. padding: (S,),
     True where padded: left bare. The colour is the sum over channels of (teacher - student)^2,
-    logarithmic, from low to high: give both to compare two pictures; None takes the least and the
-    largest error. Raises ValueError when the sizes disagree.
+    logarithmic. Raises ValueError when the sizes disagree.
     """
     student, teacher = _array(student), _array(teacher)
     sizes = [h * w for h, w in shapes]
@@ -352,7 +352,7 @@ def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=No
         panels.append((f"level {level}, {w} x {h} cells: {mean:.3g} a cell on average",
                        values.reshape(h, w)))
     return _over_scene(
-        image, boxes, panels, _log_norm([values for _, values in panels[1:]], low, high),
+        image, boxes, panels, _log_norm([values for _, values in panels[1:]]),
         "squared error of a cell, summed over channels",
         "Memory error: where the student does not yet remember what the teacher does")
 
@@ -1377,13 +1377,13 @@ def _iou(box, boxes):
     return overlap / np.maximum(_area(box) + _area(boxes) - overlap, 1e-9)
 
 
-def _log_norm(maps, low=None, high=None):
-    """Logarithmic colours from low to high; None: the least and the largest positive value."""
+def _log_norm(maps):
+    """Logarithmic colours from the least to the largest positive value."""
     values = np.concatenate([[], *map(np.ravel, maps)])
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
         values = np.array([0.1, 1])
-    low, high = low or values.min(), high or values.max()
+    low, high = values.min(), values.max()
     return LogNorm(low, high if high > low else low * 10)
 
 
