@@ -96,8 +96,8 @@ def readable(classes):
             unwritten.append(label)
         names.append(f"class {label}" if lacking or not short else short)
     if unwritten:
-        warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures call "
-                      "them by number; install a font of their script, such as Noto Sans CJK")
+        warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures "
+                      "call them by number; install a font of their script, such as Noto Sans CJK")
     return names
 
 
@@ -136,11 +136,63 @@ def _legible(figure):
 
 
 # ----------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------
+
+# Where the parts of the drawing stand, in inches, and what is written in them.
+PARTS = {
+    "image": (0.45, 2.3, "image"),
+    "truth": (5.25, 2.3, "ground\ntruth"),
+    "mask": (3.9, 2.3, r"$L_{\mathrm{mem}}$: compare" "\nwhere $M, S$ say"),
+    "queries": (6.65, 2.3, "target-aware\nqueries"),
+    "logits": (8.25, 2.3, r"$L_{\mathrm{log}}$: compare" "\nthese answers"),
+    "own": (5.6, 0.4, "own queries: their boxes are the\nmemory's best proposals (DINO)"),
+    "detection": (8.15, 0.4, r"$L_{\mathrm{detection}}$: own queries'" "\nanswers, ground truth")}
+ROW = {"backbone": 1.5, "encoder": 2.6, "memory": 3.9, "decoder": 6.65, "answers": 8.25}
+ADDED = {"mask", "queries", "logits"}
+ARROWS = [("truth", "mask"), ("truth", "queries"), ("student memory", "own"),
+          ("own", "student decoder"), ("student answers", "detection")]
+for model in ("teacher", "student"):
+    ARROWS += [(f"{model} {a}", f"{model} {b}") for a, b in itertools.pairwise(ROW)]
+    ARROWS += [("image", f"{model} backbone"), ("queries", f"{model} decoder"),
+               ("mask", f"{model} memory"), ("logits", f"{model} answers")]
+
+
+def method_drawing():
+    """The student, a DETR; its teacher above; and what is compared where: figures/method.png.
+
+    Green is what the method adds to plain training. Arrows with two heads compare.
+    """
+    figure = _figure(4)
+    axes = figure.subplots()
+    axes.set(xlim=(0, PAGE_INCHES), ylim=(0, 4))
+    axes.set_axis_off()
+    parts = {name: (*part, DISTILLED if name in ADDED else INK) for name, part in PARTS.items()}
+    for model, y, color, note, place in (("teacher", 3.5, TEACHER, "large, frozen", 3.8),
+                                         ("student", 1.3, STUDENT, "small, trained", 0.8)):
+        axes.text(0, place, f"{model}: {note}", fontsize=10, color=color, weight="bold")
+        parts |= {f"{model} {name}": (x, y, name, color) for name, x in ROW.items()}
+    frames = {}
+    for name, (x, y, text, color) in parts.items():
+        frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color}
+        text = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK, bbox=frame)
+        frames[name] = text.get_bbox_patch()
+    for start, end in ARROWS:
+        head = "<|-|>" if start in ("mask", "logits") else "-|>"
+        color = DISTILLED if {start, end} & ADDED else INK
+        arrow = {"arrowstyle": head, "color": color, "patchA": frames[start], "patchB": frames[end]}
+        axes.annotate("", parts[end][:2], parts[start][:2], arrowprops=arrow)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------
 # Detections
 # ----------------------------------------------------------------------------------------------
 
 def detections(images, truths, results, classes, min_score=0.4):
     """Scenes in rows; the ground truth and each model in columns; titles count the detections.
+
+    Of a single scene two panels stand in a row.
 
     images: list of N. truths: list of N truths. results: dict name -> list of N results; {} draws
     the ground truth alone, with its references dotted. min_score: weaker detections are not drawn.
@@ -151,9 +203,13 @@ def detections(images, truths, results, classes, min_score=0.4):
     names = ["ground truth", *results]
     pixels = [_pixels(image) for image in images]
     ratios = [_ratio(p) for p in pixels] or [0.3]                         # of each row
-    rows, columns = len(ratios), len(names)
-    figure = _figure(PAGE_INCHES / columns * sum(ratios) + 0.04 * rows + 0.75)
-    grid = _grid(figure, rows, columns, len(images) * columns, height_ratios=ratios)
+    rows, columns, titled = len(ratios), len(names), 1
+    if len(images) == 1 and columns > 2:                                  # two panels a row
+        rows = titled = math.ceil(columns / 2)
+        ratios, columns = ratios * rows, 2
+    figure = _figure(PAGE_INCHES / columns * sum(ratios) + 0.04 * rows + 0.35 + 0.4 * titled)
+    grid = _grid(figure, rows, columns, len(images) * len(names), height_ratios=ratios)
+    grid = grid.reshape(len(images) or 1, -1)
     counts = {name: np.zeros(3, int) for name in results}
     classes, written = _class_names(classes)
     for panels, image, truth, *answers in zip(grid, pixels, truths, *results.values()):
@@ -272,14 +328,13 @@ def location_masks(image, boxes, masks):
         "Location masks: in S each object adds up to 1, and so does the background")
 
 
-def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=None, high=None):
+def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
     """Squared error between the student's and the teacher's memory tokens, level by level.
 
     image: the padded batch image. student, teacher: (S, D) memory tokens of this ONE image, of
     equal width. shapes: list of (H_l, W_l), finest first, with S = sum of H_l W_l. padding: (S,),
     True where padded: left bare. The colour is the sum over channels of (teacher - student)^2,
-    logarithmic, from low to high: give both to compare two pictures; None takes the least and the
-    largest error. Raises ValueError when the sizes disagree.
+    logarithmic. Raises ValueError when the sizes disagree.
     """
     student, teacher = _array(student), _array(teacher)
     sizes = [h * w for h, w in shapes]
@@ -297,9 +352,30 @@ def memory_error(image, student, teacher, shapes, boxes=(), padding=None, low=No
         panels.append((f"level {level}, {w} x {h} cells: {mean:.3g} a cell on average",
                        values.reshape(h, w)))
     return _over_scene(
-        image, boxes, panels, _log_norm([values for _, values in panels[1:]], low, high),
+        image, boxes, panels, _log_norm([values for _, values in panels[1:]]),
         "squared error of a cell, summed over channels",
         "Memory error: where the student does not yet remember what the teacher does")
+
+
+def memory_colours(image, boxes, memories, shape, title):
+    """One level of some memories over a scene, in colours: alike colours are alike tokens.
+
+    memories: dict name -> (H * W, D) tokens of the level of shape (H, W). Red, green and blue mix
+    the first three principal components of the first memory: light, blue against yellow, red
+    against green. Most is in the first two, which red-green colour blindness leaves alone.
+    """
+    first, *_ = memories = {name: _array(tokens) for name, tokens in memories.items()}
+    mean = memories[first].mean(0)
+    _, spread, axes = np.linalg.svd(memories[first] - mean, full_matrices=False)
+    largest = np.abs(axes).argmax(1)[:, None]
+    axes *= np.sign(np.take_along_axis(axes, largest, 1))                 # one sign on all machines
+    mix = np.array([[0.3, 0.3, 0.3], [0.2, 0.2, -0.4], [0.2, -0.2, 0]])
+    mix /= 2 * spread[:3, None] / math.sqrt(math.prod(shape))
+    panels = [(f"the scene, {_objects(len(boxes))}", None)]
+    for name, tokens in memories.items():
+        colours = 0.5 + (tokens - mean) @ axes[:3].T @ mix                # (H * W, 3)
+        panels.append((name, colours.clip(0, 1).reshape(*shape, 3)))
+    return _over_scene(image, boxes, panels, None, "", title)
 
 
 def maps_over_scene(image, boxes, maps, label, title, high=None):
@@ -444,16 +520,15 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     """What queries look at, over the image: queries in rows; models, layers or heads in columns.
 
     image: the padded batch image. looks: dict name -> look (see `look`), of the same targets in the
-    same order. rows: their names. A sampling point is a dot, its area the weight, its colour and
+    same order. rows: their names. A sampling point is a ring, its area the weight, its colour and
     marker the level. Dense attention is a map, mean over heads. `boxes` are solid, white or in the
     model's colour; `references` are dotted, or a cross. The titles say what share of the attention
     falls inside the box. A row's window is `context` times its boxes, or with None the whole image.
     A single row of many columns is folded.
 
-    grid: (height, width). With it every panel also has the map that `attention_mass` makes on this
-    grid, and the titles say how far it agrees with that of the first column, and the IoU of the
-    two boxes when it is below 0.5. Below `title` stands how far uniform attention over the first
-    column's boxes would agree.
+    grid: (height, width). With it the titles say how far the map that `attention_mass` makes on
+    this grid agrees with that of the first column, and the IoU of the two boxes when it is below
+    0.5. Below `title` stands how far uniform attention over the first column's boxes would agree.
     """
     pixels = _pixels(image)
     height, width = pixels.shape[:2]
@@ -462,20 +537,22 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     count = len(first["weights"])
     maps = {name: attention_mass(look["places"], look["weights"], *(grid or look["places"]))
             for name, look in looks.items() if grid or look["weights"].ndim == 3}    # (q, H, W)
-    # In the heat map 1 is an even spread.
-    heat = {name: m.numpy() * m[0].numel() for name, m in maps.items() if count}
+    # In the heat map, of dense attention, 1 is an even spread.
+    heat = {name: m.numpy() * m[0].numel() for name, m in maps.items()
+            if count and looks[name]["weights"].ndim == 3}
     norm = LogNorm(1, max([2, *(m.max() for m in heat.values())]))
     target = next(iter(maps.values()), None)                              # of the first column
     alike = {name: agreement(target, m) for name, m in maps.items() if grid}
 
     # One or two windows are large enough on a smaller page.
     columns, lines = max(len(looks), 1), max(count, 1)
-    if count == 1 and columns > 4:
-        columns, lines = 4, math.ceil(columns / 4)
+    if count == 1 and columns > 3:
+        columns = 2 if columns == 4 else 3
+        lines = math.ceil(len(looks) / columns)
     shape = _ratio(pixels)                                                # of every window
     if context is not None:
         shape = min(max(shape, 0.6), 0.8)
-    page = PAGE_INCHES if columns > 2 or context is None else 6
+    page = PAGE_INCHES if columns > 2 or context is None or len(looks) > columns else 6
     named = len(rows) > 0
     inches = (page - 0.4 * named) / columns
     tall = max(inches * shape, 0.9 * named)                               # room for a row's name
@@ -491,7 +568,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             drawn = _heat(axes, heat[name][row], pixels, norm)
         if weights.ndim == 3:
             places = places[row]
-            _dots(axes, places, weights, (width, height), (35 if grid else 70) * min(inches, 3))
+            _dots(axes, places, weights, (width, height), 70 * min(inches, 3))
         if look["references"] is not None:
             _reference(axes, look["references"][row].numpy())
         if look["boxes"] is not None:
@@ -519,8 +596,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     if grid and count and first["boxes"] is not None:
         even = even_mass(first["boxes"], (width, height), *grid)
         even = agreement(target, even).mean()
-        title += ("\n(for comparison, an even look over the box that the first answers agrees "
-                  f"{even:.2f})")
+        title += f"\n(uniform attention over the boxes of the first would agree {even:.2f})"
     _heading(figure, title)
     return _legible(figure)
 
@@ -1301,20 +1377,25 @@ def _iou(box, boxes):
     return overlap / np.maximum(_area(box) + _area(boxes) - overlap, 1e-9)
 
 
-def _log_norm(maps, low=None, high=None):
-    """Logarithmic colours from low to high; None: the least and the largest positive value."""
+def _log_norm(maps):
+    """Logarithmic colours from the least to the largest positive value."""
     values = np.concatenate([[], *map(np.ravel, maps)])
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
         values = np.array([0.1, 1])
-    low, high = low or values.min(), high or values.max()
+    low, high = values.min(), values.max()
     return LogNorm(low, high if high > low else low * 10)
 
 
 def _cells(axes, values, pixels, norm):
-    """A map of cells over the whole image, with its grid while that is coarse; 0 stays bare."""
-    rows, columns = values.shape
+    """A map of cells over the whole image, with its grid while that is coarse; 0 stays bare.
+
+    values: (H, W), or colours (H, W, 3), which hide the image.
+    """
+    rows, columns = values.shape[:2]
     extent = _, width, height, _ = _gray(axes, pixels)
+    if values.ndim == 3:
+        return axes.imshow(values, extent=extent, interpolation="nearest")
     drawn = axes.imshow(np.ma.masked_less_equal(values, 0), extent=extent, norm=norm,
                         cmap=WEIGHT_MAP, alpha=0.72, interpolation="nearest")
     if columns <= 48:
@@ -1332,21 +1413,28 @@ def _heat(axes, values, pixels, norm):
 
 
 def _dots(axes, places, weights, size, scale):
-    """Sampling points of one query, (heads, levels, P, 2): area scale * weight (points squared)."""
+    """Sampling points of one query, (heads, levels, P, 2): area scale * weight (points squared).
+
+    They are rings, through which the object is seen.
+    """
     for level in range(places.shape[1]):
         x, y = (places[:, level] * torch.tensor(size)).reshape(-1, 2).T   # (heads * P,) each
-        axes.scatter(x, y, s=scale * weights[:, level].ravel(), alpha=0.75, linewidths=0.4,
-                     edgecolors="black", facecolors=LEVELS[level % 6], marker=MARKERS[level % 6])
+        axes.scatter(x, y, s=scale * weights[:, level].ravel(), facecolors="none", linewidths=1.3,
+                     edgecolors=LEVELS[level % 6], marker=MARKERS[level % 6],
+                     path_effects=_halo(2.2, LEVELS[level % 6]))
 
 
 def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
     """Panels (title, map of cells, or None for the scene itself) over the scene, one colour bar.
 
+    No norm: the maps are colours, without a bar.
+
     Where they do not fill the rows, the first has the top row for itself.
     """
     pixels, columns = _pixels(image), max(columns, 1)
     rows = max(math.ceil(len(panels) / columns), 1)
-    figure = _figure((PAGE_INCHES / columns * _ratio(pixels) + 0.2) * rows + 0.75)
+    below = 0.75 if norm else 0.3                                         # a colour bar
+    figure = _figure((PAGE_INCHES / columns * _ratio(pixels) + 0.2) * rows + below)
     grid = figure.add_gridspec(rows, columns)
     spots = [grid[i] for i in range(rows * columns)]
     if len(panels) < len(spots):
@@ -1359,7 +1447,7 @@ def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
             drawn = _cells(axes, values, pixels, norm)
         _boxes(axes, boxes, TRUTH, width=1.1 if values is None else 0.7)
         _title(axes, title, 8.5, pad=3)
-    if drawn:
+    if drawn and norm:
         _bar(figure, every, drawn, label)
     _heading(figure, heading)
     return _legible(figure)

@@ -4,6 +4,7 @@ A notebook's text and code live in its twin (percent format); the .ipynb is made
 """
 import base64
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,13 +16,20 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 WIDEST = 950                                     # pixels of a picture: a page of 9 inches and its margin
+ANSWER = re.compile(r"<details>.*?```python\n(.*?)```", re.S)    # the code of an exercise's answer
 
 
 def run(twin):
-    """-> the notebook of a twin with the outputs of its cells. Raises CellExecutionError where a claim fails."""
+    """-> the notebook of a twin with the outputs of its cells. Raises CellExecutionError where a claim fails.
+
+    The answers to the exercises, folded away in the text, are run too, after all cells.
+    """
     notebook = jupytext.read(twin)
+    cells, texts = len(notebook.cells), [cell.source for cell in notebook.cells]
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in ANSWER.findall("\n".join(texts))]
     NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False,
                    resources={"metadata": {"path": HERE}}).execute()
+    del notebook.cells[cells:]
     for index, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{index}", {}             # the same at every build, so that only outputs differ
         for output in cell.get("outputs", []):

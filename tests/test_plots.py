@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 import attention
@@ -109,6 +109,9 @@ def pictures(objects, found):
                                              "b": (torch.zeros(1, 1), str)}
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
+            "method_drawing": (1, ()),
+            "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach()[:120],
+                                                  "student": memory[0][:120]}, (6, 20), "Title")),
             "predictions": (1, (image, result, CLASSES))}
 
 
@@ -148,7 +151,9 @@ def test_found_missed_and_false_by_hand():
     image, truth, result = scene()
     figure = plots.detections([image], [truth], {"student": [result], "teacher": [nothing()]},
                               CLASSES)
-    assert [axes.get_title().split("\n")[1] for axes in figure.axes] == [
+    # One scene: two panels a row, the last is blank.
+    assert len(figure.axes) == 4
+    assert [axes.get_title().split("\n")[1] for axes in figure.axes[:3]] == [
         "3 objects", "1 found, 2 missed, 2 false", "0 found, 3 missed, 0 false"]
 
 
@@ -170,15 +175,15 @@ def test_ground_truth_alone_has_no_legend_of_judgements():
         [130, 0, 160, 48], [10, 20, 30, 40], [12, 20, 30, 38]]
 
 
-def test_memory_error_in_given_colours_and_its_mean():
+def test_memory_error_has_colours_from_least_to_largest_and_names_its_mean():
     """Errors 4 and 0 + 9 on 1 x 2 cells: 6.5 on average."""
     image, truth, _ = scene(1)
     student, teacher = torch.zeros(2, 2), torch.tensor([[2., 0], [0, 3]])
-    figure = plots.memory_error(image, student, teacher, [(1, 2)], truth["boxes"], low=1, high=100)
+    figure = plots.memory_error(image, student, teacher, [(1, 2)], truth["boxes"])
     assert [axes.get_title() for axes in figure.axes[:2]] == [
         "the scene, 1 object", "level 0, 2 x 1 cells: 6.5 a cell on average"]
     drawn = figure.axes[1].images[-1]
-    assert drawn.get_array().tolist() == [[4, 9]] and (drawn.norm.vmin, drawn.norm.vmax) == (1, 100)
+    assert drawn.get_array().tolist() == [[4, 9]] and (drawn.norm.vmin, drawn.norm.vmax) == (4, 9)
 
 
 def test_maps_over_a_scene_share_their_colours():
@@ -338,7 +343,7 @@ def test_query_attention_says_how_far_the_columns_agree():
                                    (6, 20))
     assert [axes.get_title().split("\n")[-1] for axes in figure.axes[:3]] == [
         "100% in the box", "100% in the box, agrees 1.00", "0% in the box, agrees 0.00 (IoU 0.14)"]
-    assert figure.axes[0].get_ylabel() == "Car" and "an even look" in figure.get_suptitle()
+    assert figure.axes[0].get_ylabel() == "Car" and "uniform attention" in figure.get_suptitle()
 
 
 def test_windows_lie_in_the_image_and_show_boxes_and_references():
@@ -355,12 +360,13 @@ def test_windows_lie_in_the_image_and_show_boxes_and_references():
     assert plots.query_attention(image, {"teacher": sampled(1)}).axes[0].get_xlim() == (0, 160)
 
 
-def test_heads_of_one_query_are_folded():
+@pytest.mark.parametrize("heads, lines, axes", [(8, 3, 9), (4, 2, 4), (3, 1, 3)])
+def test_heads_of_one_query_are_folded(heads, lines, axes):
     image, truth, _ = scene(1)
     figure = plots.query_attention(image, plots.heads_apart(dense(1, truth["boxes"]) | {
-        "weights": torch.rand(1, 8, 120).softmax(-1)}, 0))
-    assert [len({round(axes.get_position().y0, 3) for axes in figure.axes[:8]}),
-            len(figure.axes)] == [2, 8 + 1]
+        "weights": torch.rand(1, heads, 120).softmax(-1)}, 0))
+    rows = {round(axes.get_position().y0, 3) for axes in figure.axes[:heads]}
+    assert [len(rows), len(figure.axes)] == [lines, axes + 1]
 
 
 def test_self_attention_by_hand():
@@ -605,3 +611,24 @@ def test_numbers_stand_in_their_cells():
     assert axes[1].texts[5].get_text() == "1/6" and axes[1].get_title() == "S"
     # Black and white stand on the ends of viridis.
     assert (axes[0].texts[0].get_color(), axes[0].texts[5].get_color()) == ("white", "black")
+
+
+def test_memory_colours_are_alike_where_tokens_are():
+    """The first memory's own colours spread around grey; a copy has them, its mean is grey."""
+    image, _, _ = scene()
+    tokens = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
+    figure = plots.memory_colours(image, [], {
+        "teacher": tokens, "copy": tokens.clone(),
+        "mean": tokens.mean(0).expand(120, 8)}, (6, 20), "")
+    teacher, copy_, mean = (np.array(axes.images[-1].get_array()) for axes in figure.axes[1:])
+    assert teacher.shape == (6, 20, 3) and teacher.std() > 0.1 and np.array_equal(teacher, copy_)
+    assert np.allclose(mean, 0.5, atol=1e-6)
+
+
+def test_the_drawing_compares_memories_and_answers_and_nothing_else():
+    figure = plots.method_drawing()
+    arrows = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+    comparing = [arrow for arrow in arrows if arrow.arrowprops["arrowstyle"] == "<|-|>"]
+    # Two comparisons, each with both models.
+    assert len(comparing) == 4
+    assert {arrow.arrowprops["color"] for arrow in comparing} == {plots.DISTILLED}
