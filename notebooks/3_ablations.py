@@ -82,7 +82,8 @@ RIVALS, SCHEDULE = (rows(table, "deformable_detr") for table in ("rivals", "sche
 # - **undecided**: the bar holds 0. That is *not* "no effect". It means that these few seeds cannot
 #   tell.
 #
-# **Look for** the bars that cross the vertical line: nine of the twenty-two questions are undecided.
+# **Look for** the bars that cross the vertical line: nine of the twenty-two questions are
+# undecided.
 
 # %%
 BOTH, BOTH_S = "both parts: clockdistill", "both parts: clockdistill with the scale mask"
@@ -393,11 +394,12 @@ plots.reading({name: READING[key] for key, name in DETECTORS.items()},
 #
 # ## Against rivals
 #
-# Eight other ways to distil, each with four trials, on Deformable DETR with half the steps. Four copy
-# the encoder's memory, as CLoCKDistill's first part does: [FitNets](https://arxiv.org/abs/1412.6550),
-# [FGD](https://arxiv.org/abs/2111.11837), [MGD](https://arxiv.org/abs/2205.01529) and
-# [GKD](https://arxiv.org/abs/2303.04240), which weights it by the teacher's gradients. Four teach
-# the decoder: [Hinton's](https://arxiv.org/abs/1503.02531) soft labels,
+# Eight other ways to distil, each with four trials, on Deformable DETR with half the steps. Four
+# copy the encoder's memory, as CLoCKDistill's first part does:
+# [FitNets](https://arxiv.org/abs/1412.6550), [FGD](https://arxiv.org/abs/2111.11837),
+# [MGD](https://arxiv.org/abs/2205.01529) and [GKD](https://arxiv.org/abs/2303.04240), which weights
+# it by the teacher's gradients. Four teach the decoder:
+# [Hinton's](https://arxiv.org/abs/1503.02531) soft labels,
 # [KD-DETR](https://arxiv.org/abs/2211.08071), [DETRDistill](https://arxiv.org/abs/2211.10156) and
 # [D3ETR](https://arxiv.org/abs/2211.09768). A bar right of 0 is in CLoCKDistill's favour.
 #
@@ -503,17 +505,17 @@ plots.curves(tables.final_scores(TABLES["schedule"], RUNS), "AP on val",
 
 # %% [markdown]
 # From once to twice the steps **the gain shrinks**: -.031, and the interval (-.059 to -.004) does
-# not hold 0. At twice the steps the gain itself is undecided. If distillation only saved time, this is
-# what one would see; if it also raised the ceiling, the gap would stop shrinking at some length.
-# All runs are far from converged, so which of the two it is has not been shown. And a student
-# alone with twice the steps costs about as many minutes as the distilled one with once: which is
-# better is undecided too.
+# not hold 0. At twice the steps the gain itself is undecided. If distillation only saved time, this
+# is what one would see; if it also raised the ceiling, the gap would stop shrinking at some length.
+# All runs are far from converged, so which of the two it is has not been shown. And a student alone
+# with twice the steps costs about as many minutes as the distilled one with once: which is better
+# is undecided too.
 #
 # ## What the toy can show, and what it cannot
 #
 # | can | cannot |
 # |---|---|
-# | that the code does what it says: five seeds, three detectors, gains clear of 0 | how large the gain is on photographs |
+# | gains clear of 0 in three detectors, five seeds each | how large they are on photographs |
 # | large effects (.03 with three seeds) | differences of .01 between methods |
 # | that a part adds *nothing visible* in these conditions | that a part adds nothing |
 # | the sign of S here | the sign of S where a level has thousands of cells |
@@ -565,11 +567,11 @@ plots.curves(single_runs, "AP on tune", "Real KITTI, DINO: one run each, nothing
 # ### Where toy and KITTI disagree
 #
 # Nothing can disagree yet. Three answers of the toy may well change, and the plan tests each: the
-# scale mask S (a level of a real image has far more cells), the use of M (there is more background),
-# and the gain itself once the student is near convergence. A fourth is the rule for the weights:
-# memory 50 times and answers once detection's gradient were read off the toy. There the rule was
-# tried once (DINO, 400 steps, `tune`, one seed): AP .195. Three hand-set weights gave .163, .222 and
-# .203, the student alone .107.
+# scale mask S (a level of a real image has far more cells), the use of M (there is more
+# background), and the gain itself once the student is near convergence. A fourth is the rule for
+# the weights: memory 50 times and answers once detection's gradient were read off the toy. There
+# the rule was tried once (DINO, 400 steps, `tune`, one seed): AP .195. Three hand-set weights gave
+# .163, .222 and .203, the student alone .107.
 #
 # ## What you can say now
 #

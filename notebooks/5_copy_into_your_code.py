@@ -6,9 +6,9 @@
 #
 # | detector | whose code | attention | class head | adapter |
 # |---|---|---|---|---|
-# | a dense DETR | yours: 90 lines of `nn.MultiheadAttention`, below | dense | softmax with "no object" | 16 lines |
-# | [Deformable DETR](https://arxiv.org/abs/2010.04159) | Hugging Face `transformers` | sampling points | sigmoids | 39 lines |
-# | [RT-DETR v2](https://arxiv.org/abs/2407.17140) | Hugging Face `transformers` | sampling points | sigmoids | 23 lines |
+# | a dense DETR | yours, of `nn.MultiheadAttention` | dense | softmax | 17 lines |
+# | [Deformable DETR](https://arxiv.org/abs/2010.04159) | `transformers` | points | sigmoids | 39 lines |
+# | [RT-DETR v2](https://arxiv.org/abs/2407.17140) | `transformers` | points | sigmoids | 23 lines |
 #
 # At the end you have an adapter to start from, ten lines that choose the loss weights, a step for
 # several processes, and a checklist, each line of which is a test.
@@ -76,7 +76,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn, self.cross_attn = (
             nn.MultiheadAttention(width, 4, batch_first=True) for _ in range(2))
-        self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(),
+                                 nn.Linear(2 * width, width))
         self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
 
     def forward(self, x, position, place, memory, where, padding, attn_mask):
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(width) for _ in range(layers)])
 
     def forward(self, content, position, points, memory, where, padding, shapes, attn_mask=None):
-        """content, position (B, Q, D), points (B, Q, 2) -> the states of all layers (L, B, Q, D)."""
+        """content, position (B, Q, D), points (B, Q, 2) -> states of all layers (L, B, Q, D)."""
         states, place = [content], sine(points, content.shape[-1])
         for layer in self.layers:
             states.append(layer(states[-1], position, place, memory, where, padding, attn_mask))
@@ -229,8 +230,8 @@ for name, pair in pairs.items():
 # %% [markdown]
 # ## A batch for each
 #
-# The dense DETR and Deformable DETR pad: images of two sizes share a batch, and `mask` is 1 where an
-# image is. RT-DETR cannot be told of padding (it takes a mask and ignores it), so all images are
+# The dense DETR and Deformable DETR pad: images of two sizes share a batch, and `mask` is 1 where
+# an image is. RT-DETR cannot be told of padding (it takes a mask and ignores it), so all images are
 # stretched to one size. Boxes are fractions of each image's own size in all cases, as the detectors
 # and `clockdistill.py` want them.
 
@@ -242,8 +243,8 @@ labels, boxes = [[target[key] for _, target in items] for key in ("labels", "box
 targets = [{"class_labels": l, "boxes": b} for l, b in zip(labels, boxes)]   # transformers' words
 
 padded = data.collate(items)
-real = ~padded.padding                                            # (B, H, W), True where an image is
-extent = torch.stack([real[:, 0].float().mean(1), real[:, :, 0].float().mean(1)], 1)   # w / W, h / H
+real = ~padded.padding                                            # (B, H, W), True in an image
+extent = torch.stack([real[:, 0].float().mean(1), real[:, :, 0].float().mean(1)], 1)  # w/W, h/H
 stretched = torch.stack([F.interpolate(image[None], (64, 192), mode="bilinear")[0]
                          for image, _ in items])
 batches = {"dense DETR": (padded.images, real.long()),
@@ -254,9 +255,9 @@ print(f"padded {tuple(padded.images.shape)}, stretched {tuple(stretched.shape)},
 # %% [markdown]
 # ## Teachers
 #
-# Forty steps of each detector's own loss on the six images. (Random teachers would not do: RT-DETR's
-# box heads start at zero, teacher and student would give the same boxes, and two of the four terms
-# would be tested on nothing.)
+# Forty steps of each detector's own loss on the six images. (Random teachers would not do:
+# RT-DETR's box heads start at zero, teacher and student would give the same boxes, and two of the
+# four terms would be tested on nothing.)
 
 # %%
 def fit(model, optimizer, losses, steps):
@@ -289,8 +290,8 @@ for name, (teacher, _) in pairs.items():
 # ## The adapters
 #
 # All that the method needs of a detector passes through **one call, the decoder's**. Its arguments
-# hold the memory, the shapes of the levels and the padding. Its queries can be lengthened on the way
-# in, and the answers to ours cut off on the way out. Two hooks do that. No code of the detector
+# hold the memory, the shapes of the levels and the padding. Its queries can be lengthened on the
+# way in, and the answers to ours cut off on the way out. Two hooks do that. No code of the detector
 # changes; its own heads, matching and loss notice nothing. So our queries, the target-aware ones,
 # are decoded **in the same pass** as the detector's own.
 #
@@ -330,9 +331,9 @@ def hooked(modules, before, after=None):
 #   height cannot be told to a detector whose references are points.
 # - **Mask.** `nn.MultiheadAttention` wants the opposite of ours, True where a row may *not* attend,
 #   once per head: `(~may).repeat_interleave(heads, 0)`.
-# - **Heads.** Softmax over the classes and "no object": `classes="softmax"`. The weight of an answer
-#   is then the largest probability of a real class; a teacher that is sure of *nothing* weighs
-#   little.
+# - **Heads.** Softmax over the classes and "no object": `classes="softmax"`. The weight of an
+#   answer is then the largest probability of a real class; a teacher that is sure of *nothing*
+#   weighs little.
 # - **No references at all**, as in DETR itself? Then a true box cannot be asked for. Use the memory
 #   part, and the logit part on the teacher's own learned queries (`target=False`, `learned=True`).
 
@@ -348,7 +349,8 @@ def ask_dense(detector, content, boxes, attend, alone=False):
     answer, points = SimpleNamespace(), boxes[..., :2]
 
     def before(decoder, args, call):
-        answer.memory, answer.shapes, answer.padding = (call[k] for k in ("memory", "shapes", "padding"))
+        answer.memory, answer.shapes = call["memory"], call["shapes"]
+        answer.padding = call["padding"]
         answer.own = call["position"], call["points"]
         kept = answer.kept = 0 if alone else call["points"].shape[1]
         ours = {"content": torch.zeros_like(content), "position": content, "points": points}
@@ -390,7 +392,7 @@ def ask_deformable_detr(detector, content, boxes, attend, alone=False):
     """The same for a DeformableDetrForObjectDetection."""
     model, answer = detector.model, SimpleNamespace()
 
-    def logit(places):                                            # points (x, y) become (x, y, 0, 0)
+    def logit(places):                                            # points become (x, y, 0, 0)
         return F.pad(places.logit(1e-5), (0, 4 - places.shape[-1]))
 
     def before(decoder, args, call):
@@ -544,8 +546,9 @@ for name, case in cases.items():
 # losses reach:
 #
 # $$r_{part} = \frac{\lVert\nabla_\theta\, L_{part}\rVert}{\lVert\nabla_\theta\, L_{det}\rVert}
-# \qquad\quad \lambda_{part} \leftarrow \lambda_{part}\cdot\frac{\text{wanted ratio}}{\text{geometric
-# mean of } r_{part} \text{ over the first 8 steps}}$$
+# \qquad\quad
+# \lambda_{part} \leftarrow \lambda_{part}\cdot\frac{\text{wanted ratio}}
+# {\text{geometric mean of } r_{part} \text{ over the first 8 steps}}$$
 #
 # Wanted: **50 for memory, 1 for the answers.** These are the ratios that the toy's tuned lambdas
 # come to (19 to 129, and 0.9 to 1.2; [PLAN.md](../results/kitti/PLAN.md)); whether they hold on
@@ -570,7 +573,8 @@ def ratios(case):
     done = step(case)
     answers = done.terms["cls"] + done.terms["l1"] + done.terms["giou"]
     parameters = [p for p in case.student.parameters() if p.requires_grad]
-    return [ratio(part, done.output.loss, parameters) for part in (done.terms["memory"], answers)], done
+    return [ratio(part, done.output.loss, parameters)
+            for part in (done.terms["memory"], answers)], done
 
 
 def weigh(case, wanted=(50.0, 1.0), steps=8):
@@ -637,7 +641,8 @@ for name, case in cases.items():
     assert now["answers"]["decoder."] > 0 == now["memory"]["decoder."]
 
 # %% [markdown]
-# Memory's zeros are the point: the memory part passes the decoder by. Both parts reach the backbone.
+# Memory's zeros are the point: the memory part passes the decoder by. Both parts reach the
+# backbone.
 #
 # ## The detector does not notice
 #
@@ -678,8 +683,8 @@ for name, (case, detector) in detectors.items():
     assert masked < 1e-5 and unmasked > 100 * masked
 
 # %% [markdown]
-# The mask that arrives in self-attention, for an image with two objects in a batch with up to seven.
-# **Look for** grey where own and ours cross: neither sees the other.
+# The mask that arrives in self-attention, for an image with two objects in a batch with up to
+# seven. **Look for** grey where own and ours cross: neither sees the other.
 
 # %%
 def mask_that_arrives(case):
@@ -724,16 +729,16 @@ for name, case in cases.items():
         one_pass = decoder_flops(lambda: detector(case.images, case.mask))
     with case.ask(detector, *queries, alone=True):
         second = decoder_flops(lambda: detector.model(case.images, case.mask))
-    print(f"{name}: our queries cost {one_pass / plain - 1:.0%} of the decoder's FLOPs in one pass, "
-          f"{second / plain:.0%} in a second one")
+    print(f"{name}: our queries cost {one_pass / plain - 1:.0%} of the decoder's FLOPs in one "
+          f"pass, {second / plain:.0%} in a second one")
     assert one_pass < plain + second
 
 # %% [markdown]
 # "My decoder takes no mask; can I call it once more with our queries alone?" Only in part. That
 # keeps ours and its own apart. But *among ours* the mask is needed too: without it a row attends to
-# the padding rows of images with fewer objects, and to other groups (`groups`, `random_queries`). So
-# give the mask to self-attention, by a hook on it as `at_self_attention` above, or decode one image
-# at a time with `groups=1` and no random queries.
+# the padding rows of images with fewer objects, and to other groups (`groups`, `random_queries`).
+# So give the mask to self-attention, by a hook on it as `at_self_attention` above, or decode one
+# image at a time with `groups=1` and no random queries.
 #
 # ## Own size, padded size
 #
@@ -746,7 +751,8 @@ for name, case in cases.items():
 @torch.no_grad()
 def moved(case, factor=1.0):
     """How far the teacher's boxes move, at most, when image 1 is taken out of the padded batch."""
-    content, reference, attend, valid = case.distill.queries(case.labels, case.boxes, case.embedding)
+    content, reference, attend, valid = case.distill.queries(case.labels, case.boxes,
+                                                             case.embedding)
     with case.ask(case.teacher, content, reference * factor, attend, alone=True) as padded:
         case.teacher.model(case.images, case.mask)
     image = items[1][0][None]
@@ -784,10 +790,10 @@ for name, case in cases.items():
 plots.lines(falling, "step", "% of the first step's", "Six images, sixty steps, memory in the lead")
 
 # %% [markdown]
-# What distillation adds falls to less than half in all three, which were not made for this. Detection
-# falls later: at a ratio of 50, memory leads backbone and encoder. Sixty steps on six images cannot
-# tell whether that pays; on the toy's 1,200 steps it did (notebook 3). The weights stay as they were
-# set: the rule measures in the first steps only, and keeps what it found.
+# What distillation adds falls to less than half in all three, which were not made for this.
+# Detection falls later: at a ratio of 50, memory leads backbone and encoder. Sixty steps on six
+# images cannot tell whether that pays; on the toy's 1,200 steps it did (notebook 3). The weights
+# stay as they were set: the rule measures in the first steps only, and keeps what it found.
 #
 # ## Several processes
 #
@@ -795,8 +801,8 @@ plots.lines(falling, "step", "% of the first step's", "Six images, sixty steps, 
 #
 # 1. **The two maps drift apart** when `distill` stands outside of `DistributedDataParallel`: each
 #    process trains its own. Wrap student and method *as one module*.
-# 2. **A process without objects.** Its logit loss is 0 but still attached to the student's graph, so
-#    every parameter gets a gradient (of zeros) and DDP's all-reduce finds its partner. With
+# 2. **A process without objects.** Its logit loss is 0 but still attached to the student's graph,
+#    so every parameter gets a gradient (of zeros) and DDP's all-reduce finds its partner. With
 #    `at_least=1` attention has a row to work on. Nothing hangs.
 # 3. **The mean of means.** The logit loss divides by the number of valid queries. That number is
 #    summed over all processes, inside `CLoCKDistill.forward`, so that the averaged gradient is the
