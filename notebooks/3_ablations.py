@@ -561,8 +561,8 @@ plots.curves(single_runs, "AP on tune", "Real KITTI, DINO: one run each, nothing
 #
 # ### The table of real KITTI
 #
-# *It stands here when the runs are made*: alone, both parts, memory alone, logits alone (PLAN.md,
-# questions 1 and 2), five seeds each, with paired intervals as above.
+# *It stands here when the runs are made*, by `python train.py table kitti-small --root DIR`: alone,
+# both parts, memory alone, logits alone (PLAN.md, questions 1 and 2), with paired intervals as above.
 #
 # ### Where toy and KITTI disagree
 #
