@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import clockdistill
 from clockdistill import CLoCKDistill, location_mask, logit_loss, memory_loss, target_queries
 
 SHAPES = [(6, 8), (3, 4)]                                             # 48 + 12 = 60 tokens
@@ -717,3 +718,35 @@ def test_everything_runs_on_a_gpu_without_a_gpu():
             found = [torch.rand(L, 3, 11, 4, device=device) for L in (2, 3)]
             losses = distill(*memory, logits[0], found[0], logits[1], found[1], labels, boxes, SHAPES, padding, valid)
             assert all(v.device.type == device and v.shape == () for v in losses.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside a detector's own queries, and in several processes (notebooks/5_copy_into_your_code)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_own_queries_of_nn_multihead_attention_do_not_notice_the_target_aware_ones():
+    """It wants True where a row may NOT attend, once for each image and head."""
+    content, _, attend, _ = target_queries(LABELS, BOXES, EMBEDDING)
+    own = torch.randn(3, 5, 4, generator=gen())
+    may = torch.block_diag(torch.ones(5, 5), torch.zeros(attend.shape[1:])).bool().repeat(3, 1, 1)
+    may[:, 5:, 5:] = attend
+    attention, x = torch.nn.MultiheadAttention(4, 2, batch_first=True), torch.cat([own, content], 1)
+    together = attention(x, x, x, attn_mask=(~may).repeat_interleave(2, 0))[0]
+    assert_close(together[:, :5], attention(own, own, own)[0])
+    for image, count in ((0, 2), (2, 3)):                              # ours, without the padding rows
+        alone = content[image:image + 1, :count]
+        assert_close(together[image, 5:5 + count], attention(alone, alone, alone)[0][0])
+
+
+def test_the_losses_of_two_processes_average_to_that_of_the_whole_batch(monkeypatch):
+    """Also when one of them has no objects: the number of valid queries is summed over both."""
+    *given, valid = answers()
+    valid[1] = False
+    whole = logit_loss(*given, valid)
+    monkeypatch.setattr(clockdistill.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(clockdistill.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(clockdistill.dist, "all_reduce", lambda count: count.fill_(float(valid.sum())))
+    first, second = (logit_loss(*[x[:, i:i + 1] for x in given], valid[i:i + 1]) for i in (0, 1))
+    for name, loss in whole.items():
+        assert second[name] == 0 and second[name].requires_grad            # a gradient of zeros: DDP does not wait
+        assert_close((first[name] + second[name]) / 2, loss)

@@ -1,18 +1,24 @@
 # %% [markdown]
-# # From the toy to the paper's tables: KITTI and COCO
+# # 4 From the toy to KITTI and COCO
 #
-# The paper's experiments are on KITTI and COCO. This notebook prepares them, says which settings are known and which
-# are ours, and what the tables cost. It loads a published teacher. It ends with five ways to get a wrong AP from right
-# detections, each with its number.
+# Detections that are all right can get an AP of 0.06, and nothing looks like a bug: section 7 does
+# it on purpose. Before that, this notebook shows the way to real images, in two sizes:
 #
-# Nothing of KITTI or COCO is needed here: the toy is written in KITTI's layout and read by KITTI's reader. Set
-# `KITTI_ROOT` to your own KITTI folder and section 2 shows its frames; keep such outputs to yourself, the images have
-# their own licence.
+# - **Hours on two CPU cores:** a thousand photographs, ImageNet backbones, the recipes
+#   `small-teacher` and `small-student`. Section 4 says what the first such runs taught.
+# - **Days on a GPU:** the paper's data sets, [KITTI](https://www.cvlibs.net/datasets/kitti) and
+#   [COCO](https://arxiv.org/abs/1405.0312), with R50 and R18. Section 5 counts what they cost, and
+#   section 6 loads a published teacher, which saves half of it.
+#
+# Nothing of KITTI or COCO is needed here: the toy is written in KITTI's layout and read by KITTI's
+# reader. Set `KITTI_ROOT` to your own KITTI folder and section 2 shows its frames; keep such
+# outputs to yourself, the images have their own licence.
 
 # %%
 import os
 import sys
-if os.path.basename(os.getcwd()) == "notebooks":        # the modules are a folder of files, not a package
+
+if os.path.basename(os.getcwd()) == "notebooks":        # the modules are a folder of files
     os.chdir("..")
 sys.path.insert(0, os.getcwd())
 
@@ -34,44 +40,44 @@ from torchvision.ops import box_convert, box_iou
 import checkpoints
 import data
 import models
-from experiments import plots
-from experiments import tables
 import train
 from clockdistill import location_mask
+from experiments import plots, tables
 
 # %matplotlib inline
 torch.manual_seed(0)
 data.make_toy("datasets/toy")                            # draws it on first use
-SCRATCH = Path("runs/notebook_4")                        # whatever this notebook writes; git ignores runs/
+SCRATCH = Path("runs/notebook_4")                        # what this notebook writes
 shutil.rmtree(SCRATCH, ignore_errors=True)
 
 # %% [markdown]
 # ## 1. The folders
 #
-# **KITTI** (object benchmark, [cvlibs.net](https://www.cvlibs.net/datasets/kitti)): left colour images and training
-# labels,
+# **KITTI** (object benchmark): left colour images and training labels,
 #
 #     ROOT/training/image_2/000000.png ...  007480.png
-#     ROOT/training/label_2/000000.txt ...  007480.txt        one line an object: type, truncated, occluded, .., box, ..
+#     ROOT/training/label_2/000000.txt ...  007480.txt     a line per object: type, truncated, ...
 #
-# **COCO** ([cocodataset.org](https://cocodataset.org)): train2017, val2017 and the instance annotations,
+# **COCO**: train2017, val2017 and the instance annotations,
 #
 #     ROOT/train2017/*.jpg    ROOT/annotations/instances_train2017.json
 #     ROOT/val2017/*.jpg      ROOT/annotations/instances_val2017.json
 #
-# Your own data may come in either layout; the file names that are understood stand at the top of `data.py`.
+# Your own data may come in either layout; the file names that are understood stand at the top of
+# [data.py](../data.py).
 #
-# **Claim.** Of KITTI's types none is lost silently. The class map decides which are objects. All others are *ignored*:
-# neither object nor background, detections there count neither way. (`kitti3` is the default: the three classes of the
-# authors' earlier code [P]. That the paper uses the same is not confirmed.) Converters often make background of the
-# ignored types: that is `others="background"`, and even then DontCare stays ignored.
+# **Claim.** Of KITTI's types none is lost silently. The class map decides which are objects. All
+# others are *ignored*: neither object nor background, detections there count neither way. (`kitti3`
+# is the default: the three classes of the authors' earlier code [P]. That the paper uses the same
+# is not confirmed.) Converters often make background of the ignored types: that is
+# `others="background"`, and even then DontCare stays ignored.
 
 # %%
 KINDS = [*data.KITTI_TYPES, "DontCare"]
 for folder in ("image_2", "label_2"):
     (SCRATCH / "types/training" / folder).mkdir(parents=True)
 Image.new("RGB", (900, 60)).save(SCRATCH / "types/training/image_2/000000.png")
-(SCRATCH / "types/training/label_2/000000.txt").write_text("".join(                # one box of each type, side by side
+(SCRATCH / "types/training/label_2/000000.txt").write_text("".join(     # a box of each in a row
     f"{kind} 0.00 0 -10 {100 * i} 10 {100 * i + 50} 50 -1 -1 -1 -1000 -1000 -1000 -10\n"
     for i, kind in enumerate(KINDS)))
 
@@ -80,38 +86,36 @@ def fate(**options):
     """What becomes of each type: the name of its class, ignored, or background."""
     dataset = data.build("kitti", SCRATCH / "types", "all", **options)
     _, target = dataset.raw(0)
-    place = {round(x0.item() / 100): dataset.classes[c] for (x0, *_), c in zip(target["boxes"], target["labels"])}
+    place = {round(x0.item() / 100): dataset.classes[label]
+             for (x0, *_), label in zip(target["boxes"], target["labels"])}
     place |= {round(x0.item() / 100): "(ignored)" for x0, *_ in target["ignore"]}
     return [place.get(i, "(background)") for i in range(len(KINDS))]
 
 
-fates = {"kitti3": fate(), "kitti3_merged": fate(class_map="kitti3_merged"), "kitti8": fate(class_map="kitti8"),
+fates = {"kitti3": fate(), "kitti3_merged": fate(class_map="kitti3_merged"),
+         "kitti8": fate(class_map="kitti8"),
          'kitti3, others="background"': fate(others="background")}
 for row in [("type", *fates), *zip(KINDS, *fates.values())]:
     print("".join(f"{cell:<17}" for cell in row).rstrip())
-
 assert all("(background)" not in fates[name] for name in ("kitti3", "kitti3_merged", "kitti8"))
-assert {row[KINDS.index("DontCare")] for row in fates.values()} == {"(ignored)"}
-assert fates["kitti3"].count("(ignored)") == 6 and fates["kitti3_merged"].count("(ignored)") == 4
 
 # %% [markdown]
-# **Claim.** The split is a rule, not a draw: of the 7,481 ids, sorted by the SHA-256 of `clockdistill-kitti-ID`, the
-# first fifth is `val`. Any program can rebuild it; the files in `splits/` hold it. A folder with other ids is split by
-# the same rule. (The earlier code splits 8:2 too [P], but its files are not published: these are not its images. Any
-# other split is a text file of ids, given as `--train-split` and `--val-split`.)
+# **The split is a rule, not a draw**: of the 7,481 ids, sorted by the SHA-256 of
+# `clockdistill-kitti-ID`, the first fifth is `val`. Any program can rebuild it; the files in
+# `splits/` hold it, and a test compares them with the rule. A folder with other ids is split by the
+# same rule. (The earlier code splits 8:2 too [P], but its files are not published: these are not
+# its images. Any other split is a text file of ids, given as `--train-split` and `--val-split`.)
 
 # %%
 train_ids, val_ids = data.split_ids(data.KITTI_IDS)
-print(f"{len(train_ids)} train + {len(val_ids)} val = {len(train_ids) + len(val_ids)}; val begins {val_ids[:6]}")
-
-assert train_ids == data.listed_ids("splits/kitti_train.txt") and val_ids == data.listed_ids("splits/kitti_val.txt")
-assert not set(train_ids) & set(val_ids) and abs(len(val_ids) / 7481 - 0.2) < 1e-3
+print(f"{len(train_ids)} train + {len(val_ids)} val = {len(train_ids) + len(val_ids)}; "
+      f"val begins {val_ids[:6]}")
 
 # %% [markdown]
 # ## 2. Two frames
 #
-# Objects with the marker of their class, ignored regions hatched. The toy is read as KITTI is, so this cell is the same
-# for both.
+# The toy is read as KITTI is, so this cell is the same for both. **Look for** the marker over each
+# box, its class, and for the hatched regions, which count neither way.
 
 # %%
 ROOT = os.environ.get("KITTI_ROOT", "datasets/toy")
@@ -121,53 +125,62 @@ pictures, truths = zip(*(frames.raw(index) for index in range(2)))
 plots.detections(pictures, truths, {}, frames.classes)
 
 # %% [markdown]
-# **Claim.** KITTI's reader makes a frame 1333 pixels wide, some 11,000 memory tokens on DINO's four levels. Wherever
-# there is an object, objects have at least half of the location mask's weight, however few cells they own: each one,
-# unless it is hidden by a smaller one, adds up to as much as all the background together. (That is S alone; in the loss
-# alpha : beta = 500 : 1 comes on top.) Ignored regions are background to the mask.
+# Read the summary line once for each new data set: section 7 shows two mistakes that it gives away.
+#
+# ### The masks at this size
+#
+# KITTI's reader makes a frame of 1242 x 375 pixels 1331 x 402 (short side 800, but the long one at
+# most 1333, rounded as in DETR). That is some 11,000 memory tokens on the four levels of
+# [DINO](https://arxiv.org/abs/2203.03605); the toy's detectors have 160.
+#
+# **Claim.** Wherever there is an object, objects have at least half of the scale mask's weight,
+# however few cells they own: each one adds up to as much as all the background together, unless a
+# smaller one hides part of it. (That is S alone; in the loss $\alpha:\beta = 500:1$ comes on top.)
+# Ignored regions are background to the mask.
+#
+# Whether S is *worth* its place is another question. On the toy it costs AP, so the toy's recipes
+# leave it out (`scale=False`; notebook 3). The KITTI and COCO recipes keep it, as the method is
+# described; on real images it has not been measured.
+#
+# **Look at** the small objects: the fewer cells, the brighter.
 
 # %%
-batch = data.collate([frames[0], frames[1]])             # padded at the right and bottom, if the sizes differ
+batch = data.collate([frames[0], frames[1]])             # padded at the right and bottom
 height, width = batch.images.shape[2:]
 shapes = [(-(-height // stride), -(-width // stride)) for stride in (8, 16, 32, 64)]
-valid, _ = models.level_padding(batch.padding, shapes)   # a (2, H_l, W_l) mask for each level, True where padded
-print(f"{tuple(batch.images.shape)}: levels {shapes}, {sum(h * w for h, w in shapes)} tokens an image")
+padded, _ = models.level_padding(batch.padding, shapes)  # a (2, H_l, W_l) for each level
+print(f"{tuple(batch.images.shape)}: levels {shapes}, {sum(h * w for h, w in shapes)} tokens")
 
 
 def location(index):
-    """-> (masks of one frame, level by level; its boxes in pixels of the padded image)."""
-    fill = batch.extent[index].repeat(2)                     # (4,): fractions of the padded image
-    boxes = batch.targets[index]["boxes"] * fill
-    masks = [location_mask(boxes, h, w, ~padded[index]) for (h, w), padded in zip(shapes, valid)]
+    """-> (M, S) of one frame, level by level; its boxes in pixels of the padded image."""
+    boxes = batch.targets[index]["boxes"] * batch.extent[index].repeat(2)
+    masks = [location_mask(boxes, h, w, ~hole[index]) for (h, w), hole in zip(shapes, padded)]
     return masks, box_convert(boxes, "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
-
-
-def picture_of(index):
-    """The padded frame, colours as they were."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    return (batch.images[index] * std + mean).clamp(0, 1)
 
 
 for index in range(2):
     masks, boxes = location(index)
     inside, scale = masks[0]
     cells, weight = inside.sum() / (scale > 0).sum(), scale[inside].sum() / scale.sum()
-    print(f"frame {index}: {len(boxes)} objects own {cells:.0%} of the finest level's cells, {weight:.0%} of its S")
-    assert not len(boxes) or weight > 0.499 and weight > cells
+    print(f"frame {index}: {len(boxes)} objects own {cells:.0%} of the finest level's cells, "
+          f"{weight:.0%} of its S")
+    assert not len(boxes) or weight > 0.499
 masks, boxes = location(0)
-plots.location_masks(picture_of(0), boxes, masks)
-
-# %%
-masks, boxes = location(1)
-plots.location_masks(picture_of(1), boxes, masks[:1])                          # of the second frame the finest level
+mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+plots.location_masks((batch.images[0] * std + mean).clamp(0, 1), boxes, masks)
 
 # %% [markdown]
+# The four levels share S in the same way, though the coarsest has 147 cells and the finest 8,350.
+#
 # ## 3. The recipes: what is official, what is second-hand, what is ours
 #
-# `train.py fit --recipe kitti-teacher --detector dino ...`, and so for `kitti-student`, `coco-teacher`, `coco-student`
-# and the other detectors. Marks: **official**, the detector's own repository; **[A]** the paper's abstract; **[T]** a
-# third party's restatement of the paper; **[P]** the authors' earlier public code for a DETR distiller; **ours**. Only
-# the abstract was read, so no row of this table is confirmed to be the paper's.
+# `train.py fit --recipe kitti-teacher --detector dino ...`, and so for `kitti-student`,
+# `coco-teacher`, `coco-student` and the detectors [DAB-DETR](https://arxiv.org/abs/2201.12329) and
+# [Deformable DETR](https://arxiv.org/abs/2010.04159). Marks: **official**, the detector's own
+# repository; **[A]** the paper's abstract; **[T]** a third party's restatement of the paper;
+# **[P]** the authors' earlier public code for a DETR distiller; **ours**. Only the abstract was
+# read, so no row of this table is confirmed to be the paper's.
 
 # %%
 def settings(recipe, detector):
@@ -182,164 +195,201 @@ short = {"dab_detr": "DAB-DETR", "deformable_detr": "Deformable DETR", "dino": "
 line("", "KITTI", "COCO", "whose")
 for detector, name in short.items():
     kitti, coco = settings("kitti-student", detector), settings("coco-student", detector)
-    for what, form, whose in ((name, "{epochs:g} epochs, drop at {drop_at:.0%}", "COCO official, KITTI ours"),
-                              ("  lr / of the backbone", "{lr:g} / {backbone_lr:g}", "COCO official, KITTI ours"),
-                              ("  images a step, a process", "{batch_size}", "COCO official, KITTI [P]")):
+    for what, form, whose in (
+            (name, "{epochs:g} epochs, drop at {drop_at:.0%}", "COCO official, KITTI ours"),
+            ("  lr / of the backbone", "{lr:g} / {backbone_lr:g}", "COCO official, KITTI ours"),
+            ("  images per step, process", "{batch_size}", "COCO official, KITTI [P]")):
         line(what, form.format(**kitti), form.format(**coco), whose)
-    assert (kitti["lr"], kitti["epochs"]) == (coco["lr"], coco["epochs"]) and kitti["batch_size"] == 8
 
 method = train.method_defaults("clockdistill")
 size = {name: "{}, {}".format(*data.DEFAULT_SIZE[name]) for name in ("kitti", "coco")}
-assert settings("kitti-teacher", "dino")["backbone"] == settings("coco-teacher", "dino")["backbone"] == "resnet50"
-line("weight decay, clip", *["{weight_decay:g}, {clip:g}".format(**one) for one in (kitti, coco)], "official")
-line("teacher > student", "resnet50 > " + kitti["backbone"], "resnet50 > " + coco["backbone"], "ours")
+line("weight decay, clip", *["{weight_decay:g}, {clip:g}".format(**one) for one in (kitti, coco)],
+     "official")
+line("teacher > student", *["resnet50 > " + one["backbone"] for one in (kitti, coco)], "ours")
 line("classes", ", ".join(data.CLASS_MAPS["kitti3"]), "80", "COCO official, KITTI [P]")
 line("short, longest side", size["kitti"], size["coco"], "COCO official, KITTI [P]")
 line("augmentation", "flip", "flip, resizes, crop", "COCO official, KITTI [P]")
-line("split", f"{len(train_ids)} + {len(val_ids)}, splits/", "train2017, val2017", "official, KITTI 8:2 [P]")
+line("split", f"{len(train_ids)} + {len(val_ids)}, splits/", "train2017, val2017",
+     "official, KITTI 8:2 [P]")
 line("alpha, beta", *["{alpha:g}, {beta:g}".format(**method)] * 2, "[T]")
-line("lambda_mem, lambda_log", *["{lambda_mem:g}, {lambda_log:g}".format(**method)] * 2, "ours, not tuned here")
+line("lambda_mem, lambda_log", *["{lambda_mem:g}, {lambda_log:g}".format(**method)] * 2,
+     "ours, placeholders: below")
 line("temperature", *["{temperature:g}".format(**method)] * 2, "[P]")
-options = {d: settings("kitti-student", d)["method_options"] for d in short}
+options = {detector: settings("kitti-student", detector)["method_options"] for detector in short}
 for detector, whose in {"dino": "[T, P]", "deformable_detr": "[P]", "dab_detr": "[P]"}.items():
     asks = options[detector].get("content", method["content"]).replace("_", " ")
     line(f"{short[detector]} asks with", *[f"{asks} embedding"] * 2, whose)
-line("measure", "COCO AP and AP50", "COCO AP", "ours ([P]: VOC AP at IoU .5) | official")
+line("measure", "COCO AP and AP50", "COCO AP", "ours ([P]: VOC AP50) | official")
 
 # %% [markdown]
-# The table holds two warnings. A learning rate belongs to a total batch. On KITTI the batch is [P]'s 8 images a GPU, on
-# how many GPUs it does not say, and the rates are the official ones for 16 or 32: that combination is ours, and has not
-# been run. And the weights of the two parts decide how heavy distillation is. Look at the first `report` lines of a run
-# before you pay for the rest: a term without gradient is off, one far above detection's drives the step alone.
+# Two rows need your decision.
 #
-# KITTI is small for a DETR, 5,985 images to train on. These recipes start from torchvision's ImageNet backbone, which
-# is the least; a detector that was trained on COCO (`--init-from`, section 5) is the better start, for the teacher
-# above all.
+# **The learning rate belongs to a total batch.** On KITTI the batch is [P]'s 8 images per GPU, on
+# how many GPUs it does not say, and the rates are the official ones for 16 or 32: that combination
+# is ours, and has not been run.
+#
+# **Both lambdas are 1, which means nothing.** One rule chooses them: set each part's weight so that
+# its gradient norm has a wanted ratio to detection's, as `--balance` does (`train.Balance`);
+# `train.gradient_report` shows the ratios, in the `report` lines of a run:
+#
+#     python train.py distill --recipe kitti-student --detector dino --teacher runs/teacher \
+#         --balance memory=50 cls+l1+giou=1 ...
+#
+# KITTI is small for a DETR, 5,985 images to train on. These recipes start from torchvision's
+# ImageNet backbone, which is the least; a detector that was trained on COCO (`--init-from`, section
+# 6) is the better start, for the teacher above all.
+#
+# ## 4. Small real runs, and what they taught
+#
+# `small-teacher` and `small-student` train on a thousand real frames with two CPU cores:
+#
+#     make kitti-backbones                                # two ImageNet backbones, by pip
+#     python train.py fit     --recipe small-teacher --root DIR --out runs/teacher
+#     python train.py fit     --recipe small-student --root DIR --out runs/alone
+#     python train.py distill --recipe small-student --root DIR --out runs/both \
+#         --teacher runs/teacher --teacher-cache 2
+#     python train.py table kitti-small --root DIR        # the whole plan: tuning, seeds, tables
+#
+# [results/kitti/PLAN.md](../results/kitti/PLAN.md) was written before any model saw `val`, and
+# holds all that has been measured: DINO, 703 frames to train on, 90 (`tune`) to look at, **one run
+# of each setting**. Hence no intervals, and no distilled run yet. Five lessons:
+#
+# 1. **Length before anything else.** The student alone reaches AP .110 after 400 steps, .270 after
+#    1,600, and still rises. A method compared at 400 steps would be compared on a detector that has
+#    hardly begun. (A schedule of 400 steps of its own ends at .114, so the long schedule costs
+#    nothing at its start.) The recipe now trains 2,400.
+# 2. **A short run wants a high rate.** 2e-3, backbone 4e-4, gave .067 after 250 steps; half of it
+#    .054. (One run each: a coarse decision, no more.)
+# 3. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high. At
+#    160 x 530 a step takes 1.26 s in place of 0.8 s. Teacher and student must read the *same* size:
+#    their memories need the same tokens.
+# 4. **A lambda does not carry over, a ratio may.** For memory's gradient to be 50 times detection's,
+#    the three detectors of notebook 5 need a $\lambda_{mem}$ of 1,800, 12,000 and 39,000. So the
+#    recipes set the *ratio*, `--balance memory=50 cls+l1+giou=1`, and the weights follow from the
+#    first 8 steps. Whether 50 is right on KITTI is not known yet: the plan tries 3 to 200.
+# 5. **The teacher need not be asked twice.** Images are few and only flipped, so `--teacher-cache 2`
+#    keeps its memories (0.8 GB): a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
+#
+# Which objects does the student learn first? **Look at** the lowest line.
+
+# %%
+steps = [400, 800, 1200, 1600]                           # PLAN.md, student alone, one run
+by_size = {"small": [.021, .073, .109, .122], "medium": [.113, .221, .291, .306],
+           "large": [.210, .324, .365, .379]}
+plots.lines({"DINO student alone, 128 x 424 pixels, split tune": {
+    name: (np.array(steps), np.array(scores)) for name, scores in by_size.items()}},
+    "training step", "AP of objects of that size", "Real KITTI, one run: AP by object size")
 
 # %% [markdown]
-# ## 4. The cost, before paying it
+# Small objects stay far behind at every step: at this size they have a few cells each.
 #
-# `python train.py table kitti --dry-run` prints every run with its command, its GPU-hours and its memory, and trains
-# nothing. It counts the multiply-adds of real-size models and assumes 20 TFLOP/s of useful work; give `--tflops` of
-# your own card.
+# ## 5. The cost, before paying it
+#
+# `python train.py table kitti --dry-run` prints every run with its command, its GPU-hours and its
+# memory, and trains nothing. It counts the multiply-adds of real-size models and assumes 20 TFLOP/s
+# of useful work; give `--tflops` of your own card.
+#
+# **Claim.** KITTI's tables fit on one 24 GB card in fp32, and take it days. **Look at** who takes
+# the hours: DINO's distilled runs, because most tables are made with it.
 
 # %%
 said = io.StringIO()
 with contextlib.redirect_stdout(said):
     train.main(["table", "kitti", "--dry-run"])
-lines = said.getvalue().splitlines()
-print("\n".join(textwrap.shorten(text, 116, placeholder=" ...") for text in lines[:6]), "\n...")
+print("\n".join(textwrap.shorten(text, 98, placeholder=" ...")
+                for text in said.getvalue().splitlines()[:4]), "\n...")
 
-costs = {}                                               # (detector, role): [(GPU-hours, GB) of each run]
-for name, hours, memory in re.findall(r"^(\S+): about ([\d.]+) GPU-hours, ([\d.]+) GB", said.getvalue(), re.M):
+costs = {}                                               # (detector, role): [(GPU-hours, GB), ...]
+for name, hours, memory in re.findall(r"^(\S+): about ([\d.]+) GPU-hours, ([\d.]+) GB",
+                                      said.getvalue(), re.M):
     detector, kind = name.split("-")[:2]
     role = kind if kind in ("teacher", "student") else "distilled"
     costs.setdefault((detector, role), []).append((float(hours), float(memory)))
-total = sum(hours for group in costs.values() for hours, _ in group)
-count = sum(map(len, costs.values()))
-print(f"{count} runs, {total:.0f} GPU-hours")
 for (detector, role), group in sorted(costs.items(), key=lambda item: item[0][0]):
     hours, memory = zip(*group)
     print(f"    {short[detector]:<16} {role:<10} {len(hours):>3} x {np.mean(hours):.1f} GPU-hours, "
           f"{max(memory):>5.1f} GB")
+total = sum(hours for group in costs.values() for hours, _ in group)
+count = sum(map(len, costs.values()))
+assert 24 < total < 24 * 7 and max(memory for group in costs.values() for _, memory in group) < 24
+hours = {short[detector]: {role: sum(hours for hours, _ in costs[detector, role])
+                           for role in ("teacher", "student", "distilled")}
+         for detector in models.DETECTORS}
+plots.stacked(hours, "GPU-hours at 20 TFLOP/s",
+              f"KITTI's tables: {total:.0f} GPU-hours, {count} runs", "{:.0f}".format)
 
+# %%
 small, large = tables.SCALES["kitti"], tables.SCALES["coco"]
 images, pixels = large.images / small.images, np.prod(large.image_size) / np.prod(small.image_size)
-print(f"COCO: {images:.1f} times the images, of {pixels:.1f} times the pixels: {images * pixels:.0f} times the hours")
+print(f"COCO: {images:.1f} times the images, of {pixels:.1f} times the pixels: "
+      f"{images * pixels:.0f} times the hours")
 
 # %% [markdown]
-# **Claim.** KITTI's tables fit on one 24 GB card in fp32, and take it days. The same run on COCO takes about 40 times
-# as long: not days but months for all tables (`--only main` is that of the three detectors alone; `table coco
-# --dry-run` says more). There images are twice as large and batches are two or four times as large. If they do not fit,
-# `--accumulate` splits a batch and changes nothing else. All of it is an estimate. A distilled run's memory has the
-# frozen teacher's weights in it.
-
-# %%
-assert 24 < total < 24 * 7 and 24 * 30 < total * images * pixels and 30 < images * pixels < 50
-hours = {short[detector]: {role: sum(hours for hours, _ in costs[detector, role])
-                           for role in ("teacher", "student", "distilled")} for detector in models.DETECTORS}
-plots.stacked(hours, "GPU-hours at 20 TFLOP/s", f"KITTI's tables: {total:.0f} GPU-hours in {count} runs",
-              "{:.0f}".format)
-
-# %%
-memory = {f"{short[detector]}, {role}": {role: max(memory for _, memory in costs[detector, role])}
-          for detector in models.DETECTORS for role in ("teacher", "student")}
-assert max(memory for group in costs.values() for _, memory in group) < 24
-figure = plots.stacked(memory, "GB in fp32, estimated", "A training step of 8 images fits on one card (line: 24 GB)",
-                       "{:.1f}".format)
-figure.axes[0].axvline(24, color=plots.INK, linestyle=":")
-figure
-
-# %% [markdown]
-# **What to expect of these runs?** No curve is drawn here because none was measured: beyond a handful of images learnt
-# by heart (section 7: AP50 1.0 on two KITTI frames after 200 steps), nothing has been trained on
-# KITTI or COCO with this code. What is published, to check your own runs by (COCO val2017, box AP):
+# So COCO takes not days but months for all tables (`--only main` is that of the three detectors
+# alone). There batches are two or four times as large; if they do not fit, `--accumulate` splits a
+# batch and changes nothing else. All of it is an estimate.
+#
+# **What to expect?** Nothing of full size has been trained on KITTI or COCO with this code. What is
+# published, to check your own runs by (COCO val2017, box AP):
 #
 # | detector | teacher R50 | student R18 alone |
 # |---|---|---|
-# | DAB-DETR, 50 epochs | 42.2 (its README) | 36.2 (KD-DETR's abstract) |
+# | DAB-DETR, 50 epochs | 42.2 (its README) | 36.2 ([KD-DETR](https://arxiv.org/abs/2211.08071)'s abstract) |
 # | Deformable DETR, 50 epochs | 44.5; with refinement 46.2 (its README) | 40.0 (DETRDistill's README) |
 # | DINO 4-scale, 12 epochs | 49.0 (its README) | none known |
 #
-# On KITTI we know of no number that is comparable. The paper's abstract says gains of 2.2 to 6.4 % in AP over three
-# detectors and both data sets [A]; its tables were not read.
+# On KITTI we know of no number that is comparable. The paper's abstract says gains of 2.2 to 6.4 %
+# in AP over three detectors and both data sets [A]; its tables were not read.
 #
-# | table of the README | expect it? |
-# |---|---|
-# | `make demo`, the gain over five seeds, the three toy detectors | yes, on any CPU, to rounding |
-# | exactness | yes: `make test` |
-# | how fast | the ratios, roughly; the seconds are of one machine |
-# | recipes, the row of DINO on COCO | published by others, with the same settings; not run here |
-# | anything else on KITTI or COCO | no: there is none |
-
-# %%
-published = {"dab_detr": 50, "deformable_detr": 50, "dino": 12}                # epochs of the table above
-assert {d: settings("coco-teacher", d)["epochs"] for d in models.DETECTORS} == published
-assert not settings("coco-teacher", "deformable_detr")["box_refine"]           # 44.5 is its row; 46.2: --box-refine
-
-# %% [markdown]
-# ## 5. A published teacher
+# ## 6. A published teacher
 #
-# A teacher need not be trained: `checkpoints.load_weights(model, FILE)` reads the files of the official repositories,
-# MMDetection, Hugging Face and detrex. Its report is one line. No published file is at hand here, so this cell makes
-# one: the toy's teacher under the names of the official DINO, its three classes in the slots that COCO's car, person
-# and bicycle have in a 91-slot head. With a real file you skip this cell.
+# A teacher need not be trained: `checkpoints.load_weights(model, FILE)` reads the files of the
+# official repositories, MMDetection, Hugging Face and detrex. Its report is one line. No published
+# file is at hand here, so this cell makes one: the toy's teacher under the names of the official
+# DINO, its three classes in the slots that COCO's car, person and bicycle have in a 91-slot head.
+# With a real file you skip this cell.
 
 # %%
 teacher, payload = train.load_model("weights/toy_teacher_dino.safetensors")
-NAMES = [("^backbone", "backbone.0.body"), ("^encoder.project", "input_proj"), ("^encoder", "transformer.encoder"),
-         ("^decoder", "transformer.decoder"), ("encoder.level_embed", "level_embed"),
-         (r"(encoder.layers.\d).norm", r"\1.norm1"), (r"(encoder.layers.\d).ffn.norm", r"\1.norm2"),
-         ("ffn.norm", "norm3"), (r"\.ffn", ""), ("cross_norm", "norm1"), ("self_norm", "norm2"),
-         (r"\.attention\.", ".self_attn."), (r"(self|cross)_attention\.", r"\1_attn."),
-         ("decoder.position", "decoder.ref_point_head"),
-         ("^proposals.project", "transformer.enc_output"), ("^proposals.norm", "transformer.enc_output_norm"),
-         ("^proposals.class_head", "transformer.enc_out_class_embed"), ("^content", "transformer.tgt_embed"),
+NAMES = [("^backbone", "backbone.0.body"), ("^encoder.project", "input_proj"),
+         ("^encoder", "transformer.encoder"), ("^decoder", "transformer.decoder"),
+         ("encoder.level_embed", "level_embed"), (r"(encoder.layers.\d).norm", r"\1.norm1"),
+         (r"(encoder.layers.\d).ffn.norm", r"\1.norm2"), ("ffn.norm", "norm3"), (r"\.ffn", ""),
+         ("cross_norm", "norm1"), ("self_norm", "norm2"), (r"\.attention\.", ".self_attn."),
+         (r"(self|cross)_attention\.", r"\1_attn."), ("decoder.position", "decoder.ref_point_head"),
+         ("^proposals.project", "transformer.enc_output"),
+         ("^proposals.norm", "transformer.enc_output_norm"),
+         ("^proposals.class_head", "transformer.enc_out_class_embed"),
+         ("^content", "transformer.tgt_embed"),
          ("^proposals.box_head", "transformer.enc_out_bbox_embed"), ("^label_embed", "label_enc")]
 state = {}
 for name, value in teacher.state_dict().items():
-    if re.search(r"class_head|label_embed", name):                             # (3, ..) rows to 91, or (4, ..) to 92
-        rows = torch.full((len(value) + 88, *value.shape[1:]), -9.0 if name.endswith("bias") else 0.0)
-        rows[[3, 1, 2, 91][:len(value)]] = value                               # car, person, bicycle; no class
+    if re.search(r"class_head|label_embed", name):       # (3, ..) rows to 91, or (4, ..) to 92
+        fill = -9.0 if name.endswith("bias") else 0.0
+        rows = torch.full((len(value) + 88, *value.shape[1:]), fill)
+        rows[[3, 1, 2, 91][:len(value)]] = value         # car, person, bicycle; no class
         value = rows
     for ours, theirs in NAMES:
         name = re.sub(ours, theirs, name)
-    if head := re.search(r"(class|box)_heads.0(.*)", name):                    # one, stored for each layer, and twice
+    if head := re.search(r"(class|box)_heads.0(.*)", name):      # one, stored for each layer, twice
         for layer in range(payload["config"]["decoder_layers"]):
             name = f"{head[1].replace('box', 'bbox')}_embed.{layer}{head[2]}"
             state |= {name: value, f"transformer.decoder.{name}": value}
     else:
         state[name] = value
 FILE = SCRATCH / "official_dino.pth"
-checkpoints.save(FILE, {"model": state, "epoch": 11, "args": argparse.Namespace(nheads=8, pe_temperatureH=20)})
-for name in ("transformer.encoder.layers.0.self_attn.value_proj.weight", "class_embed.0.weight", "label_enc.weight"):
+checkpoints.save(FILE, {"model": state, "epoch": 11,
+                        "args": argparse.Namespace(nheads=8, pe_temperatureH=20)})
+for name in ("transformer.encoder.layers.0.self_attn.value_proj.weight", "class_embed.0.weight",
+             "label_enc.weight"):
     print(f"{name:<60} {tuple(state[name].shape)}")
 print(f"... {len(state)} tensors")
 
 # %% [markdown]
-# **Claim.** Rows of the class head go to their namesakes. KITTI says *Pedestrian* where COCO says *person*, so under
-# KITTI's names only the car is taken over and the rest starts anew; named as COCO names them, all three are. Then the
-# model is the teacher: it gives the same boxes to the last bit.
+# **Claim.** Rows of the class head go to their namesakes. KITTI says *Pedestrian* where COCO says
+# *person*, so under KITTI's names only the car is taken over and the rest starts anew; named as
+# COCO names them, all three are. Then the model is the teacher: it gives the same boxes to the last
+# bit.
 
 # %%
 def empty():
@@ -348,41 +398,43 @@ def empty():
 
 
 kitti_names, coco_names = empty(), empty()
-report = checkpoints.load_weights(kitti_names, FILE, classes=["Car", "Pedestrian", "Cyclist"])
-print()
-report_too = checkpoints.load_weights(coco_names, FILE, classes=["car", "person", "bicycle"])
+for model, classes in ((kitti_names, ["Car", "Pedestrian", "Cyclist"]),
+                       (coco_names, ["car", "person", "bicycle"])):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        checkpoints.load_weights(model, FILE, classes=classes)
+    print(textwrap.fill(said.getvalue(), 98, subsequent_indent="    "), "\n")
 
-image = torch.randn(1, 3, 48, 160)                                             # any image will do
+image = torch.randn(1, 3, 48, 160)                       # any image will do
 nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)
 with torch.no_grad():
-    want, found = (model(image, nothing).detections for model in (teacher, coco_names))
-assert torch.equal(want.boxes, found.boxes) and torch.equal(want.logits, found.logits)
-assert not report.missing and not report.skipped and "car by name" in str(report) and "by class" in str(report_too)
-own, theirs = kitti_names.decoder.class_heads[0].weight, teacher.decoder.class_heads[0].weight
-assert torch.equal(own[0], theirs[0]) and not torch.equal(own[1], theirs[1])
+    want, got = (model(image, nothing).detections for model in (teacher, coco_names))
+assert torch.equal(want.boxes, got.boxes) and torch.equal(want.logits, got.logits)
 
 # %% [markdown]
-# **Claim.** A wrong file is refused in one line that says what to do, and the model stays as it was.
+# **Claim.** A wrong file is refused in one line that says what to do, and the model stays as it
+# was.
 
 # %%
-before = {name: value.clone() for name, value in coco_names.state_dict().items()}
-torch.save({"model": {}, "hook": os.system}, SCRATCH / "unsafe.pth")           # a pickle may hold more than data
-other = models.build("dab_detr", 3, backbone="resnet18", pretrained_backbone=False, hidden_dim=64, encoder_layers=1)
+torch.save({"model": {}, "hook": os.system}, SCRATCH / "unsafe.pth")     # a pickle may hold code
+other = models.build("dab_detr", 3, backbone="resnet18", pretrained_backbone=False, hidden_dim=64,
+                     encoder_layers=1)
 deeper = models.build("dino", 3, **payload["config"] | {"encoder_layers": 3})
 warmer = models.build("dino", 3, **payload["config"] | {"position_temperature": 10000.0})
 refused = 0
-for model, file in ((other, FILE), (deeper, FILE), (warmer, FILE), (coco_names, SCRATCH / "unsafe.pth")):
+for model, file in ((other, FILE), (deeper, FILE), (warmer, FILE),
+                    (coco_names, SCRATCH / "unsafe.pth")):
     try:
         checkpoints.load_weights(model, file)
     except ValueError as error:
         refused += "\n" not in str(error)
-        print(textwrap.fill(str(error), 116, subsequent_indent="    "))
-assert refused == 4 and all(torch.equal(value, before[name]) for name, value in coco_names.state_dict().items())
+        print(textwrap.fill(str(error), 98, subsequent_indent="    "))
+assert refused == 4
 
 # %% [markdown]
-# `train.py fit --init-from FILE --steps 0 --out runs/teacher` does the same from the command line, evaluates the model
-# and writes what `distill --teacher` reads. A teacher below `--teacher-floor` AP is refused there: it was hardly
-# loaded. What is read, recognised by the names in the file:
+# `train.py fit --init-from FILE --steps 0 --out runs/teacher` does the same from the command line,
+# evaluates the model and writes what `distill --teacher` reads. A teacher below `--teacher-floor`
+# AP is refused there: it was hardly loaded. What is read, recognised by the names in the file:
 #
 # | program | DAB-DETR | Deformable DETR (plain, refine, two-stage) | DINO |
 # |---|---|---|---|
@@ -392,42 +444,45 @@ assert refused == 4 and all(torch.equal(value, before[name]) for name, value in 
 # | detrex | yes | yes | yes |
 # | torchvision (backbones) | yes | yes | yes |
 #
-# Programs differ in what no tensor shows: the temperature and offset of the position encoding, the eps of the inverse
-# sigmoid. A model built with other values than the file's program uses is refused, with the options to build it with.
-# MMDetection's DINO and DAB-DETR use two eps, ours one: boxes differ where a reference lies within 0.001 of the image's
-# edge. 91-slot heads map onto COCO's 80 classes, and onto yours by name.
-
-# %% [markdown]
-# ## 6. Five ways to a wrong AP
+# Programs differ in what no tensor shows: the temperature and offset of the position encoding, the
+# eps of the inverse sigmoid. A model built with other values than the file's program uses is
+# refused, with the options to build it with. MMDetection's DINO and DAB-DETR use two eps, ours one:
+# boxes differ where a reference lies within 0.001 of the image's edge. 91-slot heads map onto
+# COCO's 80 classes, and onto yours by name.
 #
-# From here on: 100 images of the toy's `val` and the shipped teacher, or a *perfect detector*, which answers with the
-# ground truth.
+# ## 7. Five ways to a wrong AP
+#
+# From here on: 100 images of the toy's `val` and the shipped teacher, or a *perfect detector*,
+# which answers with the ground truth.
 
 # %%
 val = data.build("toy", "datasets/toy", "val", limit=100)
 truths = [val.raw(index)[1] for index in range(len(val))]
-perfect = [{"image_id": t["image_id"], "scores": torch.ones(len(t["labels"])), "labels": t["labels"],
-            "boxes": t["boxes"]} for t in truths]
+perfect = [{"image_id": t["image_id"], "scores": torch.ones(len(t["labels"])),
+            "labels": t["labels"], "boxes": t["boxes"]} for t in truths]
 quiet = train.Run(workers=0)
 detected = train.detect(teacher, val, quiet, batch_size=1, progress=False)
+scores, of_perfect = data.evaluate(detected, val), data.evaluate(perfect, val)["AP"]
 print(val.summary)
-of_teacher, of_perfect = (data.evaluate(results, val)["AP"] for results in (detected, perfect))
-print(f"AP of the teacher {of_teacher:.3f}, of the perfect detector {of_perfect:.3f}")
-assert 0.3 < of_teacher < of_perfect and of_perfect > 0.999
+print(f"AP of the teacher {scores['AP']:.3f}, of the perfect detector {of_perfect:.3f}")
+assert of_perfect > 0.999
 
 # %% [markdown]
-# ### 6.1 KITTI's protocol is not COCO's
+# ### 7.1 KITTI's protocol is not COCO's
 #
-# **Claim.** The same detections get very different numbers: by how close a box must be, by which objects are asked for,
-# and, here a little, by whether ignored regions are forgiven. KITTI's server wants IoU 0.7 for cars and 0.5 for the
-# others, reports *easy*, *moderate* and *hard*, where harder objects count neither way, and averages 40 recalls.
-# `data.evaluate` is COCO's: AP over IoU 0.50 to 0.95 and AP50, all labelled objects. So AP50 here is not "KITTI
-# moderate". The last two bars change only the labels; none of the five is KITTI's number.
+# KITTI's server wants IoU 0.7 for cars and 0.5 for the others, reports *easy*, *moderate* and
+# *hard*, where harder objects count neither way, and averages 40 recalls. `data.evaluate` is
+# COCO's: AP over IoU 0.50 to 0.95 and AP50, all labelled objects. So AP50 here is not "KITTI
+# moderate".
+#
+# **Claim.** The same detections get very different numbers: by how close a box must be, by which
+# objects are asked for, and, here a little, by whether ignored regions are forgiven. **Look at**
+# the last two bars: they change only the labels. None of the five is KITTI's number.
 
 # %%
 def rewritten(name, rule=lambda columns: columns, width=160):
-    """val as another KITTI folder: each line of its label files as rule(columns) says, None leaves it out; of every
-    second image only the left `width` columns, to which the reader clips the boxes."""
+    """val as another KITTI folder: each line of its label files as rule(columns) says, None leaves
+    it out; of every second image only the left `width` columns, to which boxes are clipped."""
     folder = SCRATCH / name / "training"
     for kind in ("image_2", "label_2"):
         (folder / kind).mkdir(parents=True)
@@ -436,84 +491,89 @@ def rewritten(name, rule=lambda columns: columns, width=160):
         lines = [" ".join(rule(line.split()) or []) for line in lines]
         (folder / "label_2" / f"{image.stem}.txt").write_text("\n".join(lines))
         with Image.open(image) as picture:
-            picture.crop((0, 0, width if index % 2 else 160, 48)).save(folder / "image_2" / image.name)
+            right = width if index % 2 else 160
+            picture.crop((0, 0, right, 48)).save(folder / "image_2" / image.name)
     return data.build("kitti", SCRATCH / name, "all", size=(48, 160))
 
 
-def easy(columns):                                       # KITTI: easy is unhidden and at most 15 % beyond the border
+def easy(columns):                                       # unhidden, at most 15 % over the border
     hard = columns[0] != "DontCare" and (float(columns[1]) > 0.15 or int(columns[2]) > 0)
     return ["DontCare", *columns[1:]] if hard else columns
 
 
-no_ignored, easy_only = rewritten("no_ignored", lambda c: None if c[0] == "DontCare" else c), rewritten("easy", easy)
-scores, strict = data.evaluate(detected, val), data.evaluate(detected, no_ignored)
+no_ignored = rewritten("no_ignored", lambda c: None if c[0] == "DontCare" else c)
+easy_only = rewritten("easy", easy)
 bars = {"AP, IoU .50 to .95": scores["AP"], "AP75": scores["AP75"], "AP50": scores["AP50"],
-        "AP50, ignored regions\nread as background": strict["AP50"],
-        "AP50, only unhidden objects\n(KITTI's easy, but for its 40 px)": data.evaluate(detected, easy_only)["AP50"]}
-for dataset in (val, no_ignored, easy_only):
-    print(dataset.summary)
-
+        "AP50, ignored regions\nread as background": data.evaluate(detected, no_ignored)["AP50"],
+        "AP50, only unhidden objects\n(KITTI's easy, but for its 40 px)":
+            data.evaluate(detected, easy_only)["AP50"]}
 ap, ap75, ap50, background, unhidden = bars.values()
-assert ap < ap75 < ap50 and background < ap50 - 0.001 and unhidden > ap50 + 0.01
+assert ap < ap75 < ap50 and background < ap50 < unhidden
 plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "average precision",
               "One set of detections, five numbers", "{:.3f}".format)
 
 # %% [markdown]
-# ### 6.2 Padding: what else is in the batch moves boxes and scores
+# A number without its protocol says nothing.
 #
-# **Claim.** Images of one batch are padded to the same size. Convolutions see the border that this makes, and GroupNorm
-# averages over the padding, so boxes, scores and AP depend on how much padding there is: the more, the more. They do
-# not depend on what the other images show: the same padded input alone gives the same answer. So make tables with
-# `--eval-batch 1`, the default.
+# ### 7.2 Padding: what else is in the batch moves boxes and scores
 #
-# Here every second image is cut to 128 or 96 of its 160 columns, as in a data set of many sizes. The toy exaggerates:
-# its teacher never met padding in training, and at 20 x 6 cells the border is never far. At real size a user of the
-# official DINO reports 49.3 AP with batches of 1 and 49.0 with 4 ([DINO, issue
-# 231](https://github.com/IDEA-Research/DINO/issues/231)). Here batches even score higher, since padding makes an image
-# as wide as those it was trained on: another number, not a better detector.
+# **Claim.** Images of one batch are padded to the same size. Convolutions see the border that this
+# makes, and GroupNorm averages over the padding, so boxes, scores and AP depend on how much padding
+# there is: the more, the more. They do not depend on what the other images show. So make tables
+# with `--eval-batch 1`, the default.
+#
+# Here every second image is cut to 128 or 96 of its 160 columns, as in a data set of many sizes.
+# The toy exaggerates: its teacher never met padding in training, and at 20 x 6 cells the border is
+# never far. At real size a user of the official DINO reports 49.3 AP with batches of 1 and 49.0
+# with 4 ([DINO, issue 231](https://github.com/IDEA-Research/DINO/issues/231)).
+#
+# **Look at** how far the blue line lies to the right of the other.
 
 # %%
 def movement(alone, batched):
-    """Of the narrow images' detections -> score alone, score in the batch, pixels that a side of the box moved."""
+    """Of the narrow images' detections -> score alone, in the batch, pixels that a side moved."""
     moved = []
     for one, two in list(zip(alone, batched))[1::2]:
-        same = box_iou(one["boxes"], two["boxes"]) * (one["labels"][:, None] == two["labels"])       # (k, k)
-        best = same.argmax(1)
+        alike = one["labels"][:, None] == two["labels"]                             # (k, k)
+        best = (box_iou(one["boxes"], two["boxes"]) * alike).argmax(1)
         pixels = (one["boxes"] - two["boxes"][best]).abs().amax(1)
-        moved.append(torch.stack([one["scores"], two["scores"][best], pixels])[:, one["scores"] > 0.3])
+        rows = torch.stack([one["scores"], two["scores"][best], pixels])
+        moved.append(rows[:, one["scores"] > 0.3])
     return torch.cat(moved, 1)
 
 
-medians, drops, scores, sides = [], [], {}, {}
+medians, moves, sides = [], {}, {}
 for width in (128, 96):
     mixed = rewritten(f"wide{width}", width=width)
-    alone, batched = (train.detect(teacher, mixed, quiet, batch_size=size, progress=False) for size in (1, 4))
+    alone, batched = (train.detect(teacher, mixed, quiet, batch_size=size, progress=False)
+                      for size in (1, 4))
     aps = [data.evaluate(results, mixed)["AP"] for results in (alone, batched)]
     score, score_batched, pixels = movement(alone, batched)
     change, percent = (score - score_batched).abs(), torch.linspace(0, 100, len(pixels))
     name = f"{1 - width / 160:.0%} padding"
-    print(f"{name}: AP alone {aps[0]:.3f}, in batches of 4 {aps[1]:.3f}; median of {len(pixels)} detections: "
-          f"a side moves {pixels.median():.2f} pixels, a score {change.median():.3f}")
-    scores[name], sides[name] = (change.sort().values, percent), (pixels.sort().values, percent)
+    print(f"{name}: AP alone {aps[0]:.3f}, in batches of 4 {aps[1]:.3f}; median of {len(pixels)} "
+          f"detections: a side moves {pixels.median():.2f} pixels, a score {change.median():.3f}")
+    moves[name], sides[name] = (change.sort().values, percent), (pixels.sort().values, percent)
     medians.append(pixels.median())
-    drops.append(aps[0] - aps[1])
-assert 0.01 < medians[0] < medians[1] < 3 and 0.001 < max(map(abs, drops)) < 0.1   # the padding does it ..
+assert 0.01 < medians[0] < medians[1] < 3
 
-four = data.collate([mixed[index] for index in range(4)])
-with torch.no_grad():
-    together, padded = (teacher(four.images[k], four.padding[k]).detections for k in (slice(0, 4), slice(1, 2)))
-assert (together.boxes[-1, 1] - padded.boxes[-1, 0]).abs().max() < 1e-4            # .. and the neighbours nothing
-figure = plots.lines({"score of a detection": scores, "side of its box, in pixels of 160 x 48": sides},
-                     "moves by at most", "% of detections", "Padding moves scores and boxes: the more, the more")
+figure = plots.lines(
+    {"score of a detection": moves, "side of its box, in pixels of 160 x 48": sides},
+    "moves by at most", "% of detections", "Detections move with the padding")
 figure.axes[1].set_xlim(0, 5)
 figure
 
 # %% [markdown]
-# ### 6.3 Category ids are not labels: 91 against 80
+# Here batches even score higher, since padding makes an image as wide as those the teacher was
+# trained on: another number, not a better detector.
 #
-# **Claim.** COCO numbers its 80 categories 1 to 90, with gaps. Inside, classes are 0 to 79, the ranks of these ids;
-# `category_ids` leads back. A perfect detector whose labels are one off has AP 0. One that takes *id - 1* for the label
-# is right before the first gap, 11 classes, and wrong after it: an AP that looks like a weak detector, not like a bug.
+# ### 7.3 Category ids are not labels: 91 against 80
+#
+# **Claim.** COCO numbers its 80 categories 1 to 90, with gaps. Inside, classes are 0 to 79, the
+# ranks of these ids; `category_ids` leads back. A perfect detector whose labels are one off has AP
+# 0. One that takes *id - 1* for the label is right before the first gap, 11 classes, and wrong
+# after it: an AP that looks like a weak detector, not like a bug. **Look at** the first grey bar:
+# there the lines part.
 
 # %%
 def coco_folder(name, images, boxes, ids, names):
@@ -525,44 +585,45 @@ def coco_folder(name, images, boxes, ids, names):
     for number, (image, rows) in enumerate(zip(images, boxes), 1):
         shutil.copy(image, root / "val2017" / f"{number}.png")
         listed.append({"id": number, "file_name": f"{number}.png", "width": 160, "height": 48})
-        notes += [{"image_id": number, "category_id": c, "bbox": bbox, "iscrowd": 0} for c, bbox in rows]
-    content = {"images": listed, "annotations": [note | {"id": n} for n, note in enumerate(notes, 1)],
+        notes += [{"image_id": number, "category_id": c, "bbox": bbox, "iscrowd": 0}
+                  for c, bbox in rows]
+    content = {"images": listed,
+               "annotations": [note | {"id": n} for n, note in enumerate(notes, 1)],
                "categories": [{"id": i, "name": n} for i, n in zip(ids, names)]}
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     return data.build("coco", root, "val")
 
 
-ids = [number for number, name in enumerate(checkpoints.COCO_91) if name not in ("__background__", "N/A")]
-rows = [[(ids[(8 * image + k) % 80], [20 * k + 1, 10, 15, 30]) for k in range(8)] for image in range(40)]
+ids = [number for number, name in enumerate(checkpoints.COCO_91)
+       if name not in ("__background__", "N/A")]
+rows = [[(ids[(8 * image + k) % 80], [20 * k + 1, 10, 15, 30]) for k in range(8)]
+        for image in range(40)]
 coco = coco_folder("ids", val.paths[:40], rows, ids, [checkpoints.COCO_91[i] for i in ids])
 
-# %%
+
 def perfect_with(relabel):
-    """The perfect detector with other labels; those that are no class are left out, since evaluate refuses them."""
+    """AP of the perfect detector with other labels; those that are no class are left out."""
     answers = []
     for index in range(len(coco)):
         _, truth = coco.raw(index)
         labels = relabel(truth["labels"])
         keep = labels < 80
-        answers.append({"image_id": truth["image_id"], "scores": torch.ones(int(keep.sum())), "labels": labels[keep],
-                        "boxes": truth["boxes"][keep]})
+        answers.append({"image_id": truth["image_id"], "scores": torch.ones(int(keep.sum())),
+                        "labels": labels[keep], "boxes": truth["boxes"][keep]})
     return data.evaluate(answers, coco)["AP"]
 
 
 of_label = torch.tensor(coco.category_ids)               # label -> official id
-aps = {"label": perfect_with(lambda labels: labels), "label + 1": perfect_with(lambda labels: labels + 1),
+aps = {"label": perfect_with(lambda labels: labels),
+       "label + 1": perfect_with(lambda labels: labels + 1),
        "id - 1": perfect_with(lambda labels: of_label[labels] - 1)}
-try:
-    data.evaluate([perfect[0] | {"labels": perfect[0]["labels"] + 3}], val)    # the toy has classes 0, 1, 2
-except ValueError as error:
-    print(error)
-    assert "label outside 0..2" in str(error)
-print("AP of a perfect detector that answers with  " + ",  ".join(f"{name}: {ap:.3f}" for name, ap in aps.items()))
-
+print("AP of a perfect detector that answers with  "
+      + ",  ".join(f"{name}: {ap:.3f}" for name, ap in aps.items()))
 assert aps["label"] > 0.999 and aps["label + 1"] < 0.01 and abs(aps["id - 1"] - 11 / 80) < 0.01
 
 figure = plots.lines({"over the dotted line no class: refused": {
-    f"label (AP {aps['label']:.2f})": (ids, range(80)), f"id - 1 (AP {aps['id - 1']:.2f})": (ids, of_label - 1)}},
+    f"label (AP {aps['label']:.2f})": (ids, range(80)),
+    f"id - 1 (AP {aps['id - 1']:.2f})": (ids, of_label - 1)}},
     "official category id", "label", "Each id that COCO skips (grey) moves all later labels by one")
 for gap in set(range(1, 91)) - set(ids):
     figure.axes[0].axvspan(gap - 0.5, gap + 0.5, color="#DDDDDD", linewidth=0)
@@ -570,60 +631,117 @@ figure.axes[0].axhline(80, color=plots.INK, linestyle=":")
 figure
 
 # %% [markdown]
-# ### 6.4 xywh or xyxy, and 6.5 the pixels of which image
+# Labels that are no class at all, above the dotted line, are refused by `data.evaluate`, with the
+# image's name.
 #
-# **Claim.** Predictions are (x0, y0, x1, y1) in pixels of the *stored* image. A perfect detector that gives COCO's (x,
-# y, width, height) instead has next to no AP. One that gives the pixels of the resized image loses most of it, at
-# KITTI's mild ratio of 1333 / 1242 = 1.07 already: objects near the left top corner still fit, others do not, which
-# looks like bad localisation.
+# ### 7.4 xywh or xyxy, and 7.5 the pixels of which image
+#
+# **Claim.** Predictions are (x0, y0, x1, y1) in pixels of the *stored* image. A perfect detector
+# that gives COCO's (x, y, width, height) instead has next to no AP. One that gives the pixels of
+# the resized image loses most of it, at KITTI's mild ratio of 1331 / 1242 = 1.07 already. **Look
+# at** which objects are still found.
 
 # %%
 as_xywh = [one | {"boxes": box_convert(one["boxes"], "xyxy", "xywh")} for one in perfect]
-resized = [one | {"boxes": one["boxes"] * 1333 / 1242} for one in perfect]
-for name, results in {"right": perfect, "xywh": as_xywh, "pixels of the resized image": resized}.items():
+resized = [one | {"boxes": one["boxes"] * 1331 / 1242} for one in perfect]
+for name, results in {"right": perfect, "xywh": as_xywh,
+                      "pixels of the resized image": resized}.items():
     scores = data.evaluate(results, val)
     print(f"{name:<28} AP {scores['AP']:.3f}  AP50 {scores['AP50']:.3f}")
 assert data.evaluate(as_xywh, val)["AP"] < 0.05 and data.evaluate(resized, val)["AP"] < 0.5
 
-chosen = [max(range(len(val)), key=lambda i: len(truths[i]["labels"]))]
-plots.detections([val.raw(i)[0] for i in chosen], [truths[i] for i in chosen],
-                 {"xywh read as xyxy": [as_xywh[i] for i in chosen],
-                  "pixels of the resized image": [resized[i] for i in chosen]}, val.classes)
+crowded = max(range(len(val)), key=lambda i: len(truths[i]["labels"]))
+plots.detections([val.raw(crowded)[0]], [truths[crowded]],
+                 {"pixels of the resized image": [resized[crowded]]}, val.classes)
 
 # %% [markdown]
-# **Claim.** The other way round, a COCO file whose `bbox` holds corners, is not refused: every box is a box. But its
-# boxes reach beyond the image, and the reader's summary counts those. Read that line once for each new data set.
+# Objects near the left top corner still fit, others do not: it looks like bad localisation, not
+# like a bug.
+#
+# The other way round, a COCO file whose `bbox` holds corners, is not refused: every box is a box.
+# But its boxes reach beyond the image. The reader's summary counts those, and says what it suspects.
 
 # %%
-corners, proper = ([[(int(c) + 1, box) for c, box in zip(t["labels"], box_convert(t["boxes"], "xyxy", form).tolist())]
-                    for t in truths[:40]] for form in ("xyxy", "xywh"))
+corners, proper = ([[(int(c) + 1, box) for c, box in zip(
+    t["labels"], box_convert(t["boxes"], "xyxy", form).tolist())] for t in truths[:40]]
+    for form in ("xyxy", "xywh"))
 wrong = coco_folder("corners", val.paths[:40], corners, [1, 2, 3], val.classes)
 right = coco_folder("proper", val.paths[:40], proper, [1, 2, 3], val.classes)
-print(f"wrong: {wrong.summary}\nright: {right.summary}")
+for name, dataset in {"corners": wrong, "COCO's": right}.items():
+    print(textwrap.fill(f"{name}: {dataset.summary}", 98, subsequent_indent="    "))
 assert "clipped" in wrong.summary and "clipped" not in right.summary
 
 # %% [markdown]
-# ## 7. First debugging step: overfit
+# ## 8. First debugging step: overfit
 #
-# A detector that cannot learn a handful of images by heart has a bug, or a wrong learning rate. The first command
-# reached AP50 1.0 after 200 steps on two KITTI frames (AP 1.0 after 400; some 3 minutes on one core), the second AP50
-# 0.95 after 800 on 8 COCO images:
+# A detector that cannot learn a handful of images by heart has a bug, or a wrong learning rate. The
+# first command reached AP50 1.0 after 200 steps on two KITTI frames (AP 1.0 after 400; some 3
+# minutes on one core), the second AP50 0.95 after 800 on 8 COCO images:
 #
-#     python train.py fit --recipe toy-student --data kitti --root DIR --train-split all --val-split all \
-#         --size 160,600 --no-augment --steps 900 --batch-size 2 --warmup 30 --ema 0.95 --eval-every 100 \
-#         --out runs/overfit-kitti
-#     python train.py fit --recipe toy-student --data coco --root DIR --train-split val --val-split val --limit 8 \
-#         --size 192,352 --backbone-width 16 --num-queries 60 --no-augment --steps 1000 --batch-size 4 --warmup 50 \
-#         --ema 0.95 --eval-every 200 --out runs/overfit-coco
+#     python train.py fit --recipe toy-student --data kitti --root DIR --train-split all \
+#         --val-split all --size 160,600 --no-augment --steps 900 --batch-size 2 --warmup 30 \
+#         --ema 0.95 --eval-every 100 --out runs/overfit-kitti
+#     python train.py fit --recipe toy-student --data coco --root DIR --train-split val \
+#         --val-split val --limit 8 --size 192,352 --backbone-width 16 --num-queries 60 \
+#         --no-augment --steps 1000 --batch-size 4 --warmup 50 --ema 0.95 --eval-every 200 \
+#         --out runs/overfit-coco
 #
-# The moving average that is evaluated must be faster than the run is long: with `--ema 0.99` and 300 steps the same
-# KITTI run showed AP50 0.33.
-
-# %% [markdown]
+# The moving average that is evaluated must be faster than the run is long: with `--ema 0.99` and
+# 300 steps the same KITTI run showed AP50 0.33.
+#
 # ## Before you pay for a table
 #
-# 1. `data.build(...).summary`: counts of images, objects, ignored, clipped and dropped boxes are what you expect.
-# 2. Overfit two images (section 7); AP50 near 1 says that data, boxes, labels and AP agree.
+# 1. `data.build(...).summary`: counts of images, objects, ignored, clipped and dropped boxes are
+#    what you expect.
+# 2. Overfit two images (section 8); AP50 near 1 says that data, boxes, labels and AP agree.
 # 3. On KITTI: `--init-from` a detector trained on COCO, where you have one.
-# 4. `train.py eval` of the teacher on your `val`, with `--eval-batch 1`: near its published AP, or it was not loaded.
-# 5. `train.py table kitti --dry-run`, then one short run of each kind, its first `report` line read.
+# 4. `train.py eval` of the teacher on your `val`, with `--eval-batch 1`: near its published AP, or
+#    it was not loaded. And clearly above the student: on the small KITTI runs it was not, yet.
+# 5. The student alone at two lengths: if twice the steps still raise its AP, train longer first.
+# 6. `train.py table kitti --dry-run`, then one short run of each kind, with `--balance`, its first
+#    `report` line read.
+#
+# ## Exercises
+#
+# **1.** A change to `clockdistill.py`'s arguments. Take frame 0 of section 2, finest level: 4
+# objects that own 31 % of the cells. *Predict before you run it*: which part of the summed memory
+# weight lies on objects with `location` and `scale` both on, with `scale=False`, with
+# `location=False`, and with both off? Which of the two switches decides?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# from clockdistill import memory_weights
+# own = [batch.targets[0]["boxes"] * batch.extent[0].repeat(2)]
+# real = ~padded[0][:1].flatten(1)                               # (1, S) of the finest level
+# inside = masks[0][0].flatten()
+# for location_on in (True, False):
+#     for scale_on in (True, False):
+#         w = memory_weights(own, shapes[:1], real, location=location_on, scale=scale_on)[0]
+#         print(location_on, scale_on, f"{(w[inside].sum() / w.sum()).item():.1%}")
+# ```
+# With M on it is 99.9 % and 99.6 %: $\alpha:\beta = 500:1$ decides, S hardly matters for objects
+# *against background*. Without M it is 79 % (nearly 4 of 5 equal shares) and 31 % (the cells). What
+# S decides is the shares *among the objects*.
+# </details>
+#
+# **2.** You train `kitti-student` for DINO on four GPUs with the recipe's 8 images per process.
+# Which total batch is the recipe's learning rate meant for, which do you have, and what does the
+# code do about it?
+#
+# <details><summary>Answer</summary>
+#
+# 1e-4 is DINO's official rate for 16 images. You have 32. The code does nothing: no rate is scaled
+# silently. Give `--batch-size 4`, or choose `--lr` yourself, and say so beside the table. Which is
+# better on KITTI has not been measured.
+# </details>
+#
+# **3.** A colleague reports "AP .138 on COCO's 80 classes, the teacher must be weak". Which line of
+# section 7 do you show, and which one number would settle it?
+#
+# <details><summary>Answer</summary>
+#
+# 7.3: 11 / 80 = .1375 is the AP of a *perfect* detector that takes *id - 1* for the label. The AP
+# per class settles it: near 1 for the first 11 classes and 0 for all others is a table of ids, not
+# a weak teacher.
+# </details>

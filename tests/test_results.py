@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import tables
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = json.loads((ROOT / "results/toy/tables.json").read_text())
 NAMES = {"DAB-DETR": "dab_detr", "Deformable DETR": "deformable_detr", "DINO": "dino"}
@@ -59,3 +61,29 @@ def test_the_other_tables_of_the_results(table, start, detector):
         line = lines[key]
         assert ap == f"{np.mean(line['AP']):.3f} ± {np.std(line['AP'], ddof=1):.3f}", row
         assert gain == ("{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**line["gain"]) if line["gain"] else ""), row
+
+
+def test_what_was_chosen_was_chosen_on_other_images_with_another_seed():
+    """What notebooks/3_ablations says of the choices behind the tables."""
+    tuning = json.loads((ROOT / "results/toy/tuning.json").read_text())
+    runs = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results/toy/runs").glob("*.json")}
+    reported = [line for table, lines in TABLES.items() if table != "search" for line in lines]
+    assert not {seed for line in reported for seed in line["seeds"]} & {trial["seed"] for trial in tuning}
+    assert {runs[name]["settings"]["val_split"] for line in reported for name in line["runs"]
+            if line["method"] != "teacher"} == {"val"}
+    assert {len(trials) for _, trials in tables.TRIALS.values()} == {4}
+    main = lines_of("main")
+    for detector in NAMES.values():
+        trials = [trial for trial in tuning if trial["detector"] == detector
+                  and trial["what"] in ("with_scale", "without_scale")]
+        distilled, (teacher,) = main[detector, "clockdistill"], main[detector, "teacher"]["runs"]
+        assert len(trials) == 8 and max(trials, key=lambda one: one["AP"])["options"] == distilled["options"]
+        assert {runs[name]["taught_by"] for name in distilled["runs"]} == {runs[teacher]["weights"]}
+
+
+def test_rows_called_label_of_a_detector_without_label_embedding_are_random():
+    """Deformable DETR has none: notebooks/3_ablations and results/README.md say so of these rows."""
+    for table in ("ablation", "search"):
+        contents = {line["options"]["content"] for (detector, label), line in lines_of(table).items()
+                    if detector == "deformable_detr" and "content: label" in label}
+        assert contents == {"random_label"}
