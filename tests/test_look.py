@@ -126,7 +126,8 @@ def save(path, detector, seed=0, classes=CLASSES):
     model = tiny(detector, seed)
     checkpoints.save(path, {"model": model.state_dict(), "detector": detector,
                             "config": model.config, "data": "toy",
-                            "classes": classes, "settings": {"size": None}, "metrics": {}})
+                            "classes": classes, "category_ids": list(range(len(classes))),
+                            "settings": {"size": None, "data": "toy"}, "metrics": {}})
     return str(path)
 
 
