@@ -212,7 +212,7 @@ def what_it_is(path: Path, start: bytes, error: Exception) -> str:
     if not start.strip(b"\0"):
         what = "it is empty (no bytes, or zeros); copy or download it again"
     elif start.startswith(b"version https://git-lfs"):
-        what = "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
+        what = "it is a Git LFS pointer, not the file itself; run `git lfs pull` at its source"
     elif start.lstrip()[:1] == b"<":
         what = "it is a web page; download the file that the page leads to"
     elif re.fullmatch(rb"[\t\n\r -~]*", start):
@@ -243,26 +243,24 @@ def find_weights(payload) -> tuple[dict[str, Tensor], str]:
     """
     if not isinstance(payload, dict):
         return {}, ""
-    states = {}                                              # {place: state_dict}
-
-    def search(part, place, depth):
-        state = tensors_of(part)
-        if any("." in key for key in state):
-            states[place] = state
-        for key, value in part.items():
-            if isinstance(value, dict) and depth < 3 and not ASIDE.search(str(key)):
-                search(value, f"{place}.{key}".lstrip("."), depth + 1)
-
-    search(payload, "", 0)
+    states = {place: state for place, state in parts_of(payload)
+              if any("." in key for key in state)}
     ours = "detector" in payload                             # "model" is what was evaluated
     # MMEngine swaps the two when it saves: its "state_dict" is averaged, "ema_state_dict" raw.
     mmengine = "steps" in states.get("ema_state_dict", {})
     averaged = [place for place in states if AVERAGED.search(place)] * (not ours and not mmengine)
     usual = [place for place in ("model", "state_dict", "") if place in states]
     largest = sorted(states, key=lambda place: -len(states[place]))
-    for place in averaged + usual + largest:
-        return states[place], place
-    return tensors_of(payload), ""
+    place = next(iter(averaged + usual + largest), "")
+    return states.get(place) or tensors_of(payload), place
+
+
+def parts_of(payload, place="", depth=0):
+    """Yield (place, tensors) of a dictionary and of those in it that may hold a model."""
+    yield place, tensors_of(payload)
+    for key, value in payload.items():
+        if isinstance(value, dict) and depth < 3 and not ASIDE.search(str(key)):
+            yield from parts_of(value, f"{place}.{key}".lstrip("."), depth + 1)
 
 
 # Averaged weights, and what is no model, by the names that programs give them.
@@ -310,11 +308,11 @@ def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
-    """Raises ValueError that names the first tensor with NaN or infinity in it, or of an odd kind."""
+    """Raises ValueError that names the first tensor with NaN or infinity, or of an odd kind."""
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise ValueError(f"{origin}: {name} is a sparse, quantized or meta tensor: save it as a "
-                             "plain one where it was made")
+            raise ValueError(f"{origin}: {name} is a sparse, quantized or meta tensor: save it as "
+                             "a plain one where it was made")
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{origin}: {name} is not finite: weights of a run that blew up, or "
                              "too large for their precision; take an earlier checkpoint")
@@ -347,15 +345,13 @@ def load_from_hub(name: str) -> dict:
     def fetch(file):
         try:
             return hf_hub_download(name, file)
-        except EntryNotFoundError as error:
-            if not isinstance(error, FileNotFoundError):     # which it is without a connection
-                return None
-            reason = error
         except Exception as error:                          # names, rights, connections: many kinds
-            reason = error
-        raise ValueError(f"cannot fetch hf:{name} ({' '.join(str(reason).split())[:120]}): check "
-                         "the name and the connection, or download its model.safetensors and give "
-                         "that file")
+            # Without a connection a missing entry is a FileNotFoundError too.
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+                return None
+            reason = textwrap.shorten(str(error), 120)
+        raise ValueError(f"cannot fetch hf:{name} ({reason}): check the name and the connection, "
+                         "or download its model.safetensors and give that file")
 
     path = fetch("model.safetensors") or fetch("pytorch_model.bin")
     if path is None:
@@ -367,8 +363,8 @@ def load_from_hub(name: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------- tables
-# Rows (theirs, ours), replaced one after the other. They are regular expressions in which a dot is a
-# dot, # is a number, the same on both sides, E is encoder.layers.# and D is decoder.layers.#. A
+# Rows (theirs, ours), replaced one after the other. They are regular expressions in which a dot is
+# a dot, # is a number, the same on both sides, E is encoder.layers.# and D is decoder.layers.#. A
 # program's rows lead to the names of the official repositories or directly to ours; the rows
 # OFFICIAL lead from the official names to ours; the rows of a detector do what depends on it.
 
@@ -376,16 +372,19 @@ OFFICIAL = [   # IDEA-Research/DAB-DETR and DINO, fundamentalvision/Deformable-D
     ("^backbone.0.body.", "backbone."), ("^transformer.", ""), ("^input_proj.", "encoder.project."),
     ("^level_embeds?$", "encoder.level_embed"),
     ("^E.self_attn.", "E.attention."), ("^E.norm1.", "E.norm."), ("^E.norm2.", "E.ffn.norm."),
-    ("^D.self_attn.", "D.self_attention."), ("^D.cross_attn.", "D.cross_attention."), ("^D.norm3.", "D.ffn.norm."),
+    ("^D.self_attn.", "D.self_attention."), ("^D.cross_attn.", "D.cross_attention."),
+    ("^D.norm3.", "D.ffn.norm."),
     (".(linear1|linear2|activation).", r".ffn.\1."),
     ("^decoder.ref_point_head.", "decoder.position."),
-    ("^(?:decoder.)?class_embed.", "decoder.class_heads."), ("^(?:decoder.)?bbox_embed.", "decoder.box_heads."),
+    ("^(?:decoder.)?class_embed.", "decoder.class_heads."),
+    ("^(?:decoder.)?bbox_embed.", "decoder.box_heads."),
     ("^enc_output.", "proposals.project."), ("^enc_output_norm.", "proposals.norm."),
 ]
 DEFORMABLE_NORMS = [("^D.norm2.", "D.self_norm."), ("^D.norm1.", "D.cross_norm.")]
 OF_DETECTOR = {
     "dab_detr": [
-        ("^D.norm1.", "D.self_norm."), ("^D.norm2.", "D.cross_norm."),        # the other way round than Deformable DETR
+        # The other way round than Deformable DETR.
+        ("^D.norm1.", "D.self_norm."), ("^D.norm2.", "D.cross_norm."),
         ("^D.sa_", "D.self_attention."), ("^D.ca_", "D.cross_attention."),
         ("_attention.(?:q|query_)content_proj.", "_attention.query_content."),
         ("_attention.(?:q|query_)pos_proj.", "_attention.query_position."),
@@ -393,8 +392,9 @@ OF_DETECTOR = {
         ("_attention.(?:k|key_)content_proj.", "_attention.key_content."),
         ("_attention.(?:k|key_)pos_proj.", "_attention.key_position."),
         ("_attention.(?:v|value)_proj.", "_attention.value."),
-        ("coder.query_scale.", "coder.position_scale."), ("^decoder.ref_anchor_head.", "decoder.anchor_size."),
-        ("^decoder.(class_heads|box_heads).(?=[a-z])", r"decoder.\1.0."),     # the one head has no number
+        ("coder.query_scale.", "coder.position_scale."),
+        ("^decoder.ref_anchor_head.", "decoder.anchor_size."),
+        ("^decoder.(class_heads|box_heads).(?=[a-z])", r"decoder.\1.0."),   # one head, no number
         ("^encoder.project.0.0.", "encoder.project."),                # in MMDetection a list of one
         ("^(?:refpoint_embed|anchor_box_embed|query_embedding).", "anchors."),
     ],
@@ -403,13 +403,15 @@ OF_DETECTOR = {
         ("^pos_trans.", "position.project."), ("^pos_trans_norm.", "position.norm."),
     ],
     "dino": DEFORMABLE_NORMS + [
-        ("^enc_out_class_embed.", "proposals.class_head."), ("^enc_out_bbox_embed.", "proposals.box_head."),
+        ("^enc_out_class_embed.", "proposals.class_head."),
+        ("^enc_out_bbox_embed.", "proposals.box_head."),
         ("^(?:tgt_embed|query_embedding).", "content."), ("^label_enc.", "label_embed."),
     ],
     None: [],
 }
 MMCV_LAYERS = [   # mmcv's transformer, of which MMDetection is made and, after it, detrex
-    (".attentions.0.", ".self_attn."), (".attentions.1.", ".cross_attn."), ("_attn.attn.", "_attn."),
+    (".attentions.0.", ".self_attn."), (".attentions.1.", ".cross_attn."),
+    ("_attn.attn.", "_attn."),
     (".ffns.0.", ".ffn."), (".ffn.layers.0.0.", ".linear1."), (".ffn.layers.1.", ".linear2."),
     (".ffn.(?:layers.0.1|activation).", ".activation."),
     ("E.norms.0.", "E.norm1."), ("E.norms.1.", "E.norm2."),
@@ -422,17 +424,21 @@ MMCV_LAYERS = [   # mmcv's transformer, of which MMDetection is made and, after 
 DETREX = MMCV_LAYERS + [
     ("^backbone.stem.", "backbone."),                                         # of detectron2
     *[(f"^backbone.res{stage + 1}.", f"backbone.layer{stage}.") for stage in (1, 2, 3, 4)],
-    (".conv#.norm.", ".bn#."), (".shortcut.norm.", ".downsample.1."), (".shortcut.", ".downsample.0."),
+    (".conv#.norm.", ".bn#."), (".shortcut.norm.", ".downsample.1."),
+    (".shortcut.", ".downsample.0."),
 ]
 MMDETECTION = MMCV_LAYERS + [   # 2.x and 3.x; the backbone has torchvision's names
-    ("^bbox_head.", ""), ("^(?:cls_branches|fc_cls).", "class_embed."), ("^(?:reg_branches|fc_reg).", "bbox_embed."),
+    ("^bbox_head.", ""), ("^(?:cls_branches|fc_cls).", "class_embed."),
+    ("^(?:reg_branches|fc_reg).", "bbox_embed."),
     *[(f"^bbox_embed.#.{2 * layer}.", f"bbox_embed.#.layers.{layer}.") for layer in (0, 1, 2)],
     ("^memory_trans_fc.", "enc_output."), ("^memory_trans_norm.", "enc_output_norm."),
-    ("^(pos_trans|reference_points)_fc.", r"\1."), ("^dn_query_generator.label_embedding.", "label_enc."),
+    ("^(pos_trans|reference_points)_fc.", r"\1."),
+    ("^dn_query_generator.label_embedding.", "label_enc."),
 ]
 # transformers 4 and the hub's files; transformers 5 has .mlp. and o_proj, and no conv_encoder.
 HUGGING_FACE = [
-    ("^model.backbone.(?:conv_encoder.)?model.(?:_backbone.)?", "backbone."),          # timm has torchvision's names
+    # timm has torchvision's names.
+    ("^model.backbone.(?:conv_encoder.)?model.(?:_backbone.)?", "backbone."),
     ("^backbone.embedder.embedder.convolution.", "backbone.conv1."),
     ("^backbone.embedder.embedder.normalization.", "backbone.bn1."),
     *[(f"^backbone.encoder.stages.{stage - 1}.layers.", f"backbone.layer{stage}.")
@@ -441,7 +447,8 @@ HUGGING_FACE = [
     *[(f".layer.{part - 1}.normalization.", f".bn{part}.") for part in (1, 2, 3)],
     (".shortcut.convolution.", ".downsample.0."), (".shortcut.normalization.", ".downsample.1."),
     ("^model.", ""), ("^input_projection.", "input_proj."),
-    ("^query_position_embeddings.", "query_embed."), ("^query_refpoint_embeddings.", "refpoint_embed."),
+    ("^query_position_embeddings.", "query_embed."),
+    ("^query_refpoint_embeddings.", "refpoint_embed."),
     ("^bbox_predictor.", "bbox_embed."), ("^decoder.layernorm.", "decoder.norm."),
     ("^E.self_attn_layer_norm.", "E.norm1."), ("^E.final_layer_norm.", "E.norm2."),
     ("^D.(?:self_attn.)?self_attn_layer_norm.", "D.self_norm."),
@@ -449,7 +456,8 @@ HUGGING_FACE = [
     ("^D.(?:mlp.)?final_layer_norm.", "D.norm3."),
     (".(?:mlp.)?fc#.", ".linear#."), (".(?:mlp.)?activation_fn.", ".activation."),
     (".encoder_attn.", ".cross_attn."), ("_attn.(?:self|cross)_attn_", "_attn."),
-    ("_attn.(?:self|cross)_attn.output_proj.", "_attn.out_proj."), (".self_attn.o_proj.", ".self_attn.out_proj."),
+    ("_attn.(?:self|cross)_attn.output_proj.", "_attn.out_proj."),
+    (".self_attn.o_proj.", ".self_attn.out_proj."),
 ]
 FORMATS = {   # program: (by which name its files are known, rows), tried in this order
     "ours": ("^encoder.project.|^decoder.class_heads.", []),
@@ -467,8 +475,8 @@ IGNORED = re.compile(r"num_batches_tracked$|^backbone\.fc\.")
 PER_CLASS = re.compile(r"class_heads?\.|label_embed\.")          # a row for each class
 PER_QUERY = re.compile(r"(content|anchors|queries)\.")           # a row for each query
 
-# (position_temperature, position_offset, logit_eps) of models.build with which a program's model was
-# made. Neither names nor shapes tell them, and with other values the same weights compute other
+# (position_temperature, position_offset, logit_eps) of models.build with which a program's model
+# was made. Neither names nor shapes tell them, and with other values the same weights compute other
 # numbers. They were read in the sources named.
 PUBLISHED = {
     # util/misc.py, models/**/position_encoding.py, config/; DAB-DETR by what it computes
@@ -479,11 +487,11 @@ PUBLISHED = {
     # detrex/utils/misc.py, projects/*/configs/models/*_r50.py; not run. DINO: of 12 epochs; the
     # configs of 24 and 36 epochs have (20, 0).
     ("detrex", "dab_detr"): (20., 0., 1e-3),
-    ("detrex", "deformable_detr"): (10000., -0.5, 1e-3),         # also with weights that were official ones
+    ("detrex", "deformable_detr"): (10000., -0.5, 1e-3),       # also with the official weights
     ("detrex", "dino"): (10000., -0.5, 1e-3),
     # 3.3 by running it, 2.28 in mmdet/models/utils/transformer.py. Two eps in one model: DINO moves
-    # references with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one eps for
-    # both, so a box whose reference is within 1e-3 of 0 or 1 differs; everything else is equal.
+    # references with 1e-3 and predicts with 1e-5, DAB-DETR the other way round. Ours has one eps
+    # for both, so a box whose reference is within 1e-3 of 0 or 1 differs; everything else is equal.
     ("mmdetection", "dab_detr"): (20., 0., 1e-3),
     ("mmdetection", "deformable_detr"): (10000., -0.5, 1e-5),
     ("mmdetection", "dino"): (20., 0., 1e-3),
@@ -521,13 +529,8 @@ def read_json(path: str | Path):
 
 def write_json(path: str | Path, content) -> None:
     """JSON that any reader takes: an AP that is not defined (NaN) becomes null."""
-    def strict(x):
-        if isinstance(x, dict):
-            return {key: strict(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [strict(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    write_text(path, json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
+    strict = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    write_text(path, json.dumps(strict, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -602,10 +605,10 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
 
     source_weights: a file, "hf:organisation/model", a payload, or a state_dict.
     source: one of FORMATS, or "auto" to recognise it by its names.
-    classes: names of the model's classes. Rows of class heads and label embeddings go to the rows of
-    the same name; rows without one keep the model's own initialisation. The source's names come with
-    it (ours, MMDetection's, the hub's). Without names 80 and 91 classes are COCO's, on either side;
-    otherwise equal numbers of classes are copied row by row, which the printed line says.
+    classes: names of the model's classes. Rows of class heads and label embeddings go to the rows
+    of the same name; rows without one keep the model's own initialisation. The source's names come
+    with it (ours, MMDetection's, the hub's). Without names 80 and 91 classes are COCO's, on either
+    side; otherwise equal numbers of classes are copied row by row, which the printed line says.
     source_classes: names of the source's classes, where the source does not hold them.
     made_with: options of models.build for the source, where you know better than PUBLISHED.
     When the numbers of queries differ, the first queries are used. A part of the model (backbone,
@@ -695,6 +698,11 @@ def contains(state: dict, mark: str) -> bool:
     return any(map(regex(mark).search, state))
 
 
+def count(names, mark: str) -> int:
+    """How many layers or levels there are whose names begin like this."""
+    return len({name.split(".")[2] for name in names if re.match(mark, name)})
+
+
 def translate(state: dict, source: str, detector: str | None,
               origin: str) -> dict[str, tuple[str, Tensor]]:
     """-> {our name: (source name, value)}, heads numbered by layer; unknown names stay."""
@@ -715,8 +723,7 @@ def translate(state: dict, source: str, detector: str | None,
         if all(matrix in found for matrix in three):
             keys, values = zip(*map(found.pop, three))
             found[name.replace(f"{FUSED[0]}.", "in_proj_")] = ", ".join(keys), torch.cat(values)
-    levels = len({name.split(".")[2] for name in found if re.match(r"encoder\.project\.\d", name)})
-    layers = len({name.split(".")[2] for name in found if name.startswith("decoder.layers.")})
+    levels, layers = count(found, r"encoder\.project\.\d"), count(found, "decoder.layers.")
 
     def settle(name):         # one head more than decoder layers: the last is that of the proposals
         name = re.sub(r"^encoder\.project\.\+(\d+)",
@@ -738,23 +745,20 @@ def options_of(found: dict, state: dict, source: str, detector: str | None) -> d
     def size(name):
         return len(found[name][1]) if name in found else None
 
-    def count(prefix):
-        return len({name.split(".")[2] for name in found if name.startswith(prefix)})
-
     first = {name: re.sub(r"_heads\.\d+\.", "_heads.0.", name)
              for name in found if "_heads." in name}
     differ = any(not torch.equal(found[name][1], found[zero][1])
                  for name, zero in first.items() if zero in found)
     bottlenecks = "backbone.layer1.0.conv3.weight" in found
-    options = {"encoder_layers": count("encoder.layers.") or None,
+    options = {"encoder_layers": count(found, "encoder.layers.") or None,
                "feature_levels": size("encoder.level_embed"),
-               "backbone": RESNETS.get((count("backbone.layer3."), bottlenecks)),
+               "backbone": RESNETS.get((count(found, "backbone.layer3."), bottlenecks)),
                "backbone_width": size("backbone.conv1.weight")}
-    if count("decoder.layers."):
+    if count(found, "decoder.layers."):
         # A plain Deformable DETR has one head for all layers; its program may store it for each.
         several = (contains(state, "decoder.bbox_embed.")
-                   or source == "ours" and count("decoder.box_heads.") > 1)
-        options |= {"decoder_layers": count("decoder.layers."),
+                   or source == "ours" and count(found, "decoder.box_heads.") > 1)
+        options |= {"decoder_layers": count(found, "decoder.layers."),
                     "hidden_dim": size("decoder.layers.0.self_norm.weight"),
                     "ffn_dim": size("decoder.layers.0.ffn.linear1.bias"),
                     "num_patterns": size("patterns.weight") or 0,
@@ -802,12 +806,13 @@ def share_heads(found: dict, own: dict, origin: str) -> dict:
         return re.sub(r"_heads\.\d+\.", f"_heads.{layer}.", name)
 
     fitting = {}
-    for name, (key, value) in found.items():
-        only = name not in own and numbered(name, 0) in own and numbered(name, 0) in found
-        if only and not torch.equal(value, found[numbered(name, 0)][1]):
-            raise ValueError(f"{origin}: {key} differs from {found[numbered(name, 0)][0]}, this "
-                             "model has one for both")
-        fitting |= {} if only else {name: (key, value)}
+    for name, entry in found.items():
+        first = numbered(name, 0)
+        if name in own or first not in own or first not in found:
+            fitting[name] = entry
+        elif not torch.equal(entry[1], found[first][1]):
+            raise ValueError(f"{origin}: {entry[0]} differs from {found[first][0]}, this model has "
+                             "one for both")
     return fitting | {name: found[numbered(name, 0)] for name in own if name not in found
                       and numbered(name, 0) in found and numbered(name, 1) not in found}
 
@@ -830,8 +835,8 @@ def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> 
     dataset, labels = dict_of(meta, "dataset_meta"), dict_of(dict_of(payload, "config"), "id2label")
     said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"),
             dataset.get("classes"), list(labels.values()), COCO.get(theirs)]
-    named = next((names for names in said if isinstance(names, (list, tuple)) and len(names) == theirs
-                  and all(isinstance(name, str) for name in names)), [])
+    lists = [names for names in said if isinstance(names, (list, tuple)) and len(names) == theirs]
+    named = next((names for names in lists if all(isinstance(x, str) for x in names)), [])
     if not named and theirs == ours:                      # nothing says otherwise: the same classes
         return list(range(theirs)), list(range(ours))
     known = classes or COCO.get(ours, [])
