@@ -1151,8 +1151,9 @@ def export(checkpoint, out):
     payload["settings"] = {k: v for k, v in payload["settings"].items() if k not in PLACES}
     keep = ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes", "step",
             "seed", "commit", "machine", "settings")
+    kept = {name: payload[name] for name in keep if name in payload}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(out, {"model": model.state_dict(), **{k: payload[k] for k in keep}}, half=True)
+    checkpoints.save(out, {"model": model.state_dict(), **kept}, half=True)
     ap = payload["metrics"].get("AP")
     ap = math.nan if ap is None else ap
     print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB, AP {ap:.3f} before rounding to fp16")
