@@ -10,6 +10,7 @@ padding masks are True where padded.
 """
 import copy
 import inspect
+import logging
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ class TimmBackbone(nn.Module):
         except ImportError:
             raise ValueError(f"backbone timm:{name} needs timm: pip install timm, or choose a "
                              "ResNet") from None
+        # timm warns of a classifier in the file, which a feature extractor does not want.
+        logging.getLogger("timm.models").setLevel(logging.ERROR)
         if not timm.is_model(name):
             raise ValueError(f"timm has no backbone {name!r}: choose a convolutional model of "
                              "timm.list_models()")
