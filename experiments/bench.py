@@ -167,20 +167,6 @@ def training_step(module, loss):
     return step
 
 
-def no_grad(run):
-    def quietly():
-        with torch.no_grad():
-            return run()
-    return quietly
-
-
-def in_precision(precision, device, run):
-    def cast():
-        with train.autocast(device, precision):
-            return run()
-    return cast
-
-
 PRODUCT = "matrix product"
 
 
@@ -338,19 +324,19 @@ def show(title, rows, batch, against=None):
 
 def sizes(options):
     """Parameters and GFLOPs at 800 x 1333 beside the published ones, from shapes alone."""
-    found = {}
+    rows = {}
     print("size: R50, 91 classes, 800 x 1333; GFLOPs count multiply-adds, dense attention and "
           "sampling included")
     for detector in options.detectors:
         model = models.build(detector, 91, pretrained_backbone=False, frozen_backbone=True)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         flops = models.gflops(model, 800, 1333)
-        found[detector] = {"parameters_m": parameters, "gflops": flops,
-                           "published": PUBLISHED[detector]}
+        rows[detector] = {"parameters_m": parameters, "gflops": flops,
+                          "published": PUBLISHED[detector]}
         print(f"  {detector:<16} {parameters:6.2f} M parameters (published "
               f"{PUBLISHED[detector][0]})  {flops:6.1f} GFLOPs (published "
               f"{PUBLISHED[detector][1]})")
-    return found
+    return rows
 
 
 def distillation(detector, options, device):
@@ -364,14 +350,14 @@ def distillation(detector, options, device):
     method = CLoCKDistill(width, width, content=content).to(device)
     taught, alone = train.Learner(student, method), train.Learner(twin)
 
-    memory = no_grad(lambda: teacher.encode(batch.images, batch.padding))()
+    memory = torch.no_grad()(lambda: teacher.encode(batch.images, batch.padding))()
     asked = method.queries(batch.labels, batch.boxes, teacher.label_embedding)
     # The whole step first, then what it is made of, each of its own.
     runs = {
         "distillation step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
         "student step": training_step(alone, lambda: sum(alone(None, batch).values())),
-        "teacher encode": no_grad(lambda: teacher.encode(batch.images, batch.padding)),
-        "teacher target-query decode": no_grad(lambda: teacher.decode(memory, *asked[:3])),
+        "teacher encode": torch.no_grad()(lambda: teacher.encode(batch.images, batch.padding)),
+        "teacher target-query decode": torch.no_grad()(lambda: teacher.decode(memory, *asked[:3])),
     }
     rows = interleaved(runs | products(options, device), options.repeats, device,
                        f"{detector}, distillation")
@@ -384,7 +370,7 @@ def distillation(detector, options, device):
 
 def measure(options, device):
     """All that options.only asks for, printed as it comes -> the same as a dict."""
-    told = {"size": sizes(options)} if "size" in options.only else {}
+    figures = {"size": sizes(options)} if "size" in options.only else {}
     batch = batch_of(options, device)
     for detector in options.detectors:
         for part in ("inference", "training"):
@@ -399,11 +385,11 @@ def measure(options, device):
                 model.train(part == "training")
                 model = torch.compile(model) if options.compile else model
                 for precision in options.precision if name == "ours" else ("fp32",):
+                    cast = train.autocast(device, precision)
                     if part == "inference":
-                        run = no_grad(in_precision(precision, device, forward_of(model, batch)))
+                        run = torch.no_grad()(cast(forward_of(model, batch)))
                     else:
-                        loss = in_precision(precision, device, loss_of(model, batch))
-                        run = training_step(model, loss)
+                        run = training_step(model, cast(loss_of(model, batch)))
                     runs[named(name, precision)] = run
             rows = interleaved(runs | products(options, device), options.repeats, device,
                                f"{detector}, {part}", count=not options.compile)
@@ -411,10 +397,10 @@ def measure(options, device):
             show(f"{part}: {detector}, {options.batch} x {options.height} x "
                  f"{options.width}{same}", rows, options.batch,
                  "ours")
-            told.setdefault(part, {})[detector] = rows | {"logits_differ_by": agree}
+            figures.setdefault(part, {})[detector] = rows | {"logits_differ_by": agree}
         if "distill" in options.only:
-            told.setdefault("distill", {})[detector] = distillation(detector, options, device)
-    return told
+            figures.setdefault("distill", {})[detector] = distillation(detector, options, device)
+    return figures
 
 
 # ----------------------------------------------------------------------------------------------
@@ -524,7 +510,7 @@ def run(device, threads, out, **given):
         given = dict(height=64, width=96, repeats=2) | given
     options = Options(**given)
     print(train.machine(device))
-    told = measure(options, device)
+    figures = measure(options, device)
     if out:
         checkpoints.write_json(out, {"machine": train.machine(device), "commit": train.commit(),
-                                     "options": dataclasses.asdict(options)} | told)
+                                     "options": dataclasses.asdict(options)} | figures)
