@@ -896,7 +896,7 @@ class DabDetr(Detector):
 
     def learned_queries(self, memory: Memory) -> tuple[Queries, None]:
         """Every anchor with the first pattern, then every anchor with the second, ..."""
-        batch, content = len(memory.tokens), self.learned_content
+        batch, content = memory.tokens.shape[0], self.learned_content
         boxes = self.anchors.weight.sigmoid().repeat(len(content), 1)    # (P * Q, 4)
         content = content.repeat_interleave(self.num_queries, 0)         # (P * Q, D)
         return Queries(content.expand(batch, -1, -1), boxes.expand(batch, -1, -1)), None
@@ -955,7 +955,7 @@ class DeformableDetr(Detector):
             proposals, boxes = self.proposals(memory, self.num_queries)
             position, content = self.position(boxes)
             return Queries(content, boxes, position=position), proposals
-        queries = self.queries.weight.expand(len(memory.tokens), -1, -1)
+        queries = self.queries.weight.expand(memory.tokens.shape[0], -1, -1)
         position, content = queries.chunk(2, -1)                         # (B, Q, D)
         return Queries(content, self.reference(position).sigmoid(), position=position), None
 
@@ -1070,7 +1070,7 @@ class Dino(Detector):
         """Mixed query selection: boxes from the encoder (detached), content learned, by rank."""
         proposals, boxes = self.proposals(memory, self.num_queries)
         content = self.content.weight[:boxes.shape[1]]                   # (Q, D)
-        return Queries(content.expand(len(boxes), -1, -1), boxes), proposals
+        return Queries(content.expand(boxes.shape[0], -1, -1), boxes), proposals
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None,
                 extra: tuple | None = None, noise: dict[str, Tensor] | None = None) -> Output:
@@ -1265,14 +1265,20 @@ def postprocess(detections: Detections, sizes, k: int = 300) -> list[dict]:
     k: 300 officially for DINO, at most Q * C.
     Returns per image scores (k,), labels (k,), boxes (k, 4) xyxy in pixels.
     """
+    images = zip(*best_pairs(detections, sizes, k))
+    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in images]
+
+
+def best_pairs(detections: Detections, sizes, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`postprocess` of a batch as tensors: scores (B, k), labels (B, k), boxes (B, k, 4)."""
     logits = detections.logits[-1]                                       # (B, Q, C)
     classes, available = logits.shape[2], logits[0].numel()
     scores, index = logits.sigmoid().flatten(1).topk(min(k, available))  # (B, k)
     query, labels = index // classes, index % classes
     boxes = box_convert(detections.boxes[-1], "cxcywh", "xyxy")          # (B, Q, 4)
     boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))          # (B, k, 4)
-    boxes = boxes * torch.as_tensor(sizes, device=boxes.device)[:, None, [1, 0, 1, 0]]
-    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
+    sizes = torch.as_tensor(sizes, device=boxes.device)
+    return scores, labels, boxes * sizes[:, None, [1, 0, 1, 0]]
 
 
 @dataclass

@@ -1142,10 +1142,18 @@ def image_files(names):
     return files
 
 
-def export(checkpoint, out):
-    """A checkpoint's weights alone in half the bytes: fp16 safetensors, classes and figures beside."""
+def export(checkpoint, out, **of_program):
+    """A checkpoint's weights alone in half the bytes: fp16 safetensors, classes and figures beside.
+
+    A name ending in .onnx makes a program instead; experiments.deploy has its options, `of_program`.
+    """
+    if Path(out).suffix == ".onnx":
+        from experiments import deploy
+        return deploy.export(checkpoint, out, **of_program)
     if Path(out).suffix != ".safetensors":
-        raise ValueError(f"--out {out}: want a name ending in .safetensors")
+        raise ValueError(f"--out {out}: want a name ending in .safetensors or .onnx")
+    if of_program:
+        raise ValueError(f"--{next(iter(of_program))} is an option of .onnx, not of {out}")
     # Published weights do not tell where files lay on the machine that made them.
     model, payload = load_model(checkpoint)
     payload["settings"] = {k: v for k, v in payload["settings"].items() if k not in PLACES}
@@ -1698,6 +1706,7 @@ EXPERIMENTS = {
     "table": "many runs, one table",
     "look": "draw what the queries and tokens of detectors look at",
     "bench": "speed, memory, parameters and GFLOPs of the detectors",
+    "deploy": "AP, latency, size and memory of teacher and students, in PyTorch and as ONNX",
 }
 
 
@@ -1823,9 +1832,21 @@ AP values are fractions 0..1. Give --debug for the whole traceback of an error."
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
 
-    p = command("export", "weights alone as fp16 safetensors: small, safe to publish")
+    p = command("export", "weights alone as fp16 safetensors, or a program for ONNX Runtime",
+                epilog="""
+.safetensors: small, safe to publish.
+.onnx: pictures in (uint8 RGB, B x H x W x 3, resized but not normalised), detections out (boxes
+x0 y0 x1 y1 in pixels of that picture, scores, labels), post-processing inside; class names and size
+are in its metadata. Written only if it agrees with PyTorch within 1e-4 on a picture.""")
     p.add_argument("--checkpoint", required=True, help=checkpoint)
-    p.add_argument("--out", required=True, help="file ending in .safetensors")
+    p.add_argument("--out", required=True, help="file ending in .safetensors or .onnx")
+    for name, what in (
+            ("size", "H,W in pixels of its pictures (default: what --image is resized to)"),
+            ("batch", "pictures per call, or dynamic (default: 1)"),
+            ("image", "the picture to check it on (default: the toy's)")):
+        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"of .onnx: {what}")
+    p.add_argument("--padding", action="store_true", default=argparse.SUPPRESS,
+                   help="of .onnx: a second input, B x H x W, True outside of smaller pictures")
 
     # Named here for the list of commands; `parse` opens them with options of their own.
     for name, purpose in EXPERIMENTS.items():

@@ -1,0 +1,220 @@
+"""Programs for ONNX Runtime: their answers, their metadata, and when they are refused."""
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import data
+import models
+import train
+from experiments import deploy
+
+TINY = dict(backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=32,
+            heads=4, ffn_dim=32, encoder_layers=1, decoder_layers=2, num_queries=7)
+DEFORMABLE = TINY | dict(feature_levels=3, points=2)
+SIZE = 32, 64
+# name: (detector, options, batch, padding)
+VARIANTS = {
+    "dab_detr": ("dab_detr", TINY | dict(feature_stride=8), "1", True),
+    "one stage": ("deformable_detr", DEFORMABLE | dict(decoder_layers=1), "2", False),
+    "two stages": ("deformable_detr", DEFORMABLE | dict(box_refine=True, two_stage=True), "1",
+                   False),
+    "dino": ("dino", DEFORMABLE, "dynamic", True),
+    "timm": ("dino", DEFORMABLE | dict(backbone="timm:resnet10t", decoder_layers=1), "1", False),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant, seed=0):
+    """A detector of random weights; those that start at zero would hide half of it."""
+    detector, options, *_ = VARIANTS[variant]
+    torch.manual_seed(seed)
+    model = models.build(detector, 3, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def save(model, path, name="toy"):
+    checkpoints.save(path, {
+        "model": model.state_dict(), "detector": model.detector, "config": model.config,
+        "classes": ["Car", "Pedestrian", "Cyclist"], "category_ids": [1, 2, 3], "data": name,
+        "settings": {"data": name}, "metrics": {}, "step": 0, "minutes": 0., "seed": 0,
+        "commit": "", "machine": ""})
+    return str(path)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of noise, larger than what the programs read."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+@every_variant
+def test_a_program_answers_as_pytorch_and_says_what_it_takes(variant, tmp_path, photo):
+    """Through the command line; the command itself compares, and so does this test, elsewhere."""
+    *_, batch, padding = VARIANTS[variant]
+    model, out = make(variant), tmp_path / "out.onnx"
+    words = ["export", "--checkpoint", save(model, tmp_path / "last.pt"), "--out", str(out),
+             "--size", "32,64", "--image", photo, "--batch", batch, *["--padding"] * padding]
+    assert train.main(words) == 0
+
+    # Other pictures than those it was checked on; the second is narrower where a mask is taken.
+    session = deploy.open_session(str(out))
+    count = 3 if batch == "dynamic" else int(batch)
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (count, *SIZE, 3), dtype=np.uint8)
+    mask = np.zeros((count, *SIZE), dtype=bool)
+    mask[-1, :, 40:] = padding
+    feed = {"images": images} | ({"padding": mask} if padding else {})
+    boxes, scores, labels = session.run(None, feed)
+    mean, std = (255 * torch.tensor(v) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    pixels = ((torch.from_numpy(images) - mean) / std).permute(0, 3, 1, 2)
+    pixels = pixels.masked_fill(torch.from_numpy(mask)[:, None], 0.)
+    with torch.no_grad():
+        output = model(pixels, torch.from_numpy(mask))
+    sizes = [(32, 40 if padding and i == count - 1 else 64) for i in range(count)]
+    wanted = models.postprocess(output.detections, sizes, 100)
+    stacked = [np.stack([w[k].numpy() for w in wanted]) for k in ("boxes", "scores", "labels")]
+    assert deploy.disagreement([boxes, scores, labels], stacked, SIZE) < 1e-4
+    assert scores.shape == (count, 7 * 3) and boxes.dtype == np.float32
+
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == ["Car", "Pedestrian", "Cyclist"]
+    assert json.loads(facts["size"]) == [32, 64] and json.loads(facts["category_ids"]) == [1, 2, 3]
+    assert "uint8 RGB" in facts["input"] and "pixels" in facts["output"]
+    samples = sum(node.op_type == "GridSample" for node in onnx.load(out).graph.node)
+    levels, layers = model.config.get("feature_levels", 0), model.config["decoder_layers"] + 1
+    assert samples == levels * layers
+
+
+@every_variant
+@pytest.mark.parametrize("way", ["export", "compile"])
+def test_whole_detectors_can_be_written_down(variant, way):
+    """By torch.export, and by torch.compile in one graph; both sample with grid_sample."""
+    program, graphs = deploy.Program(make(variant)), []
+    images = torch.randint(0, 256, (2, *SIZE, 3), dtype=torch.uint8)
+
+    def remember(graph, _):
+        graphs.append(graph.code)
+        return graph
+    with torch.no_grad():
+        wanted = program(images)
+        if way == "export":
+            exported = torch.export.export(program, (images,), strict=False)
+            # What autocast surrounds is a graph of its own.
+            parts = exported.graph_module.modules()
+            again, graphs = exported.module(), [g.code for g in parts if hasattr(g, "code")]
+        else:
+            torch.compiler.reset()
+            again = torch.compile(program, fullgraph=True, backend=remember)
+        answer = again(images)
+    pair = [[x.numpy() for x in side] for side in (answer, wanted)]
+    assert deploy.disagreement(*pair, SIZE) < 1e-4
+    code = "".join(graphs)
+    assert ("grid_sampl" in code) == (program.model.detector != "dab_detr")
+    assert not any(name in code for name in ("embedding_bag", "autograd_function"))
+
+
+def test_a_program_that_differs_is_refused(tmp_path, photo, monkeypatch, capsys):
+    """That of other weights, here; nothing is written, and one line says why."""
+    other = deploy.Program(make("one stage", seed=1))
+    written = deploy.to_onnx(other, [torch.zeros(1, *SIZE, 3, dtype=torch.uint8)], False)
+    monkeypatch.setattr(deploy, "to_onnx", lambda *args: written)
+    out = tmp_path / "out.onnx"
+    words = ["export", "--checkpoint", save(make("one stage"), tmp_path / "last.pt"), "--out",
+             str(out), "--size", "32,64", "--image", photo]
+    assert train.main(words) == 2 and not out.exists()
+    assert "differ from PyTorch's by" in capsys.readouterr().err
+
+
+ANSWER = [np.array([[[0, 0, 10, 10], [50, 0, 60, 10], [0, 0, 5, 5]]], np.float32),
+          np.array([[.9, .8, .1]], np.float32), np.array([[0, 1, 0]])]
+
+
+@pytest.mark.parametrize("change, expected", [
+    (lambda b, s, c: None, 0.),
+    (lambda b, s, c: b.__setitem__((0, 1, 2), 63), .03),             # 3 of 100 pixels
+    (lambda b, s, c: b.__setitem__((0, 0, 3), 11), .02),             # 1 of 50
+    (lambda b, s, c: s.__setitem__((0, 1), .85), .05),
+    (lambda b, s, c: c.__setitem__((0, 0), 2), np.inf),              # another class
+    (lambda b, s, c: b.__setitem__((0, 2), 40), 0.),                 # the last, at the cut
+    (lambda b, s, c: b.__setitem__((0, 0, 0), np.nan), np.nan),
+])
+def test_how_far_answers_are_apart(change, expected):
+    theirs = [x.copy() for x in ANSWER]
+    change(*theirs)
+    assert deploy.disagreement(ANSWER, theirs, (50, 100)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_equal_scores_may_change_places():
+    theirs = [x[:, [1, 0, 2]] for x in ANSWER]
+    ours = [ANSWER[0], np.array([[.9, .9, .1]]), ANSWER[2]]
+    theirs[1] = ours[1]
+    assert deploy.disagreement(ours, theirs, (50, 100)) == 0
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--batch", "two", "--size", "32,64"], "--batch two: want a number of pictures, or dynamic"),
+    (["--batch", "0", "--size", "32,64"], "--batch 0"),
+    ([], "of several sizes: give --size H,W, or one of them as --image FILE"),
+    (["--size", "32"], "--size 32: want"),
+])
+def test_what_a_user_can_mend_is_one_line(words, expected, tmp_path, capsys):
+    checkpoint = save(make("dab_detr"), tmp_path / "last.pt", "kitti")
+    words = ["export", "--checkpoint", checkpoint, "--out", str(tmp_path / "out.onnx"), *words]
+    assert train.main(words) == 2 and expected in capsys.readouterr().err
+
+
+def test_options_of_a_program_are_not_those_of_weights(tmp_path, capsys):
+    words = ["export", "--checkpoint", "x", "--out", "x.safetensors", "--batch", "2"]
+    assert train.main(words) == 2
+    assert "--batch is an option of .onnx, not of x.safetensors" in capsys.readouterr().err
+
+
+def test_without_onnxruntime_the_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert train.main(["export", "--checkpoint", "x", "--out", "x.onnx"]) == 2
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+
+
+def test_the_command_measures_all_formats_and_keeps_earlier_figures(tmp_path, photo):
+    weights, out, root = (tmp_path / name for name in ("weights", "out", "toy"))
+    weights.mkdir()
+    data.make_toy(root, counts=dict(train=4, val=3, tune=1))
+    model = make("dab_detr")
+    save(model, weights / "toy_student_dab_detr.safetensors")
+    words = ["deploy", "--root", str(root), "--weights", str(weights), "--out", str(out),
+             "--work", str(tmp_path), "--detectors", "dab_detr", "--calibrate", "2"]
+    assert train.main([*words, "--only", "AP", "size", "latency"]) == 0
+    first = json.loads((out / "toy.json").read_text())["rows"]
+    assert [row["format"] for row in first.values()] == list(deploy.FORMATS)
+    exact, whole, short = first.values()
+    assert exact["AP"] == pytest.approx(whole["AP"], abs=1e-4) and exact["images"] == 3
+    assert short["file_mb"] < whole["file_mb"] and short["calibrated_on"] == 2
+    assert short["int8"]["Conv"] == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    assert all(row["ms_2"]["p95"] >= row["ms_2"]["median"] > 0 for row in first.values())
+    assert (out / "toy.png").exists()
+
+    # Memory alone: a process without torch needs far less, and the rest stays as it was.
+    assert train.main([*words, "--only", "memory"]) == 0
+    again = json.loads((out / "toy.json").read_text())["rows"]
+    assert {name: row | {"peak_mb": 0} for name, row in again.items()} == {
+        name: row | {"peak_mb": 0} for name, row in first.items()}
+    peaks = [row["peak_mb"] for row in again.values()]
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_the_committed_table_is_made_of_its_figures():
+    folder = train.HERE / "results" / "deploy"
+    told = checkpoints.read_json(folder / "toy.json")
+    assert (folder / "toy.md").read_text() == deploy.markdown(told, "toy")
+    assert len(told["rows"]) == 3 * 3 * 3
