@@ -226,9 +226,8 @@ for key, name in DETECTORS.items():
 
 # %% [markdown]
 # It helps little here: what a seed does to the lone student says next to nothing about the
-# distilled one, and for DAB-DETR the pairs even run against each other. Pairs were announced
-# beforehand, so pairs are what all tables use. Choosing the narrower of two intervals afterwards
-# would be a way to fool oneself.
+# distilled one, and for DAB-DETR the pairs even run against each other. All tables use pairs all the
+# same: choosing the narrower of two intervals afterwards would be a way to fool oneself.
 #
 # ## A result and a choice
 #
@@ -297,7 +296,7 @@ for key, name in DETECTORS.items():
 # $48\cdot 160 = 7{,}680 < 96^2$ pixels, so the toy has no large objects and no APl. AP50 counts a
 # box as found at an overlap (IoU) of .5, AP75 at .75.
 #
-# **Look at** the widths: medium objects are few, so their bars are the widest.
+# **Look at** the widths: medium objects are few, and for two detectors their bars are the widest.
 
 # %%
 METRICS = {"AP": "AP", "APs": "APs: small objects", "APm": "APm: medium objects",
@@ -321,9 +320,9 @@ figure
 # ## Which part does it?
 #
 # Take the method apart ([FitNets](https://arxiv.org/abs/1412.6550) is the plain copy of the
-# memory; M and S are the masks of notebook 1). S is introduced there as the paper's remedy for
-# small objects, and the recipes of the toy take it out again: this table is the reason. Each piece
-# was tuned by itself, since a mask changes the size of the sum.
+# memory; M and S are the masks of notebook 1). S lets each object count the same, near or far; the
+# toy's recipes take it out again, and here is what that is worth. Each piece was tuned by itself,
+# since a mask changes the size of the sum.
 #
 # **Look at** the first three bars, and then at where the green ones stand.
 
