@@ -1431,18 +1431,23 @@ def fits(name, value, kind):
 
 def parse_size(text):
     """'800,1333' -> (800, 1333); None stays None."""
+    sides = parse_sides(text, "SHORT,MAX")
+    if sides and sides[0] > sides[1]:
+        raise ValueError(f"--size {text}: want the short side first, SHORT,MAX")
+    return sides
+
+
+def parse_sides(text, form):
+    """Two numbers of pixels, as `form` names them -> (first, second); None stays None."""
     if text is None:
         return None
     # isdigit takes no sign and no point, so what passes is a whole number above 0.
     sides = text.split(",")
     if len(sides) != 2 or not all(side.strip().isdigit() and int(side) for side in sides):
-        raise ValueError(f"--size {text}: want SHORT,MAX in pixels, e.g. 800,1333")
+        raise ValueError(f"--size {text}: want {form} in pixels, e.g. 800,1333")
     if max(int(side) for side in sides) > 16384:
         raise ValueError(f"--size {text}: want at most 16384 pixels")
-    short, longest = map(int, sides)
-    if short > longest:
-        raise ValueError(f"--size {text}: want the short side first, SHORT,MAX")
-    return short, longest
+    return int(sides[0]), int(sides[1])
 
 
 def build_data(cfg, split, augment=False):

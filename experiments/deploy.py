@@ -155,7 +155,7 @@ def choose_picture(payload, image, size):
         picture = data.build("toy", train.Config.root, "val", limit=1).pixels(0)
     else:
         picture = data.read_image(image)                                     # (3, H, W) uint8
-    sides = train.parse_size(size)
+    sides = train.parse_sides(size, "H,W")
     if sides is None:
         stored = train.parse_size(payload["settings"].get("size"))
         sides = data.prepare(picture, stored or data.DEFAULT_SIZE[payload["data"]]).shape[1:]
