@@ -715,7 +715,7 @@ class EncodeOnce:
     """A frozen teacher's `encode` that computes the memory of each image once and keeps it.
 
     Worth its memory where images are few and augmentation only flips them. Images are encoded one by
-    one, so that a memory does not depend, not even in rounding, on what else is in the batch.
+    one, so that beyond its padding a memory does not depend on the batch, not even in rounding.
 
     encode: the teacher's own.  room: bytes to fill; images that come later are encoded each time.
     """
