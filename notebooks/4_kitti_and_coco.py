@@ -254,21 +254,21 @@ line("measure", "COCO AP and AP50", "COCO AP", "ours ([P]: VOC AP50) | official"
 # holds all that has been measured: DINO, 703 frames to train on, 90 (`tune`) to look at, **one run
 # of each setting**. Hence no intervals, and no distilled run yet. Five lessons:
 #
-# 1. **Length before anything else.** The student alone reaches AP .110 after 400 steps, .270 after
-#    1,600, and still rises. A method compared at 400 steps would be compared on a detector that has
-#    hardly begun. (A schedule of 400 steps of its own ends at .114, so the long schedule costs
-#    nothing at its start.) The recipe now trains 2,400.
+# 1. **Length before anything else.** The student alone ends at AP .114 with a schedule of 400
+#    steps, .270 with 1,600, .339 with 3,200. A method compared at 400 steps would be compared on a
+#    detector that has hardly begun. The recipe trains 2,400, the most that the plan can afford.
 # 2. **A short run wants a high rate.** 2e-3, backbone 4e-4, gave .067 after 250 steps; half of it
 #    .054. (One run each: a coarse decision, no more.)
 # 3. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high. At
 #    160 x 530 a step takes 1.26 s in place of 0.8 s. Teacher and student must read the *same* size:
 #    their memories need the same tokens.
-# 4. **A lambda does not carry over, a ratio may.** For memory's gradient to be 50 times detection's,
-#    the three detectors of notebook 5 need a $\lambda_{mem}$ of 1,800, 12,000 and 39,000. So the
-#    recipes set the *ratio*, `--balance memory=50 cls+l1+giou=1`, and the weights follow from the
-#    first 8 steps. Whether 50 is right on KITTI is not known yet: the plan tries 3 to 200.
-# 5. **The teacher need not be asked twice.** Images are few and only flipped, so `--teacher-cache 2`
-#    keeps its memories (0.8 GB): a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
+# 4. **A lambda does not carry over, a ratio may.** For memory's gradient to be 50 times
+#    detection's, the three detectors of notebook 5 need a $\lambda_{mem}$ of 1,800, 12,000 and
+#    39,000. So the recipes set the *ratio*, `--balance memory=50 cls+l1+giou=1`, and the weights
+#    follow from the first 8 steps. Whether 50 is right on KITTI is not known yet: the plan tries 3
+#    to 200.
+# 5. **The teacher need not be asked twice.** Images are few and only flipped, so `--teacher-cache
+#    2` keeps its memories (0.8 GB): a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
 #
 # Which objects does the student learn first? **Look at** the lowest line.
 
@@ -659,7 +659,8 @@ plots.detections([val.raw(crowded)[0]], [truths[crowded]],
 # like a bug.
 #
 # The other way round, a COCO file whose `bbox` holds corners, is not refused: every box is a box.
-# But its boxes reach beyond the image. The reader's summary counts those, and says what it suspects.
+# But its boxes reach beyond the image. The reader's summary counts those, and says what it
+# suspects.
 
 # %%
 corners, proper = ([[(int(c) + 1, box) for c, box in zip(
@@ -696,7 +697,8 @@ assert "clipped" in wrong.summary and "clipped" not in right.summary
 # 2. Overfit two images (section 8); AP50 near 1 says that data, boxes, labels and AP agree.
 # 3. On KITTI: `--init-from` a detector trained on COCO, where you have one.
 # 4. `train.py eval` of the teacher on your `val`, with `--eval-batch 1`: near its published AP, or
-#    it was not loaded. And clearly above the student: on the small KITTI runs it was not, yet.
+#    it was not loaded. And clearly above the student: on the small KITTI runs that is not
+#    shown yet.
 # 5. The student alone at two lengths: if twice the steps still raise its AP, train longer first.
 # 6. `train.py table kitti --dry-run`, then one short run of each kind, with `--balance`, its first
 #    `report` line read.
