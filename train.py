@@ -240,8 +240,9 @@ def is_detection(name):
 def gradient_report(losses, student):
     """How much each part of the loss asks of the student: {part: (share of the total, gradient norm)}.
 
-    It answers at once whether distillation is active, and how strong: a term of no gradient is off,
-    one of a hundred times detection's drives the step alone.
+    It answers at once whether distillation is active, and how strong. A part without gradient is off.
+    One far above detection leads what it reaches: memory leads backbone and encoder, and never
+    reaches the decoder.
     """
     # Detection counts as one part, each of the method's losses as another.
     parts = {"detection": sum(value for name, value in losses.items() if is_detection(name))}
