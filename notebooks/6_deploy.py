@@ -123,7 +123,7 @@ assert apart < 1e-4 and sure.any()
 # %% [markdown]
 # ## Eight bits
 #
-# ONNX Runtime's own quantisation stores the weights of convolutions and matrix products as 8-bit
+# ONNX Runtime's own quantisation stores the weights of convolutions and linear layers as 8-bit
 # integers. It reads the range of their inputs from training images; all other operators keep 32
 # bits.
 #
