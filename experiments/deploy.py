@@ -219,7 +219,8 @@ def disagreement(ours, theirs, size):
 def quantise(source, out, pictures):
     """An ONNX program with 8-bit QUANTISED operators, by onnxruntime's own static quantisation.
 
-    pictures: (H, W, 3) uint8 arrays of the training images, from which the ranges are read.
+    source: of one picture per call.  pictures: (H, W, 3) uint8 training images, which give the
+    ranges of what is computed.
     Returns {operator: how many are quantised}.
     """
     needed()
@@ -427,7 +428,8 @@ def make_programs(checkpoint, work, dataset, train_set, size, calibrate):
     """-> {format: (its file, what the table says of it)}; programs there are used again."""
     whole, short, facts = (work / f"{checkpoint.stem}{end}" for end in (
         ".onnx", ".int8.onnx", ".json"))
-    if not facts.exists():
+    # Weights that came later, under the same name, make new programs.
+    if not facts.exists() or facts.stat().st_mtime < checkpoint.stat().st_mtime:
         difference = export(checkpoint, whole, ",".join(map(str, size)), image=dataset.paths[0])
         step = max(1, len(train_set) // calibrate)
         spread = range(0, len(train_set), step)[:calibrate]
