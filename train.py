@@ -273,8 +273,10 @@ def gradient_ratio(losses, names, parameters):
     gradients = [torch.autograd.grad(sum(side), parameters, retain_graph=True, allow_unused=True)
                  for side in (part, detection)]
     both = [pair for pair in zip(*gradients) if pair[0] is not None and pair[1] is not None]
+    if not both:
+        return math.nan
     lengths = [math.sqrt(sum(g.square().sum().item() for g in side)) for side in zip(*both)]
-    return lengths[0] / lengths[1] if lengths[0] else math.nan
+    return lengths[0] / lengths[1] if all(lengths) else math.nan
 
 
 class Balance(nn.Module):
@@ -332,8 +334,13 @@ def open_balance(cfg, method, steps):
     """
     if not cfg.balance or method is None:
         return None
-    balance = Balance(cfg.balance)
-    known = getattr(method, "terms", ("memory", "cls", "l1", "giou"))
+    # A part of CLoCKDistill whose weight is 0 is off, and nothing to balance.
+    answers = ("cls", "l1", "giou")
+    off = ("memory",) if getattr(method, "lambda_mem", 1) == 0 else ()
+    off += answers if getattr(method, "lambda_log", 1) == 0 else ()
+    balance = Balance({part: ratio for part, ratio in cfg.balance.items()
+                       if not set(part.split("+")) <= set(off)})
+    known = getattr(method, "terms", ("memory", *answers))
     named = [name for part in cfg.balance for name in part.split("+")]
     if unknown := sorted(set(named) - set(known)):
         raise ValueError(f"--balance: {cfg.method} has no loss {', '.join(unknown)}, only "
@@ -343,6 +350,8 @@ def open_balance(cfg, method, steps):
     if steps <= len(balance.measured):
         raise ValueError(f"--balance measures in the first {len(balance.measured)} steps, and this "
                          f"run has {steps} in all: more --steps, or weights in --method-options")
+    if not balance.ratios:
+        return None
     return balance.to(next(method.parameters(), torch.zeros(())).device)
 
 
@@ -518,7 +527,8 @@ class TrainingRun:
             factors = (f"{part} {factor:.4g}" for part, factor in log["balance"].items())
             say(f"step {step:6d}  balance: from now on the method's losses times "
                 + ", ".join(factors))
-        if "report" in log and step % (5 * self.run.probe_every) == 0:
+        measuring = self.balance is not None and step < len(self.balance.measured)
+        if "report" in log and step % (5 * self.run.probe_every) == 0 and not measuring:
             say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
                 f"{name} {share:.0%} {norm:.2g}"
                 for name, (share, norm) in log["report"].items()))
@@ -583,13 +593,15 @@ def open_data(cfg):
 def fit_to_data(cfg, train_set, steps):
     """Settings that follow the data and the length of the run, where `--fit-to-data` asks for it.
 
-    Three queries for each object of the fullest image leave room for several tries at each; an
-    average over the last twentieth of the run keeps up with it.
+    Three queries for each object of the fullest image, at least 30, leave room for several tries at
+    each. An average over about the last twentieth of the run keeps up with it.
     """
     if not cfg.fit_to_data:
         return cfg
     queries = cfg.num_queries or max(30, 3 * train_set.most_objects)
-    ema = cfg.ema or round(max(0.0, 1 - 20 / max(steps, 1)), 4)
+    ema = cfg.ema or min(round(max(0.0, 1 - 20 / max(steps, 1)), 4), 0.9999)
+    if (queries, ema) == (cfg.num_queries, cfg.ema):
+        return cfg
     say(f"fitted     {queries} queries, for at most {train_set.most_objects} objects an image; "
         f"--ema {ema}, for {steps} steps")
     return dataclasses.replace(cfg, num_queries=queries, ema=ema)
@@ -690,6 +702,9 @@ def open_teacher(cfg, run, dataset, device):
     dataset: the validation images. Raises ValueError when it knows other classes, or when its AP says
     that it was hardly loaded: users of other repositories trained for days beside such a teacher.
     """
+    if run.teacher_cache and cfg.data == "coco" and cfg.augment:
+        raise ValueError("--teacher-cache: with --data coco every image is cropped anew, so none "
+                         "is met twice: leave it out, or train with --no-augment")
     teacher, payload = load_model(cfg.teacher)
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
@@ -713,9 +728,9 @@ def open_teacher(cfg, run, dataset, device):
 
 
 class EncodeOnce:
-    """A frozen teacher's `encode` that computes the memory of each image once and keeps it.
+    """A frozen teacher's `encode` that keeps what it computes: each padded image is encoded once.
 
-    Worth its memory where images are few and augmentation only flips them. Images are encoded one by
+    Worth its room where images are few and augmentation only flips them. Images are encoded one by
     one, so that beyond its padding a memory does not depend on the batch, not even in rounding.
 
     encode: the teacher's own.  room: bytes to fill; images that come later are encoded each time.
@@ -796,6 +811,8 @@ def announce(cfg, train_set, val_set, student, start, steps, world, device):
         f"steps of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr "
         f"{cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
     # What would be noticed only after hours.
+    if train_set.fingerprint == val_set.fingerprint:
+        say("note       training and validation images are the same: AP says what was remembered")
     if student.num_queries < train_set.most_objects:
         say(f"note       an image has {train_set.most_objects} objects, more than the model's "
             f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
@@ -1318,7 +1335,7 @@ class Settings:
     clip: float = option(0.1, "largest gradient norm")
     ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = "
                              "off")
-    fit_to_data: bool = option(False, "where --num-queries and --ema are not given: three queries "
+    fit_to_data: bool = option(False, "where --num-queries and --ema are not given or 0: three queries "
                                "for each object of the fullest training image, and an average over "
                                "the last twentieth of the steps")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
@@ -1332,7 +1349,7 @@ class Settings:
                                   "the recipe's")
     balance: dict = option({}, "weigh the parts of the method by their gradients in the first 8 "
                            "steps: memory=50 cls+l1+giou=1 wants memory's 50 times as long as "
-                           "detection's")
+                           "detection's; none: the weights of --method-options")
     teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = "
                                   "never refuse")
     # --- where the first weights come from
@@ -1511,6 +1528,8 @@ def read_options(pairs, known, what):
     options = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
+        if name in options:
+            raise ValueError(f"{what} {pair}: {name} is given twice")
         # A mistyped name would otherwise be an experiment with the defaults.
         if name not in known:
             choices = ", ".join(f"{k}={v}" for k, v in known.items())
@@ -1563,13 +1582,20 @@ def configure(command, recipe=None, **given):
         settings |= dict(method_options={}, balance={})  # the recipe's belong to its own method
     if "method_options" in given:
         given["method_options"] = read_method_options(method, given["method_options"])
-    if "balance" in given:
+    if given.get("balance") == ["none"]:
+        given["balance"] = {}
+    elif "balance" in given:
         known = dict.fromkeys((pair.partition("=")[0] for pair in given["balance"]), 1.0)
         given["balance"] = read_options(given["balance"], known, "--balance")
     if "made_with" in given:
         known = models.options_of(detector)
         given["made_with"] = read_options(given["made_with"], known, "--made-with")
     settings |= given
+    told = [name for name, value in given.get("method_options", {}).items()
+            if name in ("lambda_mem", "lambda_log") and value != 0]
+    if settings.get("balance") and told and command == "distill":
+        raise ValueError(f"--method-options {told[0]} has no effect beside --balance, which sets "
+                         "the weights: give the ratio there, or add --balance none")
 
     # `fit` knows no teacher, whatever the recipe says; `distill` cannot do without one.
     if command == "fit":

@@ -975,8 +975,12 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
     if rebuild:
         write(study)
         return 0
+    # Whatever is wrong with the images is said once, before any run.
     if scale == "toy":
         data.make_toy(root)                            # before several runs would draw it at once
+    else:
+        cfg = make_job(study, next(iter(study.scope.detectors.values())), "student").cfg
+        train.open_data(cfg)
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
     return make(study, only, jobs, shard)

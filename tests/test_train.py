@@ -278,6 +278,8 @@ def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
     (dict(balance={"memory": "much"}), "want a float"),
     (dict(balance={"memory": 1, "memory+cls": 1}), "each loss once"),
     (dict(balance={"memory": 1}), "this run has 3 in all"),
+    (dict(balance={"memory": 1}, method_options=("lambda_mem=10",)), "lambda_mem has no effect beside --balance"),
+    (dict(method_options=("groups=1", "groups=2")), "groups is given twice"),
 ])
 def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, change, message, capsys):
     settings = {**TINY, "root": toy, "teacher": str(teacher), "teacher_floor": 0.0, **change}
@@ -382,6 +384,16 @@ def test_balance_by_hand():
     assert resumed.factors(3) == balance.factors(3)
     with pytest.raises(ValueError, match="no gradient"):
         train.Balance({"memory": 1.0}).factors(8)
+
+
+def test_a_part_that_is_off_is_not_balanced():
+    method = train.CLoCKDistill(8, 8, lambda_log=0.)
+    words = dict(teacher="t", method="clockdistill", balance={"memory": 50., "cls+l1+giou": 1.})
+    assert train.open_balance(Config(**TINY | words), method, 20).ratios == {"memory": 50.}
+    method.lambda_mem = 0.
+    assert train.open_balance(Config(**TINY | words), method, 20) is None
+    cfg, _ = train.configure("distill", "small-student", teacher="t", balance=["none"], method_options=["lambda_mem=3"])
+    assert cfg.balance == {} and cfg.method_options["lambda_mem"] == 3
 
 
 def test_a_balanced_part_has_the_wanted_gradient(toy, teacher):
