@@ -292,8 +292,8 @@ def four_models(detector):
 four_models("deformable_detr")
 
 # %% [markdown]
-# *The distilled student answers with the teacher's box and looks where the teacher looks; the other
-# two do not.* The teacher's box is too small for the car: it was never trained on such a query
+# *The distilled student answers nearly the teacher's box, and agrees with it as far as uniform
+# attention over the boxes would: this picture shows that it found the box, not more.* The teacher's box is too small for the car: it was never trained on such a query
 # (more below), and the student copies that too.
 
 # %%
@@ -417,7 +417,9 @@ plots.detections(scenes, claims, {"the teacher's answer": replies}, val.classes,
 # Deformable DETR's three times in five, DINO's one time in ten. Confidence helps to tell right from
 # wrong for the last two: the fifth of the answers with the least $w$ is wrong more often than that with
 # the most, so $w$ takes away a part of the wrong answers' weight. With DAB-DETR that is undecided,
-# for nearly all is wrong. All three teachers find most of the same objects by queries of their own.
+# for nearly all is wrong. All three teachers find most of the same objects by queries of their own
+# (an upper bound: the best of its queries is chosen with the truth in hand, false alarms do not
+# count).
 
 # %%
 def part(answer, above, below):

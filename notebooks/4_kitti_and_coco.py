@@ -289,7 +289,8 @@ plots.lines({"DINO student alone, 128 x 424 pixels, split tune": {
 # memory, and trains nothing. It counts the multiply-adds of real-size models and assumes 20 TFLOP/s
 # of useful work; give `--tflops` of your own card.
 #
-# **Claim.** KITTI's tables fit on one 24 GB card in fp32, and take it days. **Look at** who takes
+# **An estimate** (operations and memory are counted, nothing was run): KITTI's tables fit on one
+# 24 GB card in fp32, and take it days. **Look at** who takes
 # the hours: DINO's distilled runs, because most tables are made with it.
 
 # %%

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # From a checkpoint to a program without torch
+# # 6 From a checkpoint to a program without torch
 #
 # A small student is trained for a small machine, which has no PyTorch. This notebook takes the
 # shipped distilled student, writes it as **one ONNX file**, and reads that file with a program of
@@ -127,9 +127,9 @@ assert apart < 1e-4 and sure.any()
 # integers. It reads the range of their inputs from training images; all other operators keep 32
 # bits.
 #
-# **Claim.** The file is less than half as large, and the thirty lines read it as they are. What 8
-# bits cost in AP is measured on all validation images, in
-# [results/deploy/toy.md](../results/deploy/toy.md).
+# **Claim.** The file is less than half as large, and the thirty lines read it as they are. On all 500
+# validation images this student has AP .422 in 32 bits and .418 in 8 (one run;
+# [results/deploy/toy.md](../results/deploy/toy.md)).
 
 # %%
 training = data.build("toy", "datasets/toy", "train")
