@@ -235,7 +235,7 @@ def test_another_kind_of_data_is_one_entry(tmp_path, monkeypatch):
     split = "splits/kitti_cyclists_{}.txt".format
     farm = tables.Scale("small", {"D": "dino"}, seeds=(0,), seeds_of={"main": (0, 1)}, steps=1, images=703,
                         image_size=(128, 424), options={"train_split": split("train")}, download="nothing",
-                        trials=tables.TRIALS, tune_seeds=(100,), tune_steps={"dino": 1 / 2},
+                        trials=tables.BALANCED_TRIALS, tune_seeds=(100,), tune_steps={"dino": 1 / 2},
                         splits={"val": split("val"), "tune": split("tune")})
     monkeypatch.setitem(tables.SCALES, "farm", farm)
     here = study(tmp_path, "farm")
