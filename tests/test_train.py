@@ -424,7 +424,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
     settings = {**TINY, "root": toy, "steps": 24, "teacher": str(teacher), "teacher_floor": 0.0,
                 "method_options": dict(lambda_mem=100., box_noise=0.4)}
     if how == signal.SIGKILL:                            # in the middle of measuring, steps 0 to 7
-        settings["balance"] = {"memory": 1., "cls+l1+giou": 0.1}
+        settings |= {"method_options": dict(box_noise=0.4), "balance": {"memory": 1., "cls+l1+giou": 0.1}}
 
     def command(out):
         return [sys.executable, str(HERE / "train.py"), "distill", "--out", str(tmp_path / out), "--workers", "1",
