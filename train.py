@@ -29,7 +29,6 @@ import inspect
 import json
 import math
 import platform
-import re
 import subprocess
 import textwrap
 import threading
@@ -1335,8 +1334,8 @@ class Settings:
     clip: float = option(0.1, "largest gradient norm")
     ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = "
                              "off")
-    fit_to_data: bool = option(False, "where --num-queries and --ema are not given or 0: three queries "
-                               "for each object of the fullest training image, and an average over "
+    fit_to_data: bool = option(False, "where --num-queries and --ema are not given or 0: three "
+                               "queries for each object of the fullest training image, and an average over "
                                "the last twentieth of the steps")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
                             "fp32", choices=("fp32", "bf16", "fp16"))

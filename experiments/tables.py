@@ -19,7 +19,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import shlex
@@ -953,7 +952,8 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
     # start where this repository lies.
     folder = f"runs/table-{scale}" + ("-changed" if changes else "")
     root = root or ("datasets/toy" if scale == "toy" else "ROOT")
-    results = results or (f"{folder}/results" if changes else f"results/{SCALES[scale].results or scale}")
+    published = f"results/{SCALES[scale].results or scale}"
+    results = results or (f"{folder}/results" if changes else published)
     work, results = Path(work or folder).resolve(), Path(results).resolve()
     # Some teachers come with the repository, for the published recipe.
     shipped = {}
@@ -987,7 +987,7 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
 
 
 def images_of(study, cfg):
-    """-> how many images the runs train on, and their (height, width); of what is at --root, if given.
+    """How many images the runs train on, and their (height, width): of --root, where it is given.
 
     Prints the summary of these images, or what has to be downloaded.
     """
