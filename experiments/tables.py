@@ -296,10 +296,13 @@ class Study:
     changes: dict = field(default_factory=dict)          # further options of every run
     of_students: dict = field(default_factory=dict)      # and of every run with a teacher
     done: dict = field(default_factory=dict)             # {name of a run: its result}
+    detectors: tuple = tuple(models.DETECTORS)           # those that have rows
 
     @property
     def scope(self):
-        return SCALES[self.scale]
+        scope = SCALES[self.scale]
+        wanted = {k: name for k, name in scope.detectors.items() if name in self.detectors}
+        return dataclasses.replace(scope, detectors=wanted)
 
 
 @dataclass(frozen=True)
@@ -924,6 +927,8 @@ def add_options(parser):
     parser.add_argument("scale", choices=SCALES)
     parser.add_argument("--root", help="folder of the data (toy: datasets/toy)")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
+    parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
+                        default=tuple(models.DETECTORS), help="these detectors' runs")
     parser.add_argument("--dry-run", action="store_true",
                         help="print every run's command and cost, and what to download")
     parser.add_argument("--rebuild", action="store_true",
@@ -942,8 +947,8 @@ def add_options(parser):
                         help="as of distill; 0 for runs too short to make a teacher")
 
 
-def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops, teachers,
-        teacher_floor, changes):
+def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_run, tflops,
+        teachers, teacher_floor, changes):
     """The command `table`: teachers, tuning, tables. -> 0 when every run has its result."""
     if root is None and scale != "toy" and not dry_run:
         raise ValueError(f"table {scale} needs --root, the folder of the data "
@@ -966,14 +971,14 @@ def run(scale, root, work, results, only, jobs, shard, rebuild, dry_run, tflops,
         {name: value for name, value in train.parse(["fit", *changes]).items()
          if name not in ("command", "debug") and value is not None},
         {} if teacher_floor is None else {"teacher_floor": teacher_floor},
-        read_results(results / "runs"))
+        read_results(results / "runs"), tuple(detectors))
     if dry_run:
         lines = trials(study, only) + plan(study, only)
         jobs = [*teachers_of(study, lines), *jobs_of(lines)]
         bench.print_costs(jobs, *images_of(study, jobs[0].cfg), tflops)
         return 0
     if rebuild:
-        write(study)
+        write(dataclasses.replace(study, detectors=Study.detectors))
         return 0
     # Whatever is wrong with the images is said once, before any run.
     if scale == "toy":
@@ -1043,5 +1048,5 @@ def make(study, only, workers, shard):
         write_json(study.results / "chosen.json", chosen)
 
     missing = run_all(study, jobs_of(plan(study, only)), workers, shard)
-    write(study)
+    write(dataclasses.replace(study, detectors=Study.detectors))
     return int(bool(missing))
