@@ -1220,6 +1220,30 @@ def evaluate(predictions, dataset):
     FloatingPointError for scores or boxes that are not finite: pycocotools takes a box of NaN for a
     perfect hit.
     """
+    judge = coco_eval(predictions, dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.evaluate()
+        judge.accumulate()
+
+    # (10 IoUs, 101 recalls, C classes, 4 areas); -1 where there is no object.
+    precision = judge.eval["precision"][..., 0]
+
+    def mean(values):
+        values = values[values > -1]
+        return float(values.mean()) if values.size else math.nan
+
+    every = precision[..., 0]                                            # (10, 101, C), all areas
+    result = {"AP": mean(every), "AP50": mean(every[0]), "AP75": mean(every[5])}
+    for area, name in enumerate(("APs", "APm", "APl"), 1):
+        result[name] = mean(precision[..., area])
+    result["per_class"] = {
+        name: {"AP": mean(every[..., c]), "AP50": mean(every[0, :, c])}
+        for c, name in enumerate(dataset.classes)}
+    return result
+
+
+def coco_eval(predictions, dataset):
+    """A COCOeval of these detections, not yet run. Arguments and what is raised: see `evaluate`."""
     annotations, done, known = [], set(), set(dataset.ids)
     last = len(dataset.classes) - 1
     for answer in predictions:
@@ -1241,22 +1265,5 @@ def evaluate(predictions, dataset):
                 "bbox": [x0, y0, w, h], "area": w * h, "iscrowd": 0})
     with contextlib.redirect_stdout(io.StringIO()):
         judge = COCOeval(dataset.coco, coco_object(dataset, annotations), "bbox")
-        judge.params.maxDets = [MAX_DETECTIONS]
-        judge.evaluate()
-        judge.accumulate()
-
-    # (10 IoUs, 101 recalls, C classes, 4 areas); -1 where there is no object.
-    precision = judge.eval["precision"][..., 0]
-
-    def mean(values):
-        values = values[values > -1]
-        return float(values.mean()) if values.size else math.nan
-
-    every = precision[..., 0]                                            # (10, 101, C), all areas
-    result = {"AP": mean(every), "AP50": mean(every[0]), "AP75": mean(every[5])}
-    for area, name in enumerate(("APs", "APm", "APl"), 1):
-        result[name] = mean(precision[..., area])
-    result["per_class"] = {
-        name: {"AP": mean(every[..., c]), "AP50": mean(every[0, :, c])}
-        for c, name in enumerate(dataset.classes)}
-    return result
+    judge.params.maxDets = [MAX_DETECTIONS]
+    return judge

@@ -953,25 +953,7 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
     if root is None and scale != "toy" and not dry_run:
         raise ValueError(f"table {scale} needs --root, the folder of the data "
                          f"({SCALES[scale].download})")
-    # Runs of changed settings never mix with the published ones. All paths are absolute: the runs
-    # start where this repository lies.
-    folder = f"runs/table-{scale}" + ("-changed" if changes else "")
-    root = root or ("datasets/toy" if scale == "toy" else "ROOT")
-    published = f"results/{SCALES[scale].results or scale}"
-    results = results or (f"{folder}/results" if changes else published)
-    work, results = Path(work or folder).resolve(), Path(results).resolve()
-    # Some teachers come with the repository, for the published recipe.
-    shipped = {}
-    if SCALES[scale].teachers and teachers == "shipped" and not changes:
-        files = {name: HERE / "weights" / f"{SCALES[scale].teachers}_{name}.safetensors"
-                 for name in SCALES[scale].detectors.values()}
-        shipped = {name: file for name, file in files.items() if file.exists()}
-    study = Study(
-        scale, root if root == "ROOT" else str(Path(root).resolve()), work, results, shipped,
-        {name: value for name, value in train.parse(["fit", *changes]).items()
-         if name not in ("command", "debug") and value is not None},
-        {} if teacher_floor is None else {"teacher_floor": teacher_floor},
-        read_results(results / "runs"), tuple(detectors))
+    study = open_study(scale, root, work, results, teachers, changes, teacher_floor, detectors)
     if dry_run:
         lines = trials(study, only) + plan(study, only)
         jobs = [*teachers_of(study, lines), *jobs_of(lines)]
@@ -982,13 +964,39 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
         return 0
     # Whatever is wrong with the images is said once, before any run.
     if scale == "toy":
-        data.make_toy(root)                            # before several runs would draw it at once
+        data.make_toy(study.root)                      # before several runs would draw it at once
     else:
         cfg = make_job(study, next(iter(study.scope.detectors.values())), "student").cfg
         train.open_data(cfg)
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
     return make(study, only, jobs, shard)
+
+
+def open_study(scale, root=None, work=None, results=None, teachers="shipped", changes=(),
+               teacher_floor=None, detectors=models.DETECTORS):
+    """The Study of a command's options, with the results so far.
+
+    Runs of changed settings never mix with the published ones. All paths are absolute: the runs
+    start where this repository lies.
+    """
+    folder = f"runs/table-{scale}" + ("-changed" if changes else "")
+    published = f"results/{SCALES[scale].results or scale}"
+    results = results or (f"{folder}/results" if changes else published)
+    work, results = Path(work or folder).resolve(), Path(results).resolve()
+    root = root or ("datasets/toy" if scale == "toy" else "ROOT")
+    # Some teachers come with the repository, for the published recipe.
+    shipped = {}
+    if SCALES[scale].teachers and teachers == "shipped" and not changes:
+        files = {name: HERE / "weights" / f"{SCALES[scale].teachers}_{name}.safetensors"
+                 for name in SCALES[scale].detectors.values()}
+        shipped = {name: file for name, file in files.items() if file.exists()}
+    return Study(
+        scale, root if root == "ROOT" else str(Path(root).resolve()), work, results, shipped,
+        {name: value for name, value in train.parse(["fit", *changes]).items()
+         if name not in ("command", "debug") and value is not None},
+        {} if teacher_floor is None else {"teacher_floor": teacher_floor},
+        read_results(results / "runs"), tuple(detectors))
 
 
 def images_of(study, cfg):

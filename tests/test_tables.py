@@ -526,3 +526,13 @@ def test_what_tuning_chose_on_real_images_reaches_the_rows(tmp_path):
     assert rows["the logit part"][0].cfg.balance == {"cls+l1+giou": 4.0}
     assert rows["fgd"][0].cfg.balance == {"objects+background+attention+relation": 200.0}
     assert len(rows["fgd"]) == 3 and "hinton" not in rows
+
+
+def test_some_detectors_first(tmp_path):
+    """`--detectors` leaves out the runs of the others, and their names stay."""
+    every, dino = (tables.open_study("kitti-small", results=tmp_path, **given)
+                   for given in ({}, {"detectors": ["dino"]}))
+    names = [{job.name for job in tables.jobs_of(tables.plan(s) + tables.trials(s))}
+             for s in (every, dino)]
+    assert names[1] == {name for name in names[0] if name.startswith("dino-")} != names[0]
+    assert [job.cfg.detector for job in tables.teachers_of(dino, tables.plan(dino))] == ["dino"]

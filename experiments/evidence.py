@@ -1,0 +1,194 @@
+"""What a table's mean APs leave open: would other images have said so, and which objects gain?
+
+    python -m experiments.evidence kitti-small --root DIR
+
+Runs after `train.py table kitti-small`. It opens the finished students in --work, detects on "val"
+once more, and writes evidence.json and evidence.md into the folder of the results:
+
+    other images   the gain when the images of "val" are drawn anew, with repetition: 95 % of the
+                   draws lie within the interval. Seeds answer "would another training say so?",
+                   draws of images "would another val say so?"
+    near, far      the gain on each class's nearer and farther half, by the distance that KITTI's
+                   labels hold
+    per class      the gain in each class's AP
+"""
+import argparse
+import contextlib
+import copy
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import train
+from checkpoints import write_json, write_text
+from experiments import tables
+
+HALVES = ("near", "far")
+IGNORED = 1e12                     # an area beyond all that COCOeval counts: found or not, no matter
+
+
+def judged(predictions, dataset):
+    """A COCOeval that has compared every image, for `ap_of`; areas of all sizes together."""
+    judge = data.coco_eval(predictions, dataset)
+    judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.evaluate()
+    return judge
+
+
+def ap_of(judge, sample=None):
+    """AP per class (C,), NaN without objects.
+
+    sample: (images,) positions of the images that count, repeated as often as they do; None: all.
+    """
+    drawn = copy.copy(judge)
+    if sample is not None:
+        # One row per class, one column per image: a draw of images is a draw of columns.
+        columns = np.array(judge.evalImgs, dtype=object).reshape(-1, len(judge.params.imgIds))
+        drawn.evalImgs = list(columns[:, sample].ravel())
+    with contextlib.redirect_stdout(io.StringIO()):
+        drawn.accumulate()
+    precision = drawn.eval["precision"][..., 0, 0]                       # (10 IoUs, 101, C)
+    return np.where(precision > -1, precision, np.nan).mean((0, 1))
+
+
+def drawn_gains(ours, base, draws=1000, seed=0):
+    """The mean gain in AP over pairs of runs, for each draw of images -> (draws,).
+
+    ours, base: lists of `judged`, pair by pair.
+    """
+    rng, gains = np.random.default_rng(seed), []
+    count = len(base[0].params.imgIds)
+    for _ in tqdm(range(draws), "draws of images", leave=False):
+        sample = rng.integers(0, count, count)
+        pairs = [np.nanmean(ap_of(a, sample)) - np.nanmean(ap_of(b, sample))
+                 for a, b in zip(ours, base)]
+        gains.append(np.mean(pairs))
+    return np.array(gains)
+
+
+def distances(dataset):
+    """How far each object of a KITTI data set is, in metres -> (boxes,), as in `dataset.rows`.
+
+    KITTI's labels hold it in column 14, the depth in the camera's direction.
+    Raises ValueError for a box that stands in no label file.
+    """
+    metres = []
+    for index, path in enumerate(map(Path, dataset.paths)):
+        file = path.parent.parent / "label_2" / f"{path.stem}.txt"
+        lines = np.array([line.split()[4:14] for line in data.read_lines(file) if line.strip()],
+                         dtype=float).reshape(-1, 10)
+        height, width = dataset.sizes[index]
+        boxes = lines[:, :4].clip(0, [width, height, width, height])     # as the reader clips them
+        for row in dataset.rows[dataset.starts[index]:dataset.starts[index + 1]]:
+            same = np.abs(boxes - row[:4]).max(1, initial=0) < 1e-6
+            if not same.any():
+                raise ValueError(f"{file}: holds no box {row[:4].tolist()}")
+            metres.append(lines[same.argmax(), 9])
+    return np.array(metres)
+
+
+def halves(dataset, metres):
+    """{"near", "far": a data set that asks for this half of each class}; the other half is ignored."""
+    labels, parts = dataset.rows[:, 4], {}
+    middle = np.array([np.median(metres[labels == label]) for label in labels])
+    for name, wanted in zip(HALVES, (metres <= middle, metres > middle)):
+        parts[name] = part = copy.copy(dataset)
+        part.rows, part._coco = dataset.rows.copy(), None
+        part.rows[~wanted, 6] = IGNORED
+    return parts
+
+
+def evidence_of(line, dataset, parts, predictions, draws):
+    """One row's dict. line: tables.Line.  predictions: {name of a run: its detections}."""
+    seeds = {job.cfg.seed: job.name for job in line.jobs if job.name in predictions}
+    pairs = [(seed, name, job.name) for seed, name in seeds.items() for job in line.alone
+             if job.cfg.seed == seed and job.name in predictions]
+    ours, base = ([judged(predictions[pair[side]], dataset) for pair in pairs] for side in (1, 2))
+    draw = drawn_gains(ours, base, draws)
+    low, high = np.quantile(draw, [0.025, 0.975])
+    facts = {"detector": line.detector, "method": line.label, "seeds": [p[0] for p in pairs],
+             "images": len(dataset), "draws": draws,
+             "other images": {"mean": float(draw.mean()), "low": float(low), "high": float(high)}}
+
+    def gain_of(scores):
+        """scores: [(ours, base)] of the pairs -> tables.gain of them."""
+        return tables.gain(*({pair[0]: float(value) for pair, value in zip(pairs, side)}
+                             for side in zip(*scores)))
+
+    for name, part in parts.items():
+        facts[name] = gain_of([[np.nanmean(ap_of(judged(predictions[run], part)))
+                                for run in pair[1:]] for pair in pairs])
+    of_class = [(ap_of(a), ap_of(b)) for a, b in zip(ours, base)]
+    facts["per class"] = {name: gain_of([(a[c], b[c]) for a, b in of_class])
+                          for c, name in enumerate(dataset.classes)}
+    return facts
+
+
+def markdown(rows, scale):
+    """evidence.md."""
+    classes = list(rows[0]["per class"])
+    head = ["detector", "run", "seeds", "gain, other images", *HALVES, *classes]
+    text = [f"# {scale}: other images, and where\n",
+            f"Made by `python -m experiments.evidence {scale}`. Gains in AP over the student alone, "
+            "paired by seed.",
+            f"Second column of figures: 95 % of {rows[0]['draws']} draws of the "
+            f"{rows[0]['images']} images, seeds as they are. The others: 95 % over seeds "
+            "(Student's t), images as they are; near and far are the halves of each class by "
+            "distance, the other half ignored.\n",
+            f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        gains = [row["other images"], *(row[name] for name in HALVES), *row["per class"].values()]
+        cells = [row["detector"], row["method"], str(len(row["seeds"])),
+                 *map(tables.interval, gains)]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def run(scale, root, work, results, draws):
+    """Open what is finished, detect, compare, write."""
+    study = tables.open_study(scale, root, work, results)
+    lines = [line for line in tables.plan(study, ("main", "ablation")) if line.alone]
+    predictions, dataset = {}, None
+    for job in tables.jobs_of(lines):
+        checkpoint = study.work / job.name / "last.pt"
+        if job.name not in study.done or not checkpoint.exists():
+            continue
+        if dataset is None:
+            dataset = train.build_data(job.cfg, job.cfg.val_split)
+        model, _ = train.load_model(checkpoint)
+        batch = study.scope.options["eval_batch"]
+        found = train.detect(model, dataset, train.Run(workers=1), batch)
+        # The very weights of the result, or the page would be about other runs.
+        if abs(data.evaluate(found, dataset)["AP"] - study.done[job.name]["AP"]) > 1e-4:
+            raise ValueError(f"{checkpoint} has another AP than {job.name} in {study.results}: "
+                             "delete both, and repeat the table")
+        predictions[job.name] = found
+    if not predictions:
+        raise ValueError(f"{study.work} holds no finished student: first train.py table {scale}")
+    parts = halves(dataset, distances(dataset))
+    # Two tables may hold the same runs: they are told once.
+    finished = {line.jobs[0].name: line for line in lines if line.jobs[0].name in predictions}
+    rows = [evidence_of(line, dataset, parts, predictions, draws) for line in finished.values()]
+    write_json(study.results / "evidence.json", rows)
+    write_text(study.results / "evidence.md", markdown(rows, scale))
+    print(f"{len(rows)} rows: {study.results}/evidence.md, evidence.json")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.evidence", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scale", choices=("kitti-small", "kitti"), help="as of train.py table")
+    parser.add_argument("--root", required=True, help="folder of the data")
+    parser.add_argument("--work", help="folder of the runs' folders (default: as the table's)")
+    parser.add_argument("--results", help="folder of the results (default: as the table's)")
+    parser.add_argument("--draws", type=int, default=1000, help="of images (default: %(default)s)")
+    run(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
