@@ -368,6 +368,7 @@ class CLoCKDistill(nn.Module):
 
     A part whose weight is 0 is not computed, needs no inputs and no parameters.
     """
+    terms = ("memory", "cls", "l1", "giou")
 
     def __init__(
             self, student_dim=256, teacher_dim=256, *,
@@ -470,7 +471,7 @@ class CLoCKDistill(nn.Module):
 
     def forward(self, student_memory, teacher_memory, student_logits, student_boxes, teacher_logits,
                 teacher_boxes, labels, boxes, shapes, padding, valid, extent=None):
-        """-> {"memory", "cls", "l1", "giou"}, weighted scalars; their sum is the distillation loss.
+        """-> {term: weighted scalar}, of all `terms`; their sum is the distillation loss.
 
         student_memory (B, S, D), teacher_memory (B, S, D'), shapes, padding (B, S) or None: see
             memory_loss.

@@ -31,6 +31,8 @@ from attention import (
     SelfAttention, box_positions, full_precision, image_positions, inverse_sigmoid, token_centres,
     xavier_)
 
+# A fourth detector is a subclass of Detector in CLASSES, in this order; train.py has its official
+# schedule (SCHEDULES) and its part of each recipe (PRESETS, RECIPES).
 DETECTORS = ("dab_detr", "deformable_detr", "dino")
 
 

@@ -327,31 +327,35 @@ class Balance(nn.Module):
 
 
 def open_balance(cfg, method, steps):
-    """The Balance of `--balance`, or None.
-
-    Raises ValueError on a loss that the method lacks, a ratio that is none, and a run too short.
-    """
+    """The Balance of `--balance`, or None. Raises ValueError when the run is too short to measure."""
     if not cfg.balance or method is None:
         return None
     # A part of CLoCKDistill whose weight is 0 is off, and nothing to balance.
-    answers = ("cls", "l1", "giou")
-    off = ("memory",) if getattr(method, "lambda_mem", 1) == 0 else ()
-    off += answers if getattr(method, "lambda_log", 1) == 0 else ()
+    off = set()
+    if isinstance(method, CLoCKDistill):
+        off |= {"memory"} if method.lambda_mem == 0 else set()
+        off |= {"cls", "l1", "giou"} if method.lambda_log == 0 else set()
     balance = Balance({part: ratio for part, ratio in cfg.balance.items()
-                       if not set(part.split("+")) <= set(off)})
-    known = getattr(method, "terms", ("memory", *answers))
-    named = [name for part in cfg.balance for name in part.split("+")]
-    if unknown := sorted(set(named) - set(known)):
-        raise ValueError(f"--balance: {cfg.method} has no loss {', '.join(unknown)}, only "
-                         f"{', '.join(known)}")
-    if len(named) > len(set(named)) or not all(0 < x < math.inf for x in cfg.balance.values()):
-        raise ValueError(f"--balance {cfg.balance}: want each loss once, and ratios above 0")
+                       if not set(part.split("+")) <= off})
     if steps <= len(balance.measured):
         raise ValueError(f"--balance measures in the first {len(balance.measured)} steps, and this "
                          f"run has {steps} in all: more --steps, or weights in --method-options")
     if not balance.ratios:
         return None
     return balance.to(next(method.parameters(), torch.zeros(())).device)
+
+
+def check_balance(cfg):
+    """Raises ValueError for a loss that the method lacks, one named twice, a ratio that is none."""
+    if not cfg.balance:
+        return
+    known = method_class(cfg.method).terms
+    named = [name for part in cfg.balance for name in part.split("+")]
+    if unknown := sorted(set(named) - set(known)):
+        raise ValueError(f"--balance: {cfg.method} has no loss {', '.join(unknown)}, only "
+                         f"{', '.join(known)}")
+    if len(named) > len(set(named)) or not all(0 < x < math.inf for x in cfg.balance.values()):
+        raise ValueError(f"--balance {cfg.balance}: want each loss once, and ratios above 0")
 
 
 def lr_factor(cfg, step, steps):
@@ -443,6 +447,8 @@ class TrainingRun:
             saved = restore(self.last, self.stateful, self.provenance)
             self.start, self.earlier = saved["step"], saved["minutes"]
             self.history, self.best = saved["history"], saved["best"]
+        elif run.resume:
+            say(f"note       {self.last}: no checkpoint there yet, so --resume begins at step 0")
         self.began = time.monotonic()
         if world > 1:
             self.learner = DistributedDataParallel(self.learner)
@@ -816,6 +822,9 @@ def announce(cfg, train_set, val_set, student, start, steps, world, device):
         say(f"note       an image has {train_set.most_objects} objects, more than the model's "
             f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
             "times as many as objects")
+    if cfg.method not in (None, "clockdistill") and not (cfg.balance or cfg.method_options):
+        say(f"note       {cfg.method} has its default weights, which are tuned for no data: "
+            "--balance sets them by gradients")
     if cfg.ema and steps and steps * (1 - cfg.ema) < 3:
         say(f"note       --ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run "
             f"has {steps}: the average that is evaluated lags behind")
@@ -1136,8 +1145,9 @@ def predict(checkpoint, images, out, min_score, size, device, precision):
             {"class": payload["classes"][label], "score": round(score, 4),
              "box": [round(x, 1) for x in box]} for label, score, box in zip(*columns)]})
     write_json(out / "predictions.json", listed)
-    print(f"{len(listed)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and "
-          "pictures beside it")
+    if listed:
+        print(f"{len(listed)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and "
+              "pictures beside it")
     if broken:
         raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")
 
@@ -1365,6 +1375,7 @@ class Settings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)      # a frozen record may still finish itself
         check_limits(self)
+        check_balance(self)
         parse_size(self.size)
 
 
