@@ -962,12 +962,13 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
     if rebuild:
         write(dataclasses.replace(study, detectors=Study.detectors))
         return 0
-    # Whatever is wrong with the images is said once, before any run.
+    # Whatever is wrong with the images or the backbone's file is said once, before any run.
     if scale == "toy":
         data.make_toy(study.root)                      # before several runs would draw it at once
     else:
         cfg = make_job(study, next(iter(study.scope.detectors.values())), "student").cfg
-        train.open_data(cfg)
+        images, _ = train.open_data(cfg)
+        train.open_student(cfg, images)
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
     return make(study, only, jobs, shard)

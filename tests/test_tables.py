@@ -536,3 +536,12 @@ def test_some_detectors_first(tmp_path):
              for s in (every, dino)]
     assert names[1] == {name for name in names[0] if name.startswith("dino-")} != names[0]
     assert [job.cfg.detector for job in tables.teachers_of(dino, tables.plan(dino))] == ["dino"]
+
+
+def test_a_missing_backbone_is_said_once_before_any_run(toy, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm", reason="timm is an extra: pip install timm")
+    monkeypatch.setattr(tables, "run_job", lambda *_: pytest.fail("a run was started"))
+    assert train.main(["table", "kitti-small", "--root", str(toy), "--work", str(tmp_path), "--",
+                       "--pretrained-backbone", "nowhere.pth", "--train-split", "all",
+                       "--val-split", "all"]) == 2
+    assert capsys.readouterr().err.startswith("error: no checkpoint at nowhere.pth")
