@@ -472,8 +472,9 @@ class TrainingRun:
                  self.world, self.device)
         self.train()
 
-        # Evaluate before saving: a model that answers with NaN stops here, and its last good
-        # checkpoint is kept.
+        # Save before evaluating, so that a Ctrl-C meanwhile loses no step, and after it, with the
+        # scores. A model that answers with NaN is never saved: its last good checkpoint is kept.
+        self.save(self.steps, self.last)
         scores = self.evaluate(self.steps)
         self.save(self.steps, self.last)
         size = reference_size(cfg, self.val_set)

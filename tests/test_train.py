@@ -642,6 +642,20 @@ def test_a_folder_in_the_hands_of_another_run_is_refused(toy, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_in_the_last_evaluation_loses_no_step(toy, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    cfg = Config(**TINY | {"root": toy, "steps": 2})
+    run = Run(out=str(tmp_path), workers=0, eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "detect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(cfg, run)
+    assert checkpoints.load(tmp_path / "last.pt")["step"] == 2
+    monkeypatch.setattr(train, "losses_of", lambda *_: pytest.fail("a step was made again"))
+    assert train.fit(cfg, dataclasses.replace(run, resume=True))["steps"] == 2
+
+
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "result.json"])
 def test_nothing_of_an_earlier_run_is_overwritten_unasked(toy, tmp_path, name, capsys):
     (tmp_path / name).write_text("mine")
