@@ -694,7 +694,7 @@ def summarise(lines, done):
 # ----------------------------------------------------------------------------------------------
 
 TITLES = {
-    "main": "Three detectors",
+    "main": "Student alone, and distilled",
     "rivals": "Rivals",
     "ablation": "What each part does",
     "sensitivity": "How sensitive the gain is to the settings",
@@ -812,10 +812,11 @@ def draw(tables, done, reading, folder):
         main, longer, varied = ({line["method"]: line for line in tables.get(name, [])
                                  if line["detector"] == detector}
                                 for name in ("main", "schedule", "sensitivity"))
-        # The main table's runs as they learned.
+        # The main table's runs as they learned. Those evaluated at the end alone have no curve.
         curves = {name: learning_curve(main[name], done) for name in ("student", "clockdistill")
                   if name in main}
-        if "teacher" in main:                          # of another schedule: a level, not a curve
+        curves = {name: points for name, points in curves.items() if len(points) > 1}
+        if curves and "teacher" in main:               # of another schedule: a level, not a curve
             curves["teacher"] = main["teacher"]["AP"][0]
         if len(curves) > 1:
             figures[f"curves_{detector}"] = plots.curves(

@@ -480,7 +480,7 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
     page = json.loads((results / "tables.json").read_text())
     assert [(row["method"], row["seeds"]) for row in page["main"]] == [
         (method, [0]) for method in ("teacher", "student", "clockdistill")]
-    assert (results / "tables.md").exists() and (results / "curves_dino.png").exists()
+    assert (results / "tables.md").exists() and (results / "gains_main.png").exists()
     chosen = json.loads((results / "chosen.json").read_text())["dino"]
     assert chosen["clockdistill"] == chosen["with_scale"] == PRESETS["dino"] | {"lambda_mem": 100.0}
     runs = [json.loads(path.read_text()) for path in (results / "runs").iterdir()]
