@@ -149,6 +149,7 @@ def export(checkpoint, out, size=None, batch="1", padding=False, image=None):
 
 def choose_picture(payload, image, size):
     """The picture that a program is checked on, at the size of the program -> (H, W, 3) uint8."""
+    sides = train.parse_sides(size, "H,W")
     if image is None and size is None and payload["data"] != "toy":
         raise ValueError(f"{payload['path']} was trained on {payload['data']}, whose pictures are "
                          "of several sizes: give --size H,W, or one of them as --image FILE")
@@ -156,7 +157,6 @@ def choose_picture(payload, image, size):
         picture = data.build("toy", train.Config.root, "val", limit=1).pixels(0)
     else:
         picture = data.read_image(image)                                     # (3, H, W) uint8
-    sides = train.parse_sides(size, "H,W")
     if sides is None:
         stored = train.parse_size(payload["settings"].get("size"))
         sides = data.prepare(picture, stored or data.DEFAULT_SIZE[payload["data"]]).shape[1:]
