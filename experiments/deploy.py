@@ -149,6 +149,7 @@ def export(checkpoint, out, size=None, batch="1", padding=False, image=None):
 
 def choose_picture(payload, image, size):
     """The picture that a program is checked on, at the size of the program -> (H, W, 3) uint8."""
+    sides = train.parse_sides(size, "H,W")
     if image is None and size is None and payload["data"] != "toy":
         raise ValueError(f"{payload['path']} was trained on {payload['data']}, whose pictures are "
                          "of several sizes: give --size H,W, or one of them as --image FILE")
@@ -156,7 +157,6 @@ def choose_picture(payload, image, size):
         picture = data.build("toy", train.Config.root, "val", limit=1).pixels(0)
     else:
         picture = data.read_image(image)                                     # (3, H, W) uint8
-    sides = train.parse_sides(size, "H,W")
     if sides is None:
         stored = train.parse_size(payload["settings"].get("size"))
         sides = data.prepare(picture, stored or data.DEFAULT_SIZE[payload["data"]]).shape[1:]
@@ -404,7 +404,7 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
     checkpoints.write_text(page.with_suffix(".md"), markdown(told, data))
     rows = list(told["rows"].values())
     if all("ms_1" in row and row["AP"] is not None for row in rows):
-        draw(rows).savefig(page.with_suffix(".png"), dpi=120)
+        plots.latency(rows).savefig(page.with_suffix(".png"), dpi=120)
     print(f"{len(rows)} rows: {page.with_suffix('.md')}, and beside it the JSON and the picture")
 
 
@@ -487,34 +487,3 @@ def markdown(told, name):
 def written(value, form):
     """A cell of the table; empty where nothing was measured."""
     return "" if value is None else form.format(value)
-
-
-# How much of a marker is filled says the format; its colour and shape say the model.
-FILLED = dict(zip(FORMATS, ("full", "none", "bottom")))
-
-
-def draw(rows):
-    """AP against latency: a panel per detector, a marker per program."""
-    detectors = list(dict.fromkeys(row["detector"] for row in rows))
-    title = "AP against latency: a distilled student is as fast as the student alone"
-    figure, panels = plots._panels(title, len(detectors), 3.2, sharey=True)
-    for axes, detector in zip(panels, detectors):
-        of_detector = [row for row in rows if row["detector"] == detector]
-        for role in ROLES:
-            points = [row for row in of_detector if row["role"] == role]
-            style = plots.model_style(role)
-            axes.plot([row["ms_1"]["median"] for row in points], [row["AP"] for row in points],
-                      **style | {"linestyle": ":", "marker": ""}, linewidth=1)
-            for row in points:
-                axes.plot(row["ms_1"]["median"], row["AP"], **style | {"linestyle": ""},
-                          fillstyle=FILLED[row["format"]], markersize=7)
-        plots.plain(axes, "ms per picture, one thread (median)", "AP" * (axes is panels[0]))
-        axes.set_title(detector, fontsize=9)
-        axes.margins(0.08)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-    keys = [plots._key(role, **plots.model_style(role) | {"linestyle": ""}) for role in ROLES]
-    keys += [plots._key(kind, linestyle="", marker="o", fillstyle=fill)
-             for kind, fill in FILLED.items()]
-    plots._keys(figure, keys)
-    return figure

@@ -32,7 +32,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import Bbox, ScaledTranslation
+from torchvision.ops import box_iou
 
 # Okabe and Ito's colours can be told apart with any colour vision (jfly.uni-koeln.de/color).
 TEACHER, STUDENT, DISTILLED, TRUTH = "#0072B2", "#E69F00", "#009E73", "#FFFFFF"
@@ -91,37 +92,38 @@ def readable(classes):
         if len(short) > MAX_LETTERS:
             number = f"… ({label})"
             short = short[:MAX_LETTERS - len(number)] + number
-        _, lacking = _fonts(_missing(short))
+        _, lacking = _fonts(short)
         if lacking:
             unwritten.append(label)
-        names.append(f"class {label}" if lacking or not short else short)
+            short = ""
+        names.append(short or f"class {label}")
     if unwritten:
         warnings.warn(f"no installed font has the letters of the classes {unwritten}: pictures "
                       "call them by number; install a font of their script, such as Noto Sans CJK")
     return names
 
 
-def _missing(text):
-    """The characters of a text that the default font lacks."""
-    default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    return frozenset(c for c in text if c != "\n" and not default.get_char_index(ord(c)))
+def _lacking(file, characters):
+    """The characters that a font file lacks."""
+    font = font_manager.get_font(file)
+    return {c for c in characters if not font.get_char_index(ord(c))}
 
 
 @functools.cache
-def _fonts(characters):
-    """-> installed font families that together have these characters; the characters none has."""
-    families, lacking = [], set(characters)
+def _fonts(text):
+    """-> families that have what the default font lacks of a text; the characters none has."""
+    default = font_manager.findfont(font_manager.FontProperties())
+    families, lacking = [], _lacking(default, set(text) - {"\n"})
     for font in font_manager.fontManager.ttflist:
         if not lacking:
             break
         # "Last Resort" draws every character as the same kind of square.
         if font.name.startswith("Last Resort") or not os.path.exists(font.fname):
             continue
-        file = font_manager.get_font(font.fname)
-        has = {c for c in lacking if file.get_char_index(ord(c))}
-        if has:
+        still = _lacking(font.fname, lacking)
+        if still != lacking:
             families.append(font.name)
-            lacking -= has
+        lacking = still
     return families, lacking
 
 
@@ -129,7 +131,7 @@ def _legible(figure):
     """Write all texts as they are: `$` starts no formula, each script has a font -> the figure."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-        families, _ = _fonts(_missing(text.get_text()))
+        families, _ = _fonts(text.get_text())
         if families:
             text.set_fontfamily([*text.get_fontfamily(), *families])
     return figure
@@ -148,14 +150,16 @@ PARTS = {
     "logits": (8.25, 2.3, r"$L_{\mathrm{log}}$: compare" "\nthese answers"),
     "own": (5.6, 0.4, "own queries: their boxes are the\nmemory's best proposals (DINO)"),
     "detection": (8.15, 0.4, r"$L_{\mathrm{detection}}$: own queries'" "\nanswers, ground truth")}
+# Each model is a row of parts; its name stands at the left.
 ROW = {"backbone": 1.5, "encoder": 2.6, "memory": 3.9, "decoder": 6.65, "answers": 8.25}
+MODELS = (("teacher", 3.5, TEACHER, "teacher: large, frozen", 3.8),
+          ("student", 1.3, STUDENT, "student: small, trained", 0.8))
 ADDED = {"mask", "queries", "logits"}
 ARROWS = [("truth", "mask"), ("truth", "queries"), ("student memory", "own"),
           ("own", "student decoder"), ("student answers", "detection")]
-for model in ("teacher", "student"):
-    ARROWS += [(f"{model} {a}", f"{model} {b}") for a, b in itertools.pairwise(ROW)]
-    ARROWS += [("image", f"{model} backbone"), ("queries", f"{model} decoder"),
-               ("mask", f"{model} memory"), ("logits", f"{model} answers")]
+# Arrows that both models have; those into a row come from parts that the models share.
+BOTH = [*itertools.pairwise(ROW), ("image", "backbone"), ("queries", "decoder"),
+        ("mask", "memory"), ("logits", "answers")]
 
 
 def method_drawing():
@@ -167,21 +171,26 @@ def method_drawing():
     axes = figure.subplots()
     axes.set(xlim=(0, PAGE_INCHES), ylim=(0, 4))
     axes.set_axis_off()
-    parts = {name: (*part, DISTILLED if name in ADDED else INK) for name, part in PARTS.items()}
-    for model, y, color, note, place in (("teacher", 3.5, TEACHER, "large, frozen", 3.8),
-                                         ("student", 1.3, STUDENT, "small, trained", 0.8)):
-        axes.text(0, place, f"{model}: {note}", fontsize=10, color=color, weight="bold")
-        parts |= {f"{model} {name}": (x, y, name, color) for name, x in ROW.items()}
-    frames = {}
-    for name, (x, y, text, color) in parts.items():
+    parts = []
+    for name, part in PARTS.items():
+        parts.append((name, *part, DISTILLED if name in ADDED else INK))
+    arrows = list(ARROWS)
+    for model, y, color, heading, top in MODELS:
+        axes.text(0, top, heading, fontsize=10, color=INK, weight="bold")
+        parts += [(f"{model} {name}", x, y, name, color) for name, x in ROW.items()]
+        arrows += [(start if start in PARTS else f"{model} {start}", f"{model} {end}")
+                   for start, end in BOTH]
+    drawn = {}
+    for name, x, y, text, color in parts:
         frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color}
-        text = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK, bbox=frame)
-        frames[name] = text.get_bbox_patch()
-    for start, end in ARROWS:
-        head = "<|-|>" if start in ("mask", "logits") else "-|>"
-        color = DISTILLED if {start, end} & ADDED else INK
-        arrow = {"arrowstyle": head, "color": color, "patchA": frames[start], "patchB": frames[end]}
-        axes.annotate("", parts[end][:2], parts[start][:2], arrowprops=arrow)
+        drawn[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK,
+                                bbox=frame)
+    for start, end in arrows:
+        tail, head = drawn[start], drawn[end]
+        arrow = {"arrowstyle": "<|-|>" if start in ("mask", "logits") else "-|>",
+                 "color": DISTILLED if {start, end} & ADDED else INK,
+                 "patchA": tail.get_bbox_patch(), "patchB": head.get_bbox_patch()}
+        axes.annotate("", head.get_position(), tail.get_position(), arrowprops=arrow)
     return figure
 
 
@@ -200,32 +209,35 @@ def detections(images, truths, results, classes, min_score=0.4):
     IoU >= 0.5. Others are dashed, or left out where half of the box lies in an ignored region.
     Objects not found are dotted in white.
     """
-    names = ["ground truth", *results]
     pixels = [_pixels(image) for image in images]
     ratios = [_ratio(p) for p in pixels] or [0.3]                         # of each row
-    rows, columns, titled = len(ratios), len(names), 1
-    if len(images) == 1 and columns > 2:                                  # two panels a row
-        rows = titled = math.ceil(columns / 2)
-        ratios, columns = ratios * rows, 2
-    figure = _figure(PAGE_INCHES / columns * sum(ratios) + 0.04 * rows + 0.35 + 0.4 * titled)
-    grid = _grid(figure, rows, columns, len(images) * len(names), height_ratios=ratios)
+    panels = columns = 1 + len(results)
+    titled = 1
+    if len(images) == 1 and panels > 2:                                   # two panels a row
+        columns, titled = 2, math.ceil(panels / 2)
+        ratios *= titled
+    rows = len(ratios)
+    images_inches = PAGE_INCHES / columns * sum(ratios)
+    figure = _figure(images_inches + 0.04 * rows + 0.35 + 0.4 * titled)
+    grid = _grid(figure, rows, columns, len(images) * panels, height_ratios=ratios)
     grid = grid.reshape(len(images) or 1, -1)
-    counts = {name: np.zeros(3, int) for name in results}
     classes, written = _class_names(classes)
-    for panels, image, truth, *answers in zip(grid, pixels, truths, *results.values()):
-        for axes in panels:
-            _ignored(_show(axes, image), truth)
-        _boxes(panels[0], truth["boxes"], TRUTH, labels=truth["labels"], names=written)
-        for place in _array(truth.get("references", ())):
-            _reference(panels[0], place)
-        for index, (axes, name, result) in enumerate(zip(panels[1:], results, answers)):
-            color = model_style(name, index)["color"]
-            counts[name] += _judged(axes, result, truth, color, min_score, written)
 
+    for axes, image, truth in zip(grid[:, 0], pixels, truths):
+        _scene(axes, image, truth, written)
+        for place in _array(truth.get("references", ())):
+            _reference(axes, place)
     objects = sum(len(truth["labels"]) for truth in truths)
     _title(grid[0, 0], f"ground truth\n{_objects(objects)}", 8.5)
-    for axes, (name, count) in zip(grid[0, 1:], counts.items()):
-        _title(axes, f"{name}\n{_counted(count)}", 8.5)
+
+    for index, (name, answers) in enumerate(results.items()):
+        column = grid[:, index + 1]
+        color = model_style(name, index)["color"]
+        count = np.zeros(3, int)
+        for axes, image, truth, result in zip(column, pixels, truths, answers):
+            _show(axes, image, truth.get("ignore", ()))
+            count += _judged(axes, result, truth, color, min_score, written)
+        _title(column[0], f"{name}\n{_counted(count)}", 8.5)
     rule = f"found means score ≥ {min_score:g} and IoU ≥ {MIN_IOU:g}"
     _legend(figure, classes, truths, rule, len(results) > 0)
     return _legible(figure)
@@ -240,22 +252,22 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4):
     """
     pixels = _pixels(image)
     figure = _figure(PAGE_INCHES * _ratio(pixels) + 0.8)
-    (scene, copy), (alone, taught) = figure.subplots(2, 2)
+    (scene, copy), below = figure.subplots(2, 2)
     classes, written = _class_names(classes)
-    _ignored(_show(scene, pixels), truth)
-    _boxes(scene, truth["boxes"], TRUTH, labels=truth["labels"], names=written)
+    _scene(scene, pixels, truth, written)
     _title(scene, f"a street scene with {_objects(len(truth['labels']))}")
 
-    inside, weight = _array(mask[0]) > 0, _array(mask[1])                 # (H, W) each
-    _cells(_show(copy, pixels), weight, pixels, _log_norm([weight]))
+    inside, weight = map(_array, mask)                                    # (H, W) each
+    inside = inside > 0
+    _cells(_show(copy, pixels, gray=True), weight, _log_norm([weight]))
     _boxes(copy, truth["boxes"], TRUTH, width=0.7)
     share = weight[inside].sum() / (weight.sum() or 1)
     _title(copy, f"where to copy the teacher: {share:.0%} of the weight on {inside.mean():.1%} of "
                  "the cells")
 
-    for axes, name, result, color in (
-            (alone, "student trained alone", student, STUDENT),
-            (taught, "the same student, distilled", distilled, DISTILLED)):
+    answers = (("student trained alone", student, STUDENT),
+               ("the same student, distilled", distilled, DISTILLED))
+    for axes, (name, result, color) in zip(below, answers):
         count = _judged(_show(axes, pixels), result, truth, color, min_score, written)
         _title(axes, f"{name}: {_counted(count)}")
     _legend(figure, classes, [truth])
@@ -273,29 +285,24 @@ def predictions(image, result, classes, min_score=0.4):
     height, width = pixels.shape[:2]
     zoom = max(1, math.ceil(900 / width))
     # 128 dots per inch divide without rounding: the picture has exactly zoom times the pixels.
-    inches = np.array([width, height]) * zoom / 128
-    figure = Figure(inches, dpi=128)
+    figure = Figure((width * zoom / 128, height * zoom / 128), dpi=128)
     axes = _show(figure.add_axes((0, 0, 1, 1)), pixels)
     axes.set_axis_off()
     type_pt = min(max(width * zoom / 165, 6), 18)
     names = readable(classes)
-    scores, labels, boxes = (_array(result[key]) for key in ("scores", "labels", "boxes"))
-    texts = []
-    for i in np.argsort(scores, kind="stable"):
-        if scores[i] < min_score:
-            continue
-        label, x, y = int(labels[i]), boxes[i, 0], boxes[i, 1]
-        # The text stands on its box, inside the image.
-        x, y = min(max(x, 0), width), max(y, type_pt * 2.3 / zoom)
+    for score, label, box in reversed(_strong(result, min_score)):
         color = BRIGHT[label % len(BRIGHT)]
-        _boxes(axes, boxes[i], color, width=type_pt / 5)
+        _boxes(axes, box, color, width=type_pt / 5)
+        # The text stands on its box, inside the image.
+        x = np.clip(box[0], 0, width)
+        y = max(box[1], type_pt * 2.3 / zoom)
         frame = {"facecolor": color, "edgecolor": "none", "pad": type_pt / 8, "alpha": 0.85}
-        texts.append(axes.text(x, y, f"{names[label]} {scores[i]:.2f}", fontsize=type_pt,
-                               color="black", va="bottom", clip_on=True, bbox=frame))
+        axes.text(x, y, f"{names[label]} {score:.2f}", fontsize=type_pt, color="black",
+                  va="bottom", clip_on=True, bbox=frame)
     _legible(figure)
 
     # A name that is too long for its place moves to the left.
-    for text in texts:
+    for text in axes.texts:
         beyond = text.get_window_extent().x1 / zoom - width
         if beyond > 0:
             text.set_x(max(text.get_position()[0] - beyond, 0))
@@ -314,18 +321,20 @@ def location_masks(image, boxes, masks):
     0 (padding) stay bare. The colour is the scale S, logarithmic and the same for all levels. The
     titles say what share of cells and of weight the objects have.
     """
-    panels = [(f"the scene, {_objects(len(boxes))}", None)]
+    maps = {}
     for level, (inside, scale) in enumerate(masks):
-        inside, scale = _array(inside) > 0, _array(scale)                 # (H, W) each
+        scale = _array(scale)                                             # (H, W)
+        inside = _array(inside) > 0
         rows, columns = scale.shape
         cells = inside.sum() / ((scale > 0).sum() or 1)
         weight = scale[inside].sum() / (scale.sum() or 1)
-        panels.append((f"level {level}, {columns} x {rows} cells; objects: {cells:.1%} of the "
-                       f"cells, {weight:.0%} of S", scale))
+        title = (f"level {level}, {columns} x {rows} cells; objects: {cells:.1%} of the cells, "
+                 f"{weight:.0%} of S")
+        maps[title] = scale
     return _over_scene(
-        image, boxes, panels, _log_norm([scale for _, scale in panels[1:]]),
-        "weight S of a cell (the cells of an object, or of the background, add up to 1)",
-        "Location masks: in S each object adds up to 1, and so does the background")
+        image, boxes, maps,
+        "Location masks: in S each object adds up to 1, and so does the background",
+        "weight S of a cell (the cells of an object, or of the background, add up to 1)")
 
 
 def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
@@ -344,17 +353,16 @@ def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
     error = ((teacher - student) ** 2).sum(1)                             # (S,)
     if padding is not None:
         error[_array(padding) > 0] = 0
-    panels = [(f"the scene, {_objects(len(boxes))}", None)]
-    for level, values in enumerate(np.split(error, np.cumsum(sizes)[:-1])):
-        h, w = shapes[level]
-        wrong = values[values > 0]
-        mean = wrong.mean() if len(wrong) else 0
-        panels.append((f"level {level}, {w} x {h} cells: {mean:.3g} a cell on average",
-                       values.reshape(h, w)))
+    maps = {}
+    for level, (h, w) in enumerate(shapes):
+        values, error = np.split(error, [h * w])                          # (H_l * W_l,), the rest
+        mean = values.sum() / ((values > 0).sum() or 1)
+        title = f"level {level}, {w} x {h} cells: {mean:.3g} a cell on average"
+        maps[title] = values.reshape(h, w)
     return _over_scene(
-        image, boxes, panels, _log_norm([values for _, values in panels[1:]]),
-        "squared error of a cell, summed over channels",
-        "Memory error: where the student does not yet remember what the teacher does")
+        image, boxes, maps,
+        "Memory error: where the student does not yet remember what the teacher does",
+        "squared error of a cell, summed over channels")
 
 
 def memory_colours(image, boxes, memories, shape, title):
@@ -364,18 +372,19 @@ def memory_colours(image, boxes, memories, shape, title):
     the first three principal components of the first memory: light, blue against yellow, red
     against green. Most is in the first two, which red-green colour blindness leaves alone.
     """
-    first, *_ = memories = {name: _array(tokens) for name, tokens in memories.items()}
-    mean = memories[first].mean(0)
-    _, spread, axes = np.linalg.svd(memories[first] - mean, full_matrices=False)
+    memories = {name: _array(tokens) for name, tokens in memories.items()}
+    first = next(iter(memories.values()))
+    mean = first.mean(0)
+    _, spread, axes = np.linalg.svd(first - mean, full_matrices=False)
     largest = np.abs(axes).argmax(1)[:, None]
     axes *= np.sign(np.take_along_axis(axes, largest, 1))                 # one sign on all machines
     mix = np.array([[0.3, 0.3, 0.3], [0.2, 0.2, -0.4], [0.2, -0.2, 0]])
-    mix /= 2 * spread[:3, None] / math.sqrt(math.prod(shape))
-    panels = [(f"the scene, {_objects(len(boxes))}", None)]
+    mix /= 2 * spread[:3, None] / math.sqrt(len(first))
+    maps = {}
     for name, tokens in memories.items():
         colours = 0.5 + (tokens - mean) @ axes[:3].T @ mix                # (H * W, 3)
-        panels.append((name, colours.clip(0, 1).reshape(*shape, 3)))
-    return _over_scene(image, boxes, panels, None, "", title)
+        maps[name] = colours.clip(0, 1).reshape(*shape, 3)
+    return _over_scene(image, boxes, maps, title)
 
 
 def maps_over_scene(image, boxes, maps, label, title, high=None):
@@ -385,11 +394,10 @@ def maps_over_scene(image, boxes, maps, label, title, high=None):
     for each name; cells of 0 or less stay bare. label: of the colours, with the unit. The colours
     reach from 0 to high; None takes the largest value there is.
     """
-    panels = [(f"{name}, level {level}", _array(values))
-              for level, row in enumerate(zip(*maps.values())) for name, values in zip(maps, row)]
-    largest = max([values.max(initial=0) for _, values in panels] + [1e-12])
-    colors = Normalize(0, high or largest)
-    return _over_scene(image, boxes, panels, colors, label, title, columns=len(maps))
+    panels = {f"{name}, level {level}": _array(values)
+              for level, row in enumerate(zip(*maps.values())) for name, values in zip(maps, row)}
+    colors = Normalize(0, high or _highest(panels, 1e-12))
+    return _over_scene(image, boxes, panels, title, label, colors, columns=len(maps) or 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -411,7 +419,8 @@ def look(recorded, shapes, queries=slice(None), boxes=None, references=None, ima
     """
     weights, places = recorded.weights[image], recorded.points
     if places is None:
-        places, weights = tuple(shapes[0]), weights.transpose(0, 1)       # (Q, heads, H * W)
+        places = tuple(shapes[0])
+        weights = weights.transpose(0, 1)                                 # (Q, heads, H * W)
         if len(shapes) > 1 or weights.shape[-1] != math.prod(places):
             raise ValueError(f"dense weights over {weights.shape[-1]} keys do not lie on a memory "
                              f"of {list(shapes)}: for attention among queries use self_attention")
@@ -424,13 +433,15 @@ def look(recorded, shapes, queries=slice(None), boxes=None, references=None, ima
 
 def heads_apart(look, query):
     """One query of a look -> dict name -> look of one head, as `query_attention` takes them."""
-    row, heads = slice(query, query + 1), {}
     # The (H, W) of a dense map and what is None have no queries.
-    alone = {name: v[row] for name, v in look.items() if isinstance(v, torch.Tensor)}
+    one = {name: value[query:query + 1] for name, value in look.items()
+           if isinstance(value, torch.Tensor)}
+    heads = {}
     for h in range(look["weights"].shape[1]):
-        by_head = alone.keys() & {"places", "weights"}
-        head = {name: alone[name][:, h:h + 1] for name in by_head}
-        heads[f"head {h}"] = look | alone | head
+        head = look | one
+        for name in one.keys() & {"places", "weights"}:
+            head[name] = one[name][:, h:h + 1]
+        heads[f"head {h}"] = head
     return heads
 
 
@@ -443,23 +454,27 @@ def attention_mass(places, weights, height, width):
     map sums to the share of attention that falls on the image.
     """
     if weights.ndim == 3:
-        rows, columns = torch.arange(height + 1) / height, torch.arange(width + 1) / width
+        rows = torch.arange(height + 1) / height
+        columns = torch.arange(width + 1) / width
         down = _covered(rows[:-1], rows[1:], places[0]).to(weights)       # (height, H)
         across = _covered(columns[:-1], columns[1:], places[1]).to(weights)    # (width, W)
         return down @ weights.mean(1).unflatten(-1, places) @ across.T
     inside = ((places >= 0) & (places <= 1)).all(-1)                      # (q, heads, levels, P)
     weights = (weights * inside).flatten(1) / weights.shape[1]            # (q, N)
+    x, y = places.flatten(1, 3).unbind(-1)                                # (q, N) each
+    down = _near(y, height) * weights[..., None]                          # (q, N, height)
+    return down.transpose(1, 2) @ _near(x, width)                         # (q, height, width)
+
+
+def _near(places, cells):
+    """How much of a point at places (..), fractions, each of `cells` in a row gets -> (.., cells).
+
+    1 at the cell's centre, 0 from the next centre on.
+    """
+    centres = torch.arange(cells).to(places)
     # 0 is the centre of the first cell.
-    x, y = (places * places.new_tensor([width, height]) - 0.5).flatten(1, 3).unbind(-1)   # (q, N)
-    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
-    mass = weights.new_zeros(len(weights), height * width)
-    for right, below in itertools.product((0, 1), repeat=2):
-        column, row = x.floor() + right, y.floor() + below
-        # The part is 0 for a column or row beyond the last.
-        part = (1 - (x - column).abs()) * (1 - (y - row).abs())
-        cell = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
-        mass.scatter_add_(1, cell.long(), weights * part)
-    return mass.unflatten(1, (height, width))
+    places = (places * cells - 0.5).clamp(0, cells - 1)
+    return (1 - (places[..., None] - centres).abs()).clamp(min=0)
 
 
 def agreement(a, b):
@@ -489,7 +504,8 @@ def even_mass(boxes, size, height, width):
 def _cover(boxes, height, width):
     """How much of each cell boxes (q, 4) cover, fractions of the image -> (q, height, width)."""
     x0, y0, x1, y1 = boxes.unbind(1)                                      # (q,) each
-    down, across = _covered(y0, y1, height), _covered(x0, x1, width)      # (q, height), (q, width)
+    down = _covered(y0, y1, height)                                       # (q, height)
+    across = _covered(x0, x1, width)                                      # (q, width)
     return down[:, :, None] * across[:, None]
 
 
@@ -531,21 +547,21 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     0.5. Below `title` stands how far uniform attention over the first column's boxes would agree.
     """
     pixels = _pixels(image)
-    height, width = pixels.shape[:2]
+    size = pixels.shape[1::-1]                                            # W, H
     looks = {name: _tensors(look) for name, look in looks.items()}
     first = next(iter(looks.values()), {"weights": (), "boxes": None})
     count = len(first["weights"])
+    # Maps on one grid can be compared. Those of dense attention are drawn, times an even spread.
     maps = {name: attention_mass(look["places"], look["weights"], *(grid or look["places"]))
             for name, look in looks.items() if grid or look["weights"].ndim == 3}    # (q, H, W)
-    # In the heat map, of dense attention, 1 is an even spread.
-    heat = {name: m.numpy() * m[0].numel() for name, m in maps.items()
+    heat = {name: mass.numpy() * mass.shape[1:].numel() for name, mass in maps.items()
             if count and looks[name]["weights"].ndim == 3}
-    norm = LogNorm(1, max([2, *(m.max() for m in heat.values())]))
+    norm = LogNorm(1, _highest(heat, 2))
     target = next(iter(maps.values()), None)                              # of the first column
-    alike = {name: agreement(target, m) for name, m in maps.items() if grid}
 
     # One or two windows are large enough on a smaller page.
-    columns, lines = max(len(looks), 1), max(count, 1)
+    columns = max(len(looks), 1)
+    lines = max(count, 1)
     if count == 1 and columns > 3:
         columns = 2 if columns == 4 else 3
         lines = math.ceil(len(looks) / columns)
@@ -557,64 +573,64 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     inches = (page - 0.4 * named) / columns
     tall = max(inches * shape, 0.9 * named)                               # room for a row's name
     folded = bool(grid) and inches < 2.5                                  # facts on two lines
-    between = "\n" if folded else ", "
-    figure = _figure((tall + 0.2 + 0.13 * folded) * lines + 0.75 + 0.45 * bool(heat), page)
-    panels = _grid(figure, lines, columns, len(looks) * count).ravel()
+    tall += 0.2 + 0.13 * folded                                           # the titles
+    figure = _figure(tall * lines + 0.75 + 0.45 * bool(heat), page)
+    panels = _grid(figure, lines, columns, len(looks) * count)
 
-    for (row, (name, look)), axes in zip(itertools.product(range(count), looks.items()), panels):
-        places, weights, facts = look["places"], look["weights"][row], []
-        _show(axes, pixels)
+    every = itertools.product(range(count), looks.items())
+    for axes, (row, (name, look)) in zip(panels.flat, every):
+        weights, box, start = (None if look[key] is None else look[key][row]
+                               for key in ("weights", "boxes", "references"))
+        # Where the query looks,
+        _show(axes, pixels, gray=name in heat)
+        facts, places = [], look["places"]
         if name in heat:
-            drawn = _heat(axes, heat[name][row], pixels, norm)
-        if weights.ndim == 3:
+            drawn = _heat(axes, heat[name][row], norm)
+        else:
             places = places[row]
-            _dots(axes, places, weights, (width, height), 70 * min(inches, 3))
-        if look["references"] is not None:
-            _reference(axes, look["references"][row].numpy())
-        if look["boxes"] is not None:
-            box, color = look["boxes"][row], model_style(name)["color"]
+            _dots(axes, places, weights, size, 70 * min(inches, 3))
+        # what it starts from and what it answers,
+        if start is not None:
+            _reference(axes, start.numpy())
+        if box is not None:
+            color = model_style(name)["color"]
             _boxes(axes, box, TRUTH if color in OTHERS else color, width=1.4)
-            share = _share_inside(places, weights, box / torch.tensor([width, height] * 2))
+            share = _share_inside(places, weights, box / torch.tensor(size * 2))
             facts.append(f"{share:.0%} in the box")
+        # and how far it agrees with the first column.
         if grid and look is not first:
-            facts.append(f"agrees {alike[name][row]:.2f}")
-            if look["boxes"] is not None and first["boxes"] is not None:
-                iou = _iou(first["boxes"][row].numpy(), box.numpy()[None])[0]
-                facts[-1] += f" (IoU {iou:.2f})" * bool(iou < MIN_IOU)
-        heading = [name] if row == 0 else []
-        if facts:
-            heading.append(between.join(facts))
-        _title(axes, "\n".join(heading), 8, pad=3)
+            facts.append(f"agrees {agreement(target[row], maps[name][row]):.2f}")
+            if box is not None and first["boxes"] is not None:
+                iou = box_iou(first["boxes"][row, None], box[None]).item()
+                facts[-1] += f" (IoU {iou:.2f})" * (iou < MIN_IOU)
+        facts = ("\n" if folded else ", ").join(facts)
+        _title(axes, "\n".join(filter(None, [name * (row == 0), facts])), 8, pad=3)
         if look is first and named:
             axes.set_ylabel(rows[row], fontsize=8, color=INK)
         if context is not None:
-            left, top, right, bottom = _window(looks.values(), row, (width, height), shape, context)
+            left, top, right, bottom = _window(looks.values(), row, size, shape, context)
             axes.set(xlim=(left, right), ylim=(bottom, top))
     if heat:
         _bar(figure, panels, drawn, "attention of a cell, times an even spread over the image")
     _keys(figure, _attention_keys(looks.values()))
     if grid and count and first["boxes"] is not None:
-        even = even_mass(first["boxes"], (width, height), *grid)
-        even = agreement(target, even).mean()
+        even = agreement(target, even_mass(first["boxes"], size, *grid)).mean()
         title += f"\n(uniform attention over the boxes of the first would agree {even:.2f})"
     _heading(figure, title)
     return _legible(figure)
 
 
 def _tensors(look):
-    """A look with tensors on the CPU in place of its arrays; (H, W) of a dense map stays."""
-    tensors = {}
-    for key in ("places", "weights", "boxes", "references"):
-        values = look.get(key)
-        if values is not None and not isinstance(values, tuple):
-            values = torch.from_numpy(_array(values))
-        tensors[key] = values
-    return tensors
+    """A look on the CPU, in 32 bits; what it lacks is None."""
+    here = {name: value.detach().cpu().float() if isinstance(value, torch.Tensor) else value
+            for name, value in look.items()}
+    return {"boxes": None, "references": None} | here
 
 
 def _attention_keys(looks):
     """The legend of `query_attention`: levels, boxes and references, as far as there are any."""
-    levels = max([look["weights"].shape[2] for look in looks if look["weights"].ndim == 4] + [0])
+    levels = max((look["weights"].shape[2] for look in looks if look["weights"].ndim == 4),
+                 default=0)
     keys = [_key(f"level {level}", color=color, marker=marker, linestyle="none",
                  markeredgewidth=0.4, markeredgecolor="black")
             for level, color, marker in zip(range(levels), LEVELS, MARKERS)]
@@ -634,25 +650,23 @@ def _window(looks, row, size, shape, context):
     It is `context` times the row's boxes, and reaches to the references; without either it is the
     whole image.
     """
-    width, height = size
-    boxes = [look["boxes"][row].numpy() for look in looks if look["boxes"] is not None]
-    starts = [look["references"][row].numpy() for look in looks if look["references"] is not None]
+    frames = {"boxes": [], "references": []}
+    for key, look in itertools.product(frames, looks):
+        if look[key] is not None:
+            place = look[key][row]
+            # A point is a box without an extent.
+            frames[key].append(Bbox.from_extents(*place[:2], *place[-2:]))
+    boxes, starts = frames.values()
     if not boxes and not starts:
-        return 0, 0, width, height
-    low, high = _around(boxes or starts)
-    centre, half = (low + high) / 2, context * (high - low) / 2
-    low, high = _around([(*centre - half, *centre + half), *starts])
-    wide, tall = high - low
-    tall = np.clip(max(tall, wide * shape), 4 / shape, min(height, width * shape))
+        return 0, 0, *size
+    box = Bbox.union(boxes or starts).expanded(context, context)
+    box = Bbox.union([box, *starts])
+    width, height = size
+    tall = max(box.height, box.width * shape)
+    tall = np.clip(tall, 4 / shape, min(height, width * shape))
     part = np.array([tall / shape, tall])
-    low = np.clip((low + high - part) / 2, 0, size - part)
+    low = np.clip((box.min + box.max - part) / 2, 0, size - part)
     return *low, *(low + part)
-
-
-def _around(places):
-    """The least and the greatest corner of boxes (4,) and points (2,)."""
-    return (np.min([place[:2] for place in places], 0),
-            np.max([place[-2:] for place in places], 0))
 
 
 def self_attention(weights, shown=None, names=(), groups=None,
@@ -667,52 +681,57 @@ def self_attention(weights, shown=None, names=(), groups=None,
     of queries that the row may look at, so 1 is an even spread. The titles say what a query keeps
     to itself, mean over the shown. Raises ValueError when the groups are not all the shown.
     """
-    masks = [name for name, w in weights.items() if w.ndim == 2]
-    own, heat = {}, {}
+    groups = groups or {}
+    titles, heat = {}, {}
+    masks = {name for name, w in weights.items() if w.ndim == 2}
     for name, w in weights.items():
         w = _array(w)
+        order = range(w.shape[-1]) if shown is None else _array(shown).astype(int)
+        titles[name] = name
         # A mask is drawn as even attention to all that a row may look at.
-        m = w / w.sum(-1, keepdims=True).clip(1) if name in masks else w.mean(0)      # (Q, Q)
-        order = np.arange(len(m)) if shown is None else _array(shown).astype(int)
-        own[name] = np.diagonal(m)[order]
-        heat[name] = (m * (m > 0).sum(-1, keepdims=True))[np.ix_(order, order)]
-    norm = LogNorm(0.1, max([10, *(m.max(initial=0) for m in heat.values())]))
+        if name not in masks:
+            w = w.mean(0)                                                 # (Q, Q)
+            kept = w.diagonal()[order].sum() / max(len(order), 1)
+            titles[name] += f": {kept:.0%} to itself"
+            w = w * (w > 0).sum(-1, keepdims=True)
+        heat[name] = w[np.ix_(order, order)]
+    norm = LogNorm(0.1, _highest(heat, 10))
 
     columns = min(max(len(heat), 1), 3)
     lines = math.ceil(max(len(heat), 1) / columns)
     inches = min((PAGE_INCHES - 1) / columns, 3.4)
-    colored = len(masks) < len(heat)
-    figure = _figure((inches + 0.3) * lines + (0.75 if colored else 0.25), inches * columns + 1)
-    panels = _grid(figure, lines, columns, len(heat)).ravel()
-    for panel, (axes, name) in enumerate(zip(panels, heat)):
-        parts = (groups or {}).get(name, groups or {})
-        borders, count = np.cumsum([0, *parts.values()]), len(own[name])
+    below = 0.75 if len(masks) < len(heat) else 0.25                      # a colour bar
+    figure = _figure((inches + 0.3) * lines + below, inches * columns + 1)
+    panels = _grid(figure, lines, columns, len(heat))
+    for index, (axes, (name, values)) in enumerate(zip(panels.flat, heat.items())):
+        leftmost = index % columns == 0
+        count = len(values)
+        side = max(count, 1)
+        drawn = axes.imshow(np.ma.masked_less_equal(values, 0), extent=(0, side, side, 0),
+                            norm=norm, cmap=WEIGHT_MAP, interpolation="nearest")
+        axes.set_facecolor("#DDDDDD")
+        parts = groups.get(name, groups)
+        borders = np.cumsum([0, *parts.values()])
         if parts and borders[-1] != count:
             raise ValueError(f"{name}: the groups are {borders[-1]} queries together, the matrix "
                              f"shows {count}")
-        side = max(count, 1)
-        drawn = axes.imshow(np.ma.masked_less_equal(heat[name], 0), extent=(0, side, side, 0),
-                            norm=norm, cmap=WEIGHT_MAP, interpolation="nearest")
-        axes.set_facecolor("#DDDDDD")
         for border in (axes.hlines, axes.vlines):
             border(borders[1:-1], 0, count, colors="white", linewidths=1.5)
+        middles = (borders[1:] + borders[:-1]) / 2
+        rows = {middle: word for middle, word in zip(middles, parts) if parts[word]}
         if any(names):
             rows = {row + 0.5: word for row, word in enumerate(names) if word}
-        else:
-            rows = {(start + end) / 2: word
-                    for start, end, word in zip(borders, borders[1:], parts) if end > start}
-        leftmost = panel % columns == 0
         # Groups of its own are named at every matrix, names that hold for all at the left.
-        written = leftmost or name in (groups or {}) and not any(names)
+        if not (leftmost or name in groups and not any(names)):
+            rows = dict.fromkeys(rows, "")
         axes.set_xticks([])
-        axes.set_yticks([*rows], rows.values() if written else [""] * len(rows), fontsize=8)
+        axes.set_yticks([*rows], rows.values(), fontsize=8)
         axes.tick_params(length=2)
         may = " (grey: may not)" * (name in masks)
         axes.set_xlabel(f"looked at, in the same order{may}", fontsize=8, color=INK)
-        axes.set_ylabel("query that looks" if leftmost else "", fontsize=8, color=INK)
-        kept = own[name].mean() if count else 0
-        _title(axes, name if name in masks else f"{name}: {kept:.0%} to itself", 8.5, pad=3)
-    if colored:
+        axes.set_ylabel("query that looks" * leftmost, fontsize=8, color=INK)
+        _title(axes, titles[name], 8.5, pad=3)
+    if len(masks) < len(heat):
         _bar(figure, panels, drawn, "attention, times an even spread (grey: may not look)")
     _heading(figure, title)
     return _legible(figure)
@@ -733,26 +752,25 @@ def curves(histories, ylabel="AP", title=None):
     axes = figure.subplots()
     rivals, most_seeds = 0, 1
     for name, history in histories.items():
-        style = model_style(name, rivals)
+        style = model_style(name, rivals) | {"linewidth": 1.6}
         rivals += style["color"] in OTHERS
         if isinstance(history, (int, float)):
-            axes.axhline(history, label=f"{name}: {history:.3f}", linewidth=1.6,
-                         color=style["color"], linestyle=style["linestyle"])
+            axes.axhline(history, **style | {"label": f"{name}: {history:.3f}", "marker": None})
             continue
         scores = {}
         for step, value in history:
             seeds = np.array(value, float).ravel()
-            if not np.isnan(seeds).all():
-                scores[step] = seeds[~np.isnan(seeds)]
-        label = name
+            seeds = seeds[~np.isnan(seeds)]
+            if len(seeds):
+                scores[step] = seeds
         if scores:
-            label += f": {scores[max(scores)].mean():.3f}"
-        _banded(axes, scores, 0.2, label=label, linewidth=1.6, **style)
+            name += f": {scores[max(scores)].mean():.3f}"
+        _banded(axes, scores, 0.2, label=name, **style)
         most_seeds = max([most_seeds, *map(len, scores.values())])
     plain(axes, "training step", ylabel)
     axes.set_ylim(bottom=0)
     if histories:
-        axes.legend(fontsize=8.5, frameon=False, title="last value", title_fontsize=8,
+        axes.legend(fontsize=9, frameon=False, title="last value", title_fontsize=8,
                     alignment="left")
     band = f" (bands: ±1 standard deviation over {most_seeds} seeds)" if most_seeds > 1 else ""
     _title(axes, (title or f"{ylabel} against training steps") + band, 10, loc="left")
@@ -774,12 +792,12 @@ def curves_and_gains(panels, ylabel, title):
         for name, label in (("student", "student alone"), ("distilled", "distilled")):
             _banded(above, panel[name], 0.25, label=label, **model_style(name))
         for step, gain in panel["gain"].items():
-            _interval(below, step, gain, DISTILLED, capsize=3)
+            below.errorbar(step, gain["mean"], _interval(gain), color=DISTILLED, **INTERVAL)
         below.axhline(0, color=INK, linewidth=0.8)
         _title(above, heading)
         leftmost = above is grid[0, 0]
-        plain(above, "", ylabel if leftmost else "")
-        plain(below, "training step", "gain, 95 % interval" if leftmost else "")
+        plain(above, "", ylabel * leftmost)
+        plain(below, "training step", "gain, 95 % interval" * leftmost)
         below.margins(x=0.05)
     keys, _ = grid[0, 0].get_legend_handles_labels()
     _keys(figure, keys)
@@ -790,29 +808,23 @@ def curves_and_gains(panels, ylabel, title):
 def gains(rows, title=None):
     """Paired gains over the student alone, with their 95 % intervals, in blocks of rows.
 
-    rows: list of (block, label, {"mean", "low", "high"}); low and high are None of one seed: no
-    interval is drawn. A label that `model_style` knows as distilled has that colour.
+    rows: list of (block, label, {"mean", "low", "high"}), a label once in a block; low and high are
+    None of one seed: no interval is drawn. A label that `model_style` knows as distilled has that
+    colour.
     """
     blocks = {}
     for block, label, gain in rows:
-        blocks.setdefault(block, []).append((label, gain))
+        blocks.setdefault(block, {})[label] = gain
     figure = _figure(0.6 + 0.24 * (len(rows) + len(blocks)), 7)
     axes = figure.subplots()
-    place, ticks = 0, {}
-    for block, lines in blocks.items():
-        frame = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        _block(axes, place, block, zorder=2.3, bbox=frame)
-        for label, gain in lines:
-            place -= 1
-            ticks[place] = label
-            distilled = model_style(label)["color"] == DISTILLED
-            _interval(axes, place, gain, DISTILLED if distilled else INK, True, linewidth=1.3)
-        place -= 1
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks([*ticks], ticks.values(), fontsize=8)
-    axes.set_ylim(place + 0.5, 0.7)
     plain(axes, "gain over the student alone (bar: 95 % interval)", "")
     axes.margins(x=0.03)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    lines = [line for block in blocks.values() for line in block.items()]
+    for place, (label, gain) in zip(_rows(axes, blocks), lines):
+        distilled = model_style(label)["color"] == DISTILLED
+        axes.errorbar(gain["mean"], place, xerr=_interval(gain), linewidth=1.3,
+                      color=DISTILLED if distilled else INK, **INTERVAL)
     _title(axes, title or "What distillation adds", 10, loc="left")
     return figure
 
@@ -823,21 +835,19 @@ def paired(panels, ylabel, title):
     panels: dict heading -> {"student": {seed: score}, "distilled": {seed: score}, "teacher":
     score}. A seed that only one of the two has is left out. The teacher is a level line.
     """
-    figure, grid = _panels(title, len(panels), 3.3, sharey=True)
+    figure, grid = _panels(title, 3.3, [""] * len(panels), ylabel, sharey=True)
     for axes, (heading, panel) in zip(grid, panels.items()):
         student, distilled, teacher = (panel[k] for k in ("student", "distilled", "teacher"))
-        both = np.array([(student[seed], score) for seed, score in distilled.items()
-                         if seed in student]).reshape(-1, 2)
-        axes.plot([0, 1], both.T, color="#BBBBBB", linewidth=1)
-        for place, name in enumerate(("student", "distilled")):
-            axes.plot([place] * len(both), both[:, place], markersize=6,
+        both = [(student[seed], distilled[seed]) for seed in distilled if seed in student]
+        for pair in both:
+            axes.plot([0, 1], pair, color="#BBBBBB", linewidth=1)
+        for place, (name, scores) in enumerate(zip(("student", "distilled"), zip(*both))):
+            axes.plot([place] * len(both), scores, markersize=6,
                       **model_style(name) | {"linestyle": "none"})
         axes.axhline(teacher, color=TEACHER, linestyle="--", linewidth=1.4)
-        axes.annotate(f"teacher {teacher:.2f}", (-0.35, teacher), (0, 3), fontsize=8,
-                      color=TEACHER, textcoords="offset points")
-        plain(axes, "", ylabel if axes is grid[0] else "")
+        _note(axes, f"teacher {teacher:.2f}", -0.35, teacher, TEACHER)
         _title(axes, f"{heading}, {len(both)} seeds")
-        axes.set_xticks([0, 1], ["student alone", "distilled"])
+        axes.set_xticks([0, 1], ["student alone", "distilled"], fontsize=9)
         axes.set_xlim(-0.4, 1.4)
     grid[0].set_ylim(bottom=0)
     return figure
@@ -850,23 +860,18 @@ def sensitivity(switches, student=(), title=None):
     [AP of each seed] of the student alone, drawn as a level line. Bars: one standard deviation over
     seeds each way.
     """
-    figure = _figure(2.5)
-    panels = figure.subplots(1, max(1, len(switches)), sharey=True, squeeze=False)[0]
-    for axes, (name, points) in zip(panels, switches.items()):
-        seeds = [values for _, values in points]
-        axes.errorbar(range(len(seeds)), [np.mean(values) for values in seeds],
-                      [_deviation(values) for values in seeds], capsize=3, markersize=5,
-                      linewidth=1.6, **model_style("distilled"))
-        if len(student):
-            axes.axhline(np.mean(student), linewidth=1.6, color=STUDENT, linestyle="--")
-        plain(axes, name, "AP" if axes is panels[0] else "")
+    title = title or "AP of the distilled student, one setting changed at a time"
+    figure, panels = _panels(title, 2.5, switches, "AP", sharey=True)
+    for axes, points in zip(panels, switches.values()):
+        mean, deviation = _statistics([seeds for _, seeds in points])
+        axes.errorbar(range(len(points)), mean, deviation, capsize=3, markersize=5, linewidth=1.6,
+                      **model_style("distilled"))
         axes.set_xticks(range(len(points)), [value for value, _ in points])
         axes.margins(x=0.15)
+        if len(student):
+            axes.axhline(np.mean(student), linewidth=1.6, color=STUDENT, linestyle="--")
     if len(student) and switches:
-        panels[0].annotate("student alone", (0, np.mean(student)), (0, 3),
-                           textcoords="offset points", fontsize=8)
-    _heading(figure, title or "AP of the distilled student, one setting changed at a time",
-             x=0.01, ha="left")
+        _note(panels[0], "student alone", 0, np.mean(student), INK)
     return figure
 
 
@@ -880,47 +885,37 @@ def dots(panels, title, log=False, marks=None):
     `model_style`, as matplotlib's keywords.
     """
     blocks = next(iter(panels.values()), {})
-    lines = [(block, row) for block, rows in blocks.items()
-             for row in [None] * bool(block) + list(rows)]
-    every = [row for blocks in panels.values() for rows in blocks.values()
-             for row in rows.values()]
-    bars = any(isinstance(number, tuple) for row in every for number in row.values())
+    every = [numbers for panel in panels.values() for rows in panel.values()
+             for numbers in rows.values()]
+    bars = any(isinstance(number, tuple) for numbers in every for number in numbers.values())
     apart = 0.7 / max(map(len, every)) if bars else 0                     # between dots of a row
-    height = 1 + (0.75 if bars else 0.22) * len(lines)
-    figure, grid = _panels(title, len(panels), height, sharey=True)
-    styles = _styles(name for row in every for name in row)
+    lines = sum(len(rows) + bool(block) for block, rows in blocks.items())
+    height = 1 + (0.75 if bars else 0.22) * lines
+    figure, grid = _panels(title, height, panels, sharey=True,
+                           subplot_kw={"xscale": "log" if log else "linear"})
+    styles = _styles(itertools.chain(*every))
     for name, style in styles.items():
         style |= {"markersize": 5.5, "linestyle": "none"} | (marks or {}).get(name, {})
 
-    for axes, (xlabel, blocks) in zip(grid, panels.items()):
-        for place, (block, row) in enumerate(lines):
-            if row is None:
-                _block(axes, place, block)
-                continue
-            numbers = {name: number if isinstance(number, tuple) else (number, 0.)
-                       for name, number in blocks[block][row].items()}
-            if log:
-                numbers = {name: number for name, number in numbers.items() if number[0] > 0}
+    for axes, panel in zip(grid, panels.values()):
+        things = [panel[block][row] for block, rows in blocks.items() for row in rows]
+        for place, numbers in zip(_rows(axes, blocks), things):
+            # A number alone has no interval.
+            points = [(name, *np.append(number, 0.)[:2]) for name, number in numbers.items()
+                      if not log or number > 0]
             if not bars:
-                axes.plot([number for number, _ in numbers.values()], [place] * len(numbers),
+                axes.plot([number for _, number, _ in points], [place] * len(points),
                           color="#CCCCCC", linewidth=1.2, zorder=1)
-            for index, (name, (number, half)) in enumerate(numbers.items()):
-                level = place + apart * (index - (len(numbers) - 1) / 2)
+            for index, (name, number, half) in enumerate(points):
+                level = place + apart * (index - (len(points) - 1) / 2)
                 if half:
                     axes.plot([number - half, number + half], [level] * 2, linewidth=1.4,
                               color=styles[name]["color"])
                 axes.plot(number, level, **styles[name])
-        plain(axes, xlabel, "")
         axes.margins(x=0.04)
-        if log:
-            axes.set_xscale("log")
-        else:
+        if not log:
             axes.update_datalim([(0, 0)])
-    if lines:
-        ticks = {place: row for place, (_, row) in enumerate(lines) if row is not None}
-        grid[0].set_yticks([*ticks], ticks.values())
-        grid[0].set_ylim(len(lines) - 0.5, -0.7)
-    _keys(figure, [_key(name, **style) for name, style in styles.items()])
+    _style_keys(figure, styles)
     return figure
 
 
@@ -932,9 +927,10 @@ def reading(answers, title=None):
     """
     memories = {"own": "the image's own memory", "another's": "another image's memory",
                 "noise": "noise"}
-    rows = {detector: {content: {memories[memory]: part for memory, part in parts.items()}
-                       for content, parts in contents.items()}
-            for detector, contents in answers.items()}
+    rows = {}
+    for detector, contents in answers.items():
+        rows[detector] = {content: {memories[memory]: part for memory, part in parts.items()}
+                          for content, parts in contents.items()}
     figure = dots({"part of the queries whose class the teacher names right": rows},
                   title or "What a query with its answer inside teaches: right even on noise")
     figure.axes[0].set_xlim(0, 1.02)
@@ -947,14 +943,13 @@ def gradients(reports, title="How heavy each term is"):
     reports: dict name (of a setting, a step, a run) -> {term: (share, norm)}, as
     train.gradient_report returns it. A term that is off, or absent from a report, has no dot there.
     """
-    terms = dict.fromkeys(term for report in reports.values() for term in report)
-    panels = {}
-    for which, xlabel in enumerate(("share of the total loss",
-                                    "norm of its gradient on the student")):
-        panels[xlabel] = {"": {term: {name: report[term][which]
-                                      for name, report in reports.items() if term in report}
-                               for term in terms}}
-    return dots(panels, title, log=True)
+    shares, norms = {}, {}
+    for name, report in reports.items():
+        for term, (share, norm) in report.items():
+            shares.setdefault(term, {})[name] = share
+            norms.setdefault(term, {})[name] = norm
+    return dots({"share of the total loss": {"": shares},
+                 "norm of its gradient on the student": {"": norms}}, title, log=True)
 
 
 def stacked(table, label, title, written="{:.0%}".format):
@@ -964,10 +959,10 @@ def stacked(table, label, title, written="{:.0%}".format):
     of the axis, with the unit. written: a function that writes a number.
     """
     styles = _styles(part for row in table.values() for part in row)
-    longest = max([sum(row.values()) for row in table.values()] + [1e-12])
+    longest = max([1e-12, *(sum(row.values()) for row in table.values())])
     height = 0.8 + 0.36 * len(table) + 0.2 * (len(styles) > 1)
-    figure, (axes,) = _panels(title, 1, height)
-    for place, row in enumerate(table.values()):
+    figure, (axes,) = _panels(title, height, [label])
+    for place, row in zip(_rows(axes, {"": table}), table.values()):
         left = 0
         for part, number in row.items():
             color = styles[part]["color"]
@@ -975,10 +970,7 @@ def stacked(table, label, title, written="{:.0%}".format):
             if number > 0.035 * longest:
                 _number(axes, left + number / 2, place, written(number), color)
             left += number
-    plain(axes, label, "")
     axes.grid(visible=False, axis="y")
-    axes.set_yticks(range(len(table)), table)
-    axes.set_ylim(max(len(table), 1) - 0.5, -0.5)
     if len(styles) > 1:
         _keys(figure, [_patch(part, color=style["color"]) for part, style in styles.items()])
     return figure
@@ -993,15 +985,43 @@ def lines(panels, xlabel, ylabel, title):
     styles = _styles(name for panel in panels.values() for name in panel)
     for style in styles.values():
         style["marker"] = None
-    figure, grid = _panels(title, len(panels), 2.8, sharey=True)
-    for axes, (heading, panel) in zip(grid, panels.items()):
+    figure, grid = _panels(title, 2.8, [xlabel] * len(panels), ylabel, panels, sharey=True)
+    for axes, panel in zip(grid, panels.values()):
         for name, line in panel.items():
             x, y = line if isinstance(line, tuple) else (range(len(line)), line)
             axes.plot(_array(x), _array(y), linewidth=1.6, **styles[name])
-        plain(axes, xlabel, ylabel if axes is grid[0] else "")
-        _title(axes, heading)
     grid[0].set_ylim(bottom=min(0, grid[0].get_ylim()[0]))
-    _keys(figure, [_key(name, **style) for name, style in styles.items()])
+    _style_keys(figure, styles)
+    return figure
+
+
+def latency(rows):
+    """AP against latency: a panel per detector, a marker per program.
+
+    rows: list of {"detector", "role", "format", "AP", "ms_1": {"median"}}, as experiments.deploy
+    measures them. How much of a marker is filled says the format; colour and shape say the model.
+    """
+    roles, detectors = (dict.fromkeys(row[key] for row in rows) for key in ("role", "detector"))
+    formats = dict(zip(dict.fromkeys(row["format"] for row in rows), ("full", "none", "bottom")))
+    figure, panels = _panels(
+        "AP against latency: a distilled student is as fast as the student alone", 3.2,
+        ["ms per picture, one thread (median)"] * len(detectors), "AP", detectors, sharey=True)
+    for (axes, detector), role in itertools.product(zip(panels, detectors), roles):
+        style = model_style(role) | {"linestyle": ":", "linewidth": 1, "markersize": 7}
+        programs = [row for row in rows if (row["detector"], row["role"]) == (detector, role)]
+        ms = [row["ms_1"]["median"] for row in programs]
+        # A line joins the programs of one model.
+        axes.plot(ms, [row["AP"] for row in programs], **style | {"marker": None})
+        for x, row in zip(ms, programs):
+            axes.plot(x, row["AP"], fillstyle=formats[row["format"]], **style)
+    # Last: a limit that is set no longer follows what is drawn.
+    for axes in panels:
+        axes.margins(0.08)
+        axes.set(xlim=(0, None), ylim=(0, None))
+    styles = {role: model_style(role) | {"linestyle": ""} for role in roles}
+    styles |= {name: {"linestyle": "", "marker": "o", "fillstyle": fill}
+               for name, fill in formats.items()}
+    _style_keys(figure, styles)
     return figure
 
 
@@ -1010,16 +1030,15 @@ def numbers(maps, title):
 
     maps: dict name -> (values (H, W), a function that writes a value, as "{:.2f}".format).
     """
-    shapes = [np.shape(values) for values, _ in maps.values()]
-    tall = max([rows / columns for rows, columns in shapes] + [0]) * PAGE_INCHES
-    figure, grid = _panels(title, len(maps), 0.6 + tall / max(len(maps), 1))
-    for axes, (name, (values, written)) in zip(grid, maps.items()):
+    tall = max([0, *(_ratio(values) for values, _ in maps.values())]) * PAGE_INCHES
+    height = 0.6 + tall / max(len(maps), 1)
+    figure, grid = _panels(title, height, [""] * len(maps), headings=maps)
+    for axes, (values, written) in zip(grid, maps.values()):
         values = _array(values)
         drawn = axes.imshow(values, cmap=WEIGHT_MAP)
         for (row, column), value in np.ndenumerate(values):
             _number(axes, column, row, written(value), drawn.cmap(drawn.norm(value)))
-        axes.set(xticks=[], yticks=[])
-        _title(axes, name)
+        axes.set_axis_off()
     return figure
 
 
@@ -1033,42 +1052,39 @@ def losses(history):
     """
     ours = {"memory": DISTILLED, "cls": TEACHER, "l1": STUDENT, "giou": INK}
     steps = sorted({step for pairs in history.values() for step, _ in pairs})
-    table = {}
-    for name, pairs in history.items():
-        values = dict(pairs)
-        values = np.array([values.get(step, 0.) for step in steps])
-        table[name] = np.where(np.isfinite(values), values, 0)
+    values = [[terms.get(step, 0.) for step in steps] for terms in map(dict, history.values())]
+    table = dict(zip(history, np.nan_to_num(values, posinf=0, neginf=0)))
     others = [name for name in table if name not in ours]
     others.sort(key=lambda name: -table[name].sum())
-    large, rest = others[:4], others[4:]
-    terms = {}
+    large = others[:4]
+    rest = others[4:]
+    colors = dict(zip(large, OTHERS)) | ours
+    terms = {name: table[name] for name in colors if name in table}
     if rest:
-        terms[f"the rest ({len(rest)} terms)"] = sum(table[name] for name in rest)
-    terms |= {name: table[name] for name in [*large, *ours] if name in table}
+        remainder = sum(table[name] for name in rest)
+        terms = {f"the rest ({len(rest)} terms)": remainder} | terms
     window = max(1, len(steps) // 40)
     smooth = {name: _running_mean(values, window) for name, values in terms.items()}
+    colors = [colors.get(name, "#BBBBBB") for name in smooth]
     total = np.maximum(sum(smooth.values()), 1e-12)
-    share = {name: 100 * values / total for name, values in smooth.items()}
-    colors = dict.fromkeys(terms, "#BBBBBB") | dict(zip(large, OTHERS))
-    colors = {name: ours.get(name, color) for name, color in colors.items()}
+    share = [100 * values / total for values in smooth.values()]
 
     figure = _figure(3.2)
     figure.get_layout_engine().set(w_pad=0.08)
     left, right = figure.subplots(1, 2)
-    for name, values in smooth.items():
-        left.plot(steps, np.where(values > 0, values, np.nan), color=colors[name], linewidth=1.4,
+    for (name, values), color in zip(smooth.items(), colors):
+        left.plot(steps, np.where(values > 0, values, np.nan), color=color, linewidth=1.4,
                   linestyle="-" if name in ours else (0, (5, 1)))
     if steps:
         left.set_yscale("log")
-        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        left.yaxis.set_major_formatter("{x:g}")
-        left.yaxis.set_minor_formatter(NullFormatter())
-        labels = [f"{name}  {values[-1]:.1f}%" for name, values in share.items()]
-        layers = right.stackplot(steps, *share.values(), edgecolor="white", linewidth=0.4,
-                                 labels=labels, colors=[*colors.values()])
+        left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
+                       minor_formatter=NullFormatter())
+        labels = [f"{name}  {part[-1]:.1f}%" for name, part in zip(smooth, share)]
+        layers = right.stackplot(steps, share, edgecolor="white", linewidth=0.4, labels=labels,
+                                 colors=colors)
         figure.legend(handles=layers[::-1], loc="outside right center", fontsize=8, frameon=False,
                       title="term, share at the end", title_fontsize=8, alignment="left")
-    mean = f", mean of {window} steps" if window > 1 else ""
+    mean = f", mean of {window} steps" * (window > 1)
     plain(left, "training step", f"weighted loss{mean}")
     plain(right, "training step", "share of the total, %")
     right.set_ylim(0, 100)
@@ -1077,41 +1093,50 @@ def losses(history):
     return figure
 
 
-def plain(axes, xlabel, ylabel):
-    """Axes as all charts have them: light grid, small ticks, no frame at the top and right."""
-    axes.set_xlabel(xlabel, fontsize=9)
-    axes.set_ylabel(ylabel, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
+# The dot and the caps of an interval.
+INTERVAL = {"fmt": "o", "capsize": 3, "markersize": 4}
+
+
+def _interval(gain):
+    """How far the interval of a gain reaches below and above its mean: 0 when there is none."""
+    mean, low, high = gain["mean"], gain["low"], gain["high"]
+    if low is None:
+        return [[0], [0]]
+    return [[mean - low], [high - mean]]
 
 
 def _banded(axes, scores, alpha, **how):
     """A line through the means of {step: [score of each seed]}, in a band of one deviation."""
-    mean = np.array([np.mean(seeds) for seeds in scores.values()])
-    spread = np.array([_deviation(seeds) for seeds in scores.values()])
+    mean, spread = _statistics(scores.values())
     axes.plot([*scores], mean, markersize=4, **how)
     if spread.any():
         axes.fill_between([*scores], mean - spread, mean + spread, color=how["color"], alpha=alpha,
                           linewidth=0)
 
 
-def _interval(axes, place, gain, color, across=False, capsize=2.5, **how):
-    """The mean of a gain at its place, with its interval if it has one."""
-    mean = gain["mean"]
-    bar = [[0], [0]]
-    if gain["low"] is not None:
-        bar = [[mean - gain["low"]], [gain["high"] - mean]]
-    where = {"x": mean, "y": place, "xerr": bar} if across else {"x": place, "y": mean, "yerr": bar}
-    axes.errorbar(**where, fmt="o", capsize=capsize, markersize=4, color=color, **how)
+def _rows(axes, blocks):
+    """Name the rows of a chart, from top to bottom -> where they stand, one number per row.
+
+    blocks: dict heading -> names of rows. A heading is a bold line of its own; "" has none.
+    """
+    place, places, names = 0, [], []
+    frame = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for heading, rows in blocks.items():
+        if heading:
+            axes.text(0.01, place, heading, transform=axes.get_yaxis_transform(), fontsize=9,
+                      va="center", color=INK, weight="bold", bbox=frame, zorder=2.3)
+            place += 1
+        names += rows
+        places += range(place, place + len(rows))
+        place += len(rows)
+    axes.set_yticks(places, names, fontsize=9)
+    axes.set_ylim(max(place, 1) - 0.5, -0.7)
+    return places
 
 
-def _block(axes, place, name, **how):
-    """A bold line that begins a block of rows."""
-    axes.text(0.01, place, name, transform=axes.get_yaxis_transform(), fontsize=8.5, va="center",
-              color=INK, weight="bold", **how)
+def _note(axes, text, x, y, color):
+    """A word on a level line."""
+    axes.annotate(text, (x, y), (0, 3), textcoords="offset points", fontsize=9, color=color)
 
 
 def _number(axes, x, y, text, color):
@@ -1130,9 +1155,11 @@ def _styles(names):
     return styles
 
 
-def _deviation(values):
-    """Standard deviation over seeds; 0 of one."""
-    return np.std(values, ddof=1) if len(values) > 1 else 0.0
+def _statistics(scores):
+    """Mean and standard deviation over seeds (0 of one) of each list of scores -> two arrays."""
+    mean = [np.mean(seeds) for seeds in scores]
+    deviation = [np.std(seeds, ddof=1) if len(seeds) > 1 else 0. for seeds in scores]
+    return np.array(mean), np.array(deviation)
 
 
 def _running_mean(values, window):
@@ -1147,17 +1174,33 @@ def _running_mean(values, window):
 # Pages, legends, titles
 # ----------------------------------------------------------------------------------------------
 
+def plain(axes, xlabel, ylabel):
+    """Axes as all charts have them: light grid, small ticks, no frame at the top and right."""
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+
+
 def _figure(height, width=PAGE_INCHES):
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03, hspace=0.01, wspace=0.01)
     return figure
 
 
-def _panels(title, count, height, **how):
-    """-> a figure with a title, its panels side by side (one if there is nothing to draw)."""
+def _panels(title, height, xlabels, ylabel="", headings=(), **how):
+    """-> a figure with a title; its panels side by side, one per xlabel, but at least one."""
     figure = _figure(height)
     _heading(figure, title)
-    return figure, figure.subplots(1, max(count, 1), squeeze=False, **how)[0]
+    panels = figure.subplots(1, max(len(xlabels), 1), squeeze=False, **how)[0]
+    for axes, xlabel in zip(panels, xlabels):
+        plain(axes, xlabel, ylabel * (axes is panels[0]))
+    for axes, heading in zip(panels, headings):
+        _title(axes, heading)
+    return figure, panels
 
 
 def _grid(figure, rows, columns, used, **how):
@@ -1168,8 +1211,8 @@ def _grid(figure, rows, columns, used, **how):
     return grid
 
 
-def _heading(figure, text, **how):
-    figure.suptitle(text, fontsize=10, color=INK, **how)
+def _heading(figure, text):
+    figure.suptitle(text, fontsize=10, color=INK)
 
 
 def _title(axes, text, size=9, **how):
@@ -1194,7 +1237,8 @@ def _class_names(classes):
 def _keys(figure, keys, **how):
     """A legend under the picture: in one row, or in columns when its names need more room."""
     lengths = [len(key.get_label()) + 9 for key in keys]                  # 9: mark and space
-    columns, room = max(len(keys), 1), 16 * figure.get_figwidth()         # in letters of 8 pt
+    columns = max(len(keys), 1)
+    room = 16 * figure.get_figwidth()                                     # in letters of 8 pt
     if sum(lengths) > room:
         columns = max(int(room / max(lengths)), 1)
     figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=8,
@@ -1206,6 +1250,11 @@ def _key(label, **how):
     return Line2D([], [], label=label, **{"color": INK} | how)
 
 
+def _style_keys(figure, styles):
+    """A legend of dict name -> style."""
+    _keys(figure, [_key(name, **style) for name, style in styles.items()])
+
+
 def _patch(label, **how):
     """A rectangle in a legend."""
     return Rectangle((0, 0), 1, 1, label=label, **how)
@@ -1215,8 +1264,8 @@ def _legend(figure, classes, truths, title=None, judged=True):
     """What markers and dashes mean; of many classes the names stand on the boxes."""
     keys = []
     if len(classes) <= len(MARKERS):
-        keys = [_key(name, linestyle="none", marker=marker, markersize=4.5)
-                for marker, name in zip(MARKERS, classes)]
+        for marker, name in zip(MARKERS, classes):
+            keys.append(_key(name, linestyle="none", marker=marker, markersize=4.5))
     if judged:
         keys += [_key("found"), _key("false alarm", linestyle=FALSE),
                  _patch("missed", facecolor="#777777", edgecolor=TRUTH, linestyle=MISSED)]
@@ -1268,21 +1317,27 @@ def _ratio(pixels):
     return height / width
 
 
-def _show(axes, pixels):
+def _show(axes, pixels, ignored=(), gray=False):
+    """The image, and ignored regions hatched -> the axes.
+
+    gray: without its colours, so that colour is a map's alone.
+    """
     height, width = pixels.shape[:2]
+    if gray:
+        pixels = pixels.mean(2, keepdims=True).repeat(3, 2)
     axes.imshow(pixels, extent=(0, width, height, 0),
                 interpolation="bilinear" if width < 400 else "auto")
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     axes.spines[:].set_visible(False)
+    for box in _corners(ignored):
+        _rectangle(axes, box, facecolor="none", edgecolor="#BBBBBB", hatch="/////", linewidth=0.4)
     return axes
 
 
-def _gray(axes, pixels):
-    """The image without its colours, so that colour is the map's alone -> the extent of both."""
-    height, width = pixels.shape[:2]
-    extent = (0, width, height, 0)
-    axes.imshow(pixels.mean(2), extent=extent, cmap="gray", vmin=0, vmax=1)
-    return extent
+def _scene(axes, pixels, truth, names):
+    """The image with its objects."""
+    _show(axes, pixels, truth.get("ignore", ()))
+    _boxes(axes, truth["boxes"], TRUTH, labels=truth["labels"], names=names)
 
 
 def _halo(width, color):
@@ -1300,12 +1355,11 @@ def _boxes(axes, boxes, color, linestyle="-", width=1.1, labels=None, names=None
     """Rectangles, as far as the image reaches; with labels, the marker or name of each class."""
     _, right, bottom, _ = axes.images[0].get_extent()
     boxes = _corners(boxes).clip(0, [right, bottom] * 2)
-    for i, (x0, y0, x1, y1) in enumerate(boxes):
-        _rectangle(axes, (x0, y0, x1, y1), fill=False, edgecolor=color, linestyle=linestyle,
-                   linewidth=width, path_effects=_halo(width + 1, color))
-        if labels is None:
-            continue
-        label = int(labels[i])
+    for box in boxes:
+        _rectangle(axes, box, fill=False, edgecolor=color, linestyle=linestyle, linewidth=width,
+                   path_effects=_halo(width + 1, color))
+    labels = () if labels is None else _array(labels).astype(int)
+    for label, (x0, y0, x1, _) in zip(labels, boxes):
         if names is None:
             # A marker above the box hides no part of the object.
             above = ScaledTranslation(0, 2.6 / 72, axes.figure.dpi_scale_trans)
@@ -1326,9 +1380,13 @@ def _reference(axes, place):
                   path_effects=_halo(3, TRUTH))
 
 
-def _ignored(axes, truth):
-    for box in _corners(truth.get("ignore", ())):
-        _rectangle(axes, box, facecolor="none", edgecolor="#BBBBBB", hatch="/////", linewidth=0.4)
+def _strong(result, min_score):
+    """Detections of at least min_score, best first -> list of (score, label, box)."""
+    scores, labels, boxes = (_array(result[key]) for key in ("scores", "labels", "boxes"))
+    order = np.argsort(-scores, kind="stable")
+    order = order[scores[order] >= min_score]
+    labels = labels.astype(int)
+    return list(zip(scores[order], labels[order], boxes[order]))
 
 
 def _judged(axes, result, truth, color, min_score, names=None):
@@ -1336,45 +1394,37 @@ def _judged(axes, result, truth, color, min_score, names=None):
 
     Right ones are solid, false ones dashed, missed objects dotted.
     """
-    scores, labels, boxes = (_array(result[key]) for key in ("scores", "labels", "boxes"))
-    true_labels, true_boxes = _array(truth["labels"]), _corners(truth["boxes"])
-    ignored = _corners(truth.get("ignore", ()))
+    true_labels = _array(truth["labels"])
+    true_boxes = _corners(truth["boxes"])
+    regions = _corners(truth.get("ignore", ()))
     free = np.ones(len(true_boxes), bool)
-    found = false = 0
-    for i in np.argsort(-scores, kind="stable"):
-        if scores[i] < min_score:
-            break
-        box = boxes[i]
-        iou = _iou(box, true_boxes) * (free & (true_labels == labels[i]))          # (K,)
-        inside = _overlap(box, ignored) / max(_area(box), 1e-9)                    # (N,)
+    false = 0
+    for _, label, box in _strong(result, min_score):
+        iou = _iou(box, true_boxes) * (free & (true_labels == label))     # (K,)
+        # The IoU with the box's own part in a region is the share that lies there.
+        part = box.clip(regions[:, [0, 1] * 2], regions[:, [2, 3] * 2])
+        ignored = _iou(box, part)                                         # (N,)
+        line = "-"
         if iou.max(initial=0) >= MIN_IOU:
             free[iou.argmax()] = False
-            found += 1
-            line = "-"
-        elif inside.max(initial=0) >= 0.5:
+        elif ignored.max(initial=0) >= 0.5:
             continue
         else:
             false += 1
             line = FALSE
-        _boxes(axes, box, color, line, labels=[labels[i]], names=names)
+        _boxes(axes, box, color, line, labels=[label], names=names)
     _boxes(axes, true_boxes[free], TRUTH, linestyle=MISSED, width=0.9)
-    return np.array([found, free.sum(), false])
-
-
-def _area(boxes):
-    return (boxes[..., 2:] - boxes[..., :2]).clip(0).prod(-1)
-
-
-def _overlap(box, boxes):
-    """(4,), (K, 4) -> (K,) areas of intersection in square pixels."""
-    low, high = np.tile(boxes[:, :2], 2), np.tile(boxes[:, 2:], 2)        # (K, 4) each
-    return _area(box.clip(low, high))
+    return np.array([(~free).sum(), free.sum(), false])
 
 
 def _iou(box, boxes):
-    """(4,), (K, 4) -> (K,)."""
-    overlap = _overlap(box, boxes)
-    return overlap / np.maximum(_area(box) + _area(boxes) - overlap, 1e-9)
+    """(4,), (K, 4) arrays -> (K,)."""
+    return box_iou(torch.from_numpy(box)[None], torch.from_numpy(boxes))[0].numpy()
+
+
+def _highest(maps, least):
+    """The largest number in all maps (dict), and at least `least`."""
+    return max([least, *(values.max(initial=0) for values in maps.values())])
 
 
 def _log_norm(maps):
@@ -1383,17 +1433,17 @@ def _log_norm(maps):
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
         values = np.array([0.1, 1])
-    low, high = values.min(), values.max()
-    return LogNorm(low, high if high > low else low * 10)
+    low = values.min()
+    return LogNorm(low, values.max() if values.max() > low else low * 10)
 
 
-def _cells(axes, values, pixels, norm):
+def _cells(axes, values, norm):
     """A map of cells over the whole image, with its grid while that is coarse; 0 stays bare.
 
     values: (H, W), or colours (H, W, 3), which hide the image.
     """
     rows, columns = values.shape[:2]
-    extent = _, width, height, _ = _gray(axes, pixels)
+    extent = _, width, height, _ = axes.images[0].get_extent()
     if values.ndim == 3:
         return axes.imshow(values, extent=extent, interpolation="nearest")
     drawn = axes.imshow(np.ma.masked_less_equal(values, 0), extent=extent, norm=norm,
@@ -1405,11 +1455,11 @@ def _cells(axes, values, pixels, norm):
     return drawn
 
 
-def _heat(axes, values, pixels, norm):
+def _heat(axes, values, norm):
     """A map over the grey image, bare below an even spread; colour and opacity grow with it."""
-    return axes.imshow(values, extent=_gray(axes, pixels), norm=norm, cmap=WEIGHT_MAP,
-                       interpolation="bilinear",
-                       alpha=np.ma.filled(norm(values), 0).clip(0, 1) * 0.9)
+    alpha = np.ma.filled(norm(values), 0).clip(0, 1) * 0.9
+    return axes.imshow(values, extent=axes.images[0].get_extent(), norm=norm, cmap=WEIGHT_MAP,
+                       interpolation="bilinear", alpha=alpha)
 
 
 def _dots(axes, places, weights, size, scale):
@@ -1418,36 +1468,39 @@ def _dots(axes, places, weights, size, scale):
     They are rings, through which the object is seen.
     """
     for level in range(places.shape[1]):
-        x, y = (places[:, level] * torch.tensor(size)).reshape(-1, 2).T   # (heads * P,) each
+        pixels = places[:, level] * torch.tensor(size)                    # (heads, P, 2)
+        x, y = pixels.reshape(-1, 2).T                                    # (heads * P,) each
         axes.scatter(x, y, s=scale * weights[:, level].ravel(), facecolors="none", linewidths=1.3,
                      edgecolors=LEVELS[level % 6], marker=MARKERS[level % 6],
                      path_effects=_halo(2.2, LEVELS[level % 6]))
 
 
-def _over_scene(image, boxes, panels, norm, label, heading, columns=2):
-    """Panels (title, map of cells, or None for the scene itself) over the scene, one colour bar.
+def _over_scene(image, boxes, maps, heading, label="", norm=None, columns=0):
+    """Maps over the scene, dict title -> cells (H, W), with one colour bar; norm: of the colours.
 
-    No norm: the maps are colours, without a bar.
-
-    Where they do not fill the rows, the first has the top row for itself.
+    Without label the maps are colours (H, W, 3), and there is no bar. Without columns there are
+    two, and the scene itself comes first, in a row of its own where that fills the rows.
     """
-    pixels, columns = _pixels(image), max(columns, 1)
-    rows = max(math.ceil(len(panels) / columns), 1)
-    below = 0.75 if norm else 0.3                                         # a colour bar
-    figure = _figure((PAGE_INCHES / columns * _ratio(pixels) + 0.2) * rows + below)
-    grid = figure.add_gridspec(rows, columns)
-    spots = [grid[i] for i in range(rows * columns)]
-    if len(panels) < len(spots):
-        spots = [grid[0, :], *spots[columns:]]
-    every, drawn = [], None
-    for spot, (title, values) in zip(spots, panels):
-        axes = _show(figure.add_subplot(spot), pixels)
-        every.append(axes)
-        if values is not None:
-            drawn = _cells(axes, values, pixels, norm)
-        _boxes(axes, boxes, TRUTH, width=1.1 if values is None else 0.7)
+    pixels = _pixels(image)
+    norm = norm or _log_norm(maps.values())
+    titles = [*maps]
+    if not columns:
+        scene = f"the scene, {_objects(len(boxes))}"
+        columns = 2
+        titles = [scene] * (2 - len(maps) % 2) + titles
+    rows = len(titles) // columns
+    below = 0.75 if label else 0.3                                        # a colour bar
+    row_inches = PAGE_INCHES / columns * _ratio(pixels) + 0.2
+    figure = _figure(row_inches * rows + below)
+    layout = np.reshape(titles, (rows, columns))
+    panels = figure.subplot_mosaic(layout) if titles else {}
+    for title, axes in panels.items():
+        _show(axes, pixels, gray=title in maps)
+        _boxes(axes, boxes, TRUTH, width=0.7 if title in maps else 1.1)
         _title(axes, title, 8.5, pad=3)
-    if drawn and norm:
-        _bar(figure, every, drawn, label)
+    for title, values in maps.items():
+        drawn = _cells(panels[title], values, norm)
+    if label and maps:
+        _bar(figure, [*panels.values()], drawn, label)
     _heading(figure, heading)
     return _legible(figure)

@@ -105,6 +105,8 @@ def pictures(objects, found):
             "lines": (2 if found else 1, ({"a": {"memory": [1., .5]},
                                            "b": {"cls": (boxes[:, 0], boxes[:, 1])}}
                                           if found else {}, "step", "loss", "Title")),
+            "latency": (1, ([{"detector": "dino", "role": "teacher", "format": "PyTorch",
+                              "AP": 0., "ms_1": {"median": 1.}}] if found else [],)),
             "numbers": (2 if found else 1, ({"a": (torch.rand(2, 3), "{:.2f}".format),
                                              "b": (torch.zeros(1, 1), str)}
                                             if found else {}, "Title")),
@@ -139,7 +141,7 @@ def test_a_figure_with_the_expected_axes_saves_and_leaves_inputs_alone(name, obj
     before = copy.deepcopy([a.detach() if isinstance(a, torch.Tensor) else a for a in arguments])
     start = time.process_time()
     figure = getattr(plots, name)(*arguments)
-    figure.savefig(file := io.BytesIO(), format="png")
+    figure.savefig(file := io.BytesIO(), format="png", dpi=50)
     assert time.process_time() - start < 3
     assert isinstance(figure, Figure) and len(figure.axes) == axes
     assert file.getvalue().startswith(b"\x89PNG")
@@ -152,7 +154,7 @@ def test_found_missed_and_false_by_hand():
     figure = plots.detections([image], [truth], {"student": [result], "teacher": [nothing()]},
                               CLASSES)
     # One scene: two panels a row, the last is blank.
-    assert len(figure.axes) == 4
+    assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 0]
     assert [axes.get_title().split("\n")[1] for axes in figure.axes[:3]] == [
         "3 objects", "1 found, 2 missed, 2 false", "0 found, 3 missed, 0 false"]
 
@@ -409,7 +411,7 @@ def test_class_names_are_never_read_as_tex():
                    plots.detections([image], [truth], {TEX[0]: [result]}, HARD),
                    plots.query_attention(image, {TEX[0]: one}, TEX, title=TEX[0]),
                    plots.self_attention({TEX[0]: torch.eye(3)[None]}, names=TEX[:3], title=TEX[0])):
-        figure.savefig(io.BytesIO(), format="png")
+        figure.savefig(io.BytesIO(), format="png", dpi=50)
         texts = [text for text in figure.findobj(Text) if text.get_text()]
         assert not any(text.get_parse_math() for text in texts)
         assert any("$" in text.get_text() for text in texts)
@@ -600,6 +602,23 @@ def test_lines_keep_their_look_from_panel_to_panel():
     assert again.get_xdata().tolist() == [5, 6] and again.get_ydata().tolist() == [7, 8]
     assert two.get_color() == again.get_color() != one.get_color()
     assert legend(figure) == ["one", "two"]
+
+
+def test_latency_has_a_marker_per_program_and_a_line_per_model():
+    measured = [("dino", "teacher", "PyTorch", 30, .5), ("dino", "student", "PyTorch", 10, .3),
+                ("dino", "teacher", "ONNX fp32", 20, .5), ("dab_detr", "student", "PyTorch", 9, .8)]
+    figure = plots.latency([
+        {"detector": detector, "role": role, "format": kind, "AP": ap, "ms_1": {"median": ms}}
+        for detector, role, kind, ms, ap in measured])
+    dino, dab = figure.axes
+    assert [dino.get_title(), dab.get_title()] == ["dino", "dab_detr"]
+    assert dots(dino) == [(30, .5), (20, .5), (10, .3)] and dots(dab) == [(9, .8)]
+    # The scale that all panels share reaches from 0 to the highest AP of any.
+    assert dino.get_ylim()[0] == 0 and dino.get_ylim()[1] > .8
+    line, pytorch, onnx = dino.lines[:3]
+    assert [*line.get_xdata()] == [30, 20] and line.get_color() == plots.TEACHER
+    assert [pytorch.get_fillstyle(), onnx.get_fillstyle()] == ["full", "none"]
+    assert legend(figure) == ["teacher", "student", "PyTorch", "ONNX fp32"]
 
 
 def test_numbers_stand_in_their_cells():
