@@ -146,7 +146,8 @@ plots.method_drawing()
 # $V$ is a linear map of the tokens, interpolated between cells. The unit $u$ of an offset is one
 # cell in the encoder. In the decoder it is the box's width and height, over twice the number of
 # points: a large box is read more widely. The heads' results are joined and mapped by one more
-# linear layer. (`attention.DeformableAttention` is this equation, and stays closed here.)
+# linear layer. (`attention.DeformableAttention` is this equation. It stays closed here, as do the
+# ResNet, plain self-attention, the feed-forward blocks `ffn` and the MLPs of the heads.)
 #
 # **Claim.** The lines of the next three cells are all of DINO's forward pass: they give the memory
 # and the answers of `teacher(...)`.
@@ -359,10 +360,11 @@ M = cells.any(0)                                                        # (H, W)
 # Where boxes overlap, the smaller box wins: its $1/\text{cells}$ is larger, so a maximum does it.
 #
 # **Does $S$ help? On the toy it costs AP.** Without it Deformable DETR gains more by 0.027 (95 %
-# interval 0.023 to 0.030; three seeds, half the steps) and DINO by 0.021 (0.004 to 0.037; five
-# seeds, all steps). A likely reason: each level weighs the same under $S$, also the coarsest, of
-# ten cells. The toy's recipes leave $S$ out (`scale=False`), those for KITTI and COCO keep it. On
-# large images it is undecided. [Notebook 3](3_ablations.ipynb) has the evidence.
+# interval 0.023 to 0.030; three seeds, half the steps; at all steps 0.013, 0.000 to 0.026,
+# undecided) and DINO by 0.021 (0.004 to 0.037; five seeds, all steps). A likely reason, not tested:
+# each level weighs the same under $S$, also the coarsest, of ten cells. The toy's recipes leave $S$
+# out (`scale=False`), those for KITTI and COCO keep it. On large images it is undecided. [Notebook
+# 3](3_ablations.ipynb) has the evidence.
 
 # %%
 background = ~M                                                         # (H, W)
@@ -663,7 +665,8 @@ plots.dots({"IoU of the teacher's and the student's answer": {"": {
 # hence two terms per class [O]. (DETR itself has a softmax over classes and "no object":
 # `classes="softmax"`.)
 #
-# **Claim.** For one query, one class and one layer, these lines give what `logit_loss` gives.
+# **Claim.** For one query, one class and one layer, these lines give what `logit_loss` gives. The
+# picture after them shows the class term for other logits of the student and other temperatures.
 
 # %%
 tau = 10.                                               # the temperature
@@ -699,7 +702,7 @@ plots.lines({"the teacher's logit t is 2": curves}, "the student's logit s", "KL
 
 # %% [markdown]
 # *At $\tau = 10$ the curve lies on $(t - s)^2 / 8$: a squared error of the logits. At $\tau = 1$ it
-# is flatter: a student that is far off is hardly pulled.*
+# is flatter: a student that is far off is pulled less.*
 #
 # ## The same on the scene
 #
