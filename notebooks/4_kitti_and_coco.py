@@ -134,8 +134,8 @@ plots.detections(pictures, truths, {}, frames.classes)
 #
 # **Claim.** Wherever there is an object, objects have at least half of the scale mask's weight,
 # however few cells they own: each one adds up to as much as all the background together, unless a
-# smaller one hides part of it. (That is S alone; in the loss $\alpha:\beta = 500:1$ comes on top.)
-# Ignored regions are background to the mask.
+# smaller one hides part of it. (This is S alone. The loss multiplies it by $\alpha$ on objects and
+# by $\beta$ elsewhere, 500 to 1.) Ignored regions are background to the mask.
 #
 # Whether S is *worth* its place is another question. On the toy it costs AP, so the toy's recipes
 # leave it out (`scale=False`; notebook 3). The KITTI and COCO recipes keep it, as the method is
@@ -236,9 +236,9 @@ line("measure", "COCO AP and AP50", "COCO AP", "ours ([P]: VOC AP50) | official"
 #     python train.py distill --recipe kitti-student --detector dino --teacher runs/teacher \
 #         --balance memory=50 cls+l1+giou=1 ...
 #
-# KITTI is small for a DETR, 5,985 images to train on. These recipes start from torchvision's
-# ImageNet backbone, which is the least; a detector that was trained on COCO (`--init-from`, section
-# 6) is the better start, for the teacher above all.
+# KITTI is small for a DETR: 5,985 images to train on. These recipes start from torchvision's
+# ImageNet backbone, which is the least that such a data set needs. A detector that was trained on
+# COCO (`--init-from`, section 6) is the better start, above all for the teacher.
 #
 # ## 4. Small real runs, and what they taught
 #
@@ -336,9 +336,9 @@ print(f"COCO: {images:.1f} times the images, of {pixels:.1f} times the pixels: "
       f"{images * pixels:.0f} times the hours")
 
 # %% [markdown]
-# So COCO takes not days but months for all tables (`--only main` is that of the three detectors
-# alone). There batches are two or four times as large; if they do not fit, `--accumulate` splits a
-# batch and changes nothing else. All of it is an estimate.
+# All COCO tables take months on one card, not days; `--only main` makes the table of the three
+# detectors alone. COCO's batches are two or four times as large. Where they do not fit,
+# `--accumulate` splits a batch and changes nothing else. All of this is an estimate.
 #
 # **What to expect?** Nothing of full size has been trained on KITTI or COCO with this code. What is
 # published, to check your own runs by (COCO val2017, box AP):
@@ -518,8 +518,8 @@ plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "avera
 #
 # **Claim.** Images of one batch are padded to the same size. Convolutions see the border that this
 # makes, and GroupNorm averages over the padding, so boxes, scores and AP depend on how much padding
-# there is: the more, the more. They do not depend on what the other images show. So make tables
-# with `--eval-batch 1`, the default.
+# there is: more padding, larger changes. They do not depend on what the other images show. So make
+# tables with `--eval-batch 1`, the default.
 #
 # Here every second image is cut to 128 or 96 of its 160 columns, as in a data set of many sizes.
 # The toy exaggerates: its teacher never met padding in training, and at 20 x 6 cells the border is
@@ -569,8 +569,8 @@ figure
 #
 # ### 7.3 Category ids are not labels: 91 against 80
 #
-# **Claim.** COCO numbers its 80 categories 1 to 90, with gaps. Inside, classes are 0 to 79, the
-# ranks of these ids; `category_ids` leads back. A perfect detector whose labels are one off has AP
+# **Claim.** COCO numbers its 80 categories 1 to 90, with gaps. In this code classes are 0 to 79, in
+# the order of these ids; a data set's `category_ids` maps them back. A perfect detector whose labels are one off has AP
 # 0. One that takes *id - 1* for the label is right before the first gap, 11 classes, and wrong
 # after it: an AP that looks like a weak detector, not like a bug. **Look at** the first grey bar,
 # at id 12: there the dashed line leaves the full one, and it never comes back.
