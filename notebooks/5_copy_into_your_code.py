@@ -873,7 +873,7 @@ plots.lines(own, "step", "own loss, % of the first", "Six images, sixty steps: m
 
 # %% [markdown]
 # Alone, the students' own loss falls to 26 to 53 % of its first value; with memory in the lead, to
-# 75 to 92 %. The four terms fall to less than half, nearly all of it memory.
+# 75 to 92 %. The four terms together fall to a fifth.
 #
 # **Is 50 too much, then?** This picture cannot tell. Alone, a student learns six images by heart,
 # and the loss on training images is no AP. On the toy, where there are enough images, the student

@@ -71,8 +71,8 @@ figure
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
-# fractions of the picture, differ by less than 1e-5. (`export` writes nothing from 1e-4 on.) What
-# the file reads and what its labels mean is written in its metadata.
+# fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
+# than 1e-4 off.) What the file reads and what its labels mean is written in its metadata.
 
 # %%
 checkpoint, folder = "weights/toy_distilled_dino.safetensors", Path("runs/deploy-notebook")
@@ -91,12 +91,12 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #
 # - **Deformable sampling** reads the memory between its cells, at places that are computed. The
 #   official code does it with a CUDA kernel of its own, which no other program knows. Here it is
-#   `grid_sample`, level by level, which is an operator of ONNX since its version 16. (On a CPU our
+#   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU our
 #   training uses a product with a sparse matrix, several times as fast. ONNX has no such operator,
 #   so [attention.py](../attention.py) takes `grid_sample` while it is exported.)
 # - **Top-k.** *Which* tokens become DINO's queries is decided by the picture: an index that is
-#   data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change places between
-#   two programs, so two answers must be compared as sets, not row by row.
+#   data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change places
+#   between two programs, so two answers must be compared as sets, not row by row.
 # - **Sizes.** A Python number in the code, the shape of a level or the number of tokens, becomes a
 #   constant in the file. So one file is for one size. Only the number of pictures may stay open
 #   (`--batch dynamic`), and smaller pictures may be padded (`--padding`).
@@ -223,8 +223,9 @@ assert apart < 1e-4 and sure.any()
 # w \approx s q, \qquad -127 \le q \le 127
 # $$
 #
-# All other operators keep 32 bits, attention's products among them (exercise 3). The exporter writes
-# a linear layer as `MatMul` and `Add`; before it quantises, ONNX Runtime makes one `Gemm` of both.
+# All other operators keep 32 bits, attention's products among them (exercise 3). The exporter
+# writes a linear layer as `MatMul` and `Add`; before it quantises, ONNX Runtime makes one `Gemm` of
+# both.
 #
 # **Claim.** The file is less than half as large, and the thirty lines read it as they are.
 
