@@ -911,7 +911,7 @@ def _cells(boxes, extent, valid):
     # 1e-4 of a cell: rounding must not push a box that is aligned with the cells into one more.
     low = (low + 1e-4).floor()
     high = (high - 1e-4).ceil()
-    row, column = torch.arange(height).to(low), torch.arange(width).to(low)        # (H,), (W,)
+    row, column = (torch.arange(n, device=low.device) for n in (height, width))    # (H,), (W,)
     return *low.split(1, -1), *high.split(1, -1), row, column
 
 
