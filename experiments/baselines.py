@@ -248,7 +248,7 @@ class FGD(Baseline):
             self.relate_teacher = _repeat(levels, lambda: ContextBlock(teacher_dim))
 
     def losses(self, student, teacher, targets, extras):
-        boxes, real = _padded(targets)
+        _, boxes, real, _ = pad_targets(targets)                  # (B, K, 4), (B, K)
         parts = self.levels(student, teacher, len(self.relate_student))
         total = 0
         for part, relate_s, relate_t in zip(parts, self.relate_student, self.relate_teacher):
@@ -259,8 +259,9 @@ class FGD(Baseline):
             # Errors count more where the teacher's features are large, in position and channel.
             near_s, along_s = self.attention(s, valid)
             near_t, along_t = self.attention(t, valid)
-            error = near_t * ((t - s).square() * along_t[:, None]).sum(2)                # (B, N)
-            attention = (near_s - near_t).abs().sum() + (along_s - along_t).abs().sum()
+            difference = (t - s).square()                                             # (B, N, D)
+            error = near_t * (difference * along_t[:, None]).sum(2)                      # (B, N)
+            attention = _distance(near_s, near_t) + _distance(along_s, along_t)
 
             related = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2)          # (B, N)
             values = [(objects * error).sum(), (background * error).sum(), attention,
@@ -271,13 +272,13 @@ class FGD(Baseline):
     @staticmethod
     def masks(boxes, real, extent, valid):
         """M and M^bg, (B, N) each. boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
-        x0, y0, x1, y1 = _cells(boxes, extent, valid.shape[1:])                     # (B, K) each
-        row, column = (torch.arange(n, device=x0.device) for n in valid.shape[1:])
-        in_y = (row >= y0[..., None]) & (row <= y1[..., None])                        # (B, K, H)
-        in_x = (column >= x0[..., None]) & (column <= x1[..., None])                  # (B, K, W)
-        share = real / ((y1 - y0 + 1) * (x1 - x0 + 1))                                   # (B, K)
+        x0, y0, x1, y1, row, column = _cells(boxes, extent, valid)                # (B, K, 1) each
+        in_y = (row >= y0) & (row <= y1)                                              # (B, K, H)
+        in_x = (column >= x0) & (column <= x1)                                        # (B, K, W)
+        cells = (y1 - y0 + 1) * (x1 - x0 + 1)                                         # (B, K, 1)
+        share = real[..., None] / cells
         inside = in_y[..., None] * in_x[:, :, None]                                # (B, K, H, W)
-        objects = _largest(inside * share[..., None, None], valid)                       # (B, N)
+        objects = _largest(inside * share[..., None], valid)                             # (B, N)
         background = (objects == 0) & valid.flatten(1)
         background = background.to(objects)
         return objects, background / background.sum(1, keepdim=True).clamp(min=1)
@@ -286,9 +287,7 @@ class FGD(Baseline):
         """A^sp (B, N) and A^ch (B, D) of tokens (B, N, D)."""
         size = tokens.abs() * valid[..., None]                                        # (B, N, D)
         count = valid.sum(1, keepdim=True)                                               # (B, 1)
-        near = count * _softmax(size.mean(2) / self.temperature, valid)                  # (B, N)
-        along = (size.sum(1) / count / self.temperature).softmax(1)                      # (B, D)
-        return near, size.shape[2] * along
+        return _weights(size.mean(2), size.sum(1) / count, valid, self.temperature)
 
 
 class MGD(Baseline):
@@ -366,7 +365,7 @@ class GKD(Baseline):
         self.weights = alpha, beta
 
     def losses(self, student, teacher, targets, extras):
-        boxes, real = _padded(targets)
+        _, boxes, real, _ = pad_targets(targets)                  # (B, K, 4), (B, K)
         parts = self.levels(student, teacher)
         gradients = teacher.gradient.split([valid.shape[1] for _, _, valid, _ in parts], 1)
         memory = maps = 0
@@ -375,39 +374,38 @@ class GKD(Baseline):
             map_t = _scaled(importance.sum(2), valid)                                    # (B, N)
             map_s = _scaled((s * gradient).abs().sum(2), valid)                          # (B, N)
 
-            # Weights of channels, then of positions.
-            along = importance.sum(1)                                                    # (B, D)
-            along = _scaled(along, torch.ones_like(along, dtype=torch.bool))
-            along = along.shape[1] * (along / self.temperature).softmax(1)
-            count = valid.sum(1, keepdim=True)                                           # (B, 1)
-            near = count * _softmax(map_t / self.temperature, valid)                     # (B, N)
+            # Tokens and channels count by how much they change the teacher's loss.
+            channels = importance.sum(1)                                                 # (B, D)
+            channels = _scaled(channels, torch.ones_like(channels, dtype=torch.bool))
+            near, along = _weights(map_t, channels, valid, self.temperature)
             if self.boxes:
                 on_map = valid.unflatten(1, shape)                                    # (B, H, W)
-                mask = self.masks(boxes, real, student.extent, on_map)      # (B, N)
+                mask = self.masks(boxes, real, student.extent, on_map)                   # (B, N)
             else:
-                mask = valid / count
+                mask = valid / valid.sum(1, keepdim=True)
 
-            error = ((t - s).square() * along[:, None]).sum(2)                           # (B, N)
+            difference = (t - s).square()                                             # (B, N, D)
+            error = (difference * along[:, None]).sum(2)                                 # (B, N)
             memory = memory + (mask * near * error).sum() / len(targets)
             tokens = mean_over_processes(valid.sum().float())
-            maps = maps + (map_s - map_t).abs().sum() / tokens
+            maps = maps + _distance(map_s, map_t) / tokens
         return self.weighted([memory, maps])
 
     @staticmethod
     def masks(boxes, real, extent, valid):
         """G (B, N). boxes (B, K, 4), real (B, K), extent (B, 2), valid (B, H, W)."""
-        cells = _cells(boxes, extent, valid.shape[1:])
-        x0, y0, x1, y1 = (x[..., None] for x in cells)                           # (B, K, 1) each
+        x0, y0, x1, y1, row, column = _cells(boxes, extent, valid)                # (B, K, 1) each
         w = (x1 - x0).clamp(min=1)
         h = (y1 - y0).clamp(min=1)
         # Distances of each cell's centre from the box's, in widths and heights of the box.
-        row, column = (torch.arange(n, device=x0.device) + 0.5 for n in valid.shape[1:])
-        y = ((row - y0) / h - 0.5)[..., None]                                      # (B, K, H, 1)
-        x = ((column - x0) / w - 0.5)[:, :, None]                                  # (B, K, 1, W)
-        inside = (x.abs() < 0.5) & (y.abs() < 0.5)                                 # (B, K, H, W)
-        bump = torch.where(inside, 1., (-(x ** 2 + y ** 2) / 2).exp())
-        near = (x.abs() < 1) & (y.abs() < 1) & real[..., None, None]
-        return _largest(bump * near / (4 * w * h)[..., None], valid)
+        y = ((row + 0.5 - y0) / h - 0.5)[..., None]                                # (B, K, H, 1)
+        x = ((column + 0.5 - x0) / w - 0.5)[:, :, None]                            # (B, K, 1, W)
+        farther = torch.maximum(x.abs(), y.abs())                                  # (B, K, H, W)
+        skirt = (-(x ** 2 + y ** 2) / 2).exp()
+        bump = skirt.where(farther >= 0.5, 1.)
+        near = (farther < 1) & real[..., None, None]
+        area = (4 * w * h)[..., None]                                              # (B, K, 1, 1)
+        return _largest(bump * near / area, valid)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -429,8 +427,7 @@ class Hinton(Baseline):
                  classes="bernoulli", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want_temperature(temperature)
-        _want(classes in ("bernoulli", "softmax"), f"classes={classes!r}: choose from 'bernoulli', "
-                                                   "'softmax'")
+        _want_one_of(("bernoulli", "softmax"), classes=classes)
         self.weight, self.temperature, self.classes = weight, temperature, classes
 
     def losses(self, student, teacher, targets, extras):
@@ -471,45 +468,53 @@ class KDDETR(Baseline):
         _want_temperature(temperature)
         _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: "
                                                         "want some queries")
-        _want(teacher_layers in ("last", "twin"), f"teacher_layers={teacher_layers!r}: choose from "
-                                                  "'last', 'twin'")
+        _want_one_of(("last", "twin"), teacher_layers=teacher_layers)
         self.weights, self.temperature = (cls_weight, l1_weight, giou_weight), temperature
         self.general, self.specific, self.teacher_layers = general, specific, teacher_layers
 
     @torch.no_grad()
     def queries(self, learned, generator=None):
         content, boxes, _, valid, position = super().queries(learned, generator)
-        device, B, Q = boxes.device if generator is None else generator.device, *valid.shape
-        random = torch.randn(self.general, 4, generator=generator,
-                             device=device).sigmoid().to(boxes)
-        row = torch.randint(Q, (self.general,), generator=generator, device=device).to(boxes.device)
+        B, Q = valid.shape
+        # Random numbers are drawn where their generator lives, and moved.
+        device = generator.device if generator else boxes.device
+        random = torch.randn(self.general, 4, generator=generator, device=device)        # (G, 4)
+        random = random.sigmoid().to(boxes)[:, :boxes.shape[2]].expand(B, -1, -1)     # (B, G, 4)
+        drawn = torch.randint(Q, (self.general,), generator=generator, device=device)      # (G,)
+        drawn = drawn.to(boxes.device)
 
         def groups(own, general):                                     # specific queries first
-            return torch.cat([own[:, :Q if self.specific else 0], general], 1)
+            return torch.cat([own, general], 1) if self.specific else general
 
-        boxes = groups(boxes, random[:, :boxes.shape[2]].expand(B, -1, -1))
-        content, valid = groups(content, content[:, row]), groups(valid, valid[:, row])
-        position = None if position is None else groups(position, position[:, row])
-        own = torch.arange(boxes.shape[1], device=boxes.device) < boxes.shape[1] - self.general
-        return content, boxes, (own[:, None] == own).expand(B, -1, -1), valid, position
+        def with_drawn(x):
+            return groups(x, x[:, drawn])
+
+        # Queries attend to their own group alone.
+        specific = groups(torch.ones_like(valid), valid.new_zeros(B, self.general))      # (B, Q')
+        attend = specific[:, :, None] == specific[:, None]                           # (B, Q', Q')
+        position = None if position is None else with_drawn(position)
+        return with_drawn(content), groups(boxes, random), attend, with_drawn(valid), position
 
     def losses(self, student, teacher, targets, extras):
         asked = extras["queries"]
         twins = self.teacher_layers == "twin"
         layers = _twins(asked.logits, teacher.logits) if twins else [-1] * len(asked.logits)
-        kl = _divergence(asked.logits, teacher.logits[layers], self.temperature, "softmax")
+        logits, boxes = teacher.logits[layers], teacher.boxes[layers]            # (L, B, Q, .) each
+        kl = _divergence(asked.logits, logits, self.temperature, "softmax")
         kl = kl.mean(3)                                                               # (L, B, Q)
-        l1 = (asked.boxes - teacher.boxes[layers]).abs().mean(3)
-        giou = giou_distance(asked.boxes, teacher.boxes[layers])
+        l1 = (asked.boxes - boxes).abs().mean(3)
+        giou = giou_distance(asked.boxes, boxes)
         confidence = teacher.logits[-1].sigmoid().amax(2)                                   # (B, Q)
         first = confidence.shape[1] - self.general
         total = 0
         # Each group has its own normaliser. All sums of a group without queries are 0.
         for group in (slice(first), slice(first, None)):
             w = confidence[:, group]                                                     # (B, Q')
-            sums = torch.stack([(w * x[:, :, group]).sum() for x in (kl, l1, giou)])
+            parts = [w * x[:, :, group] for x in (kl, l1, giou)]                     # (L, B, Q')
+            sums = torch.stack([part.sum() for part in parts])                             # (3,)
             weight = mean_over_processes(w.sum(), 1e-6)
-            total = total + torch.cat([sums[:1] / len(targets), sums[1:] / weight])        # (3,)
+            cls, box = sums[:1] / len(targets), sums[1:] / weight
+            total = total + torch.cat([cls, box])                                          # (3,)
         return self.weighted(total)
 
 
@@ -559,10 +564,14 @@ class DETRDistill(Baseline):
         return self.weighted(values)
 
     def features(self, student, teacher, targets):
-        truth, real = _padded(targets)            # (B, K, 4); a box of size 0 overlaps with nothing
+        # A query counts by its best score and its IoU with the nearest object. The boxes that
+        # fill up an image's list have size 0 and overlap with nothing.
+        _, truth, real, _ = pad_targets(targets)                  # (B, K, 4), (B, K)
         overlap, union, _ = _areas(teacher.boxes[..., None, :], truth[:, None])       # (L, B, Q, K)
-        iou = F.pad(overlap / union.where(union > 1e-30, 1), (1, 0)).amax(3)             # (L, B, Q)
-        quality = teacher.logits.sigmoid().amax(3) * iou.where(real.any(1)[:, None], 1)
+        iou = F.pad(_ratio(overlap, union), (1, 0)).amax(3)                              # (L, B, Q)
+        iou = iou.where(real.any(1)[:, None], 1)
+        score = teacher.logits.sigmoid().amax(3)                                         # (L, B, Q)
+        quality = score * iou
         wanted = (quality[..., None] * F.normalize(teacher.states, dim=3)).sum(2)        # (L, B, D)
         total = 0
         for s, t, valid, _ in self.levels(student, teacher):
@@ -570,7 +579,8 @@ class DETRDistill(Baseline):
             mask = alike.clamp(min=0.01) * valid
             mask = mask / mask.amax(2, keepdim=True)
             count = mean_over_processes(valid.sum().float())
-            total = total + (mask.square() * (t - s).square().mean(2)).sum() / count
+            error = (t - s).square().mean(2)                                             # (B, N)
+            total = total + (mask.square() * error).sum() / count
         return total
 
     @staticmethod
@@ -680,9 +690,11 @@ def rival_step(student, teacher, batch, method, generator=None):
             queries = models.Queries(*method.queries(learned, generator))
             answers = teacher.decode(memory, queries.content, queries.boxes, queries.attend,
                                      queries.position)
-        t = t._replace(logits=answers.logits, boxes=answers.boxes,
-                       states=torch.stack(states) if states else None,
-                       attention=attention_of(teacher, seen, slice(None)) if seen else None)
+        t = t._replace(logits=answers.logits, boxes=answers.boxes)
+        if states:
+            t = t._replace(states=torch.stack(states))
+        if seen:
+            t = t._replace(attention=attention_of(teacher, seen, slice(None)))
         if "matches" in needs:
             t = t._replace(matches=matches_of(teacher, answers, batch.targets))
         if "gradient" in needs:
@@ -721,8 +733,8 @@ def view_of(memory, batch):
 
 def matches_of(model, answers, targets):
     """Which query the detector's own matching gives to each object, layer by layer."""
-    return match(answers.logits, answers.boxes, pad_targets(targets), model.matcher_weights,
-                           model.eps)
+    truth = pad_targets(targets)
+    return match(answers.logits, answers.boxes, truth, model.matcher_weights, model.eps)
 
 
 def looking(model, wanted, graph=False):
@@ -745,11 +757,13 @@ def attention_of(model, seen, part):
     """Attention of a part of the queries as a View holds it, layer by layer."""
     pairs = []
     for i in range(model.decoder_layers):
-        among, across = seen[f"decoder.{i}.self"], seen[f"decoder.{i}.cross"]
-        dense = across.points is None
-        pairs.append((among.weights[:, :, part, part],
-                      across.weights[:, :, part] if dense
-                      else (across.points[:, part], across.weights[:, part])))
+        among = seen[f"decoder.{i}.self"].weights[:, :, part, part]
+        across = seen[f"decoder.{i}.cross"]
+        if across.points is None:
+            to_memory = across.weights[:, :, part]
+        else:
+            to_memory = across.points[:, part], across.weights[:, part]
+        pairs.append((among, to_memory))
     return pairs
 
 
@@ -766,7 +780,9 @@ def _twins(student, teacher):
 
     Counted from 1, it is round(i * L_t / L_s), at least 1.
     """
-    return [max(round(i * len(teacher) / len(student)), 1) - 1 for i in range(1, len(student) + 1)]
+    ours, theirs = len(student), len(teacher)
+    layers = [round(i * theirs / ours) for i in range(1, ours + 1)]
+    return [max(layer, 1) - 1 for layer in layers]
 
 
 def _take(x, index):
@@ -811,11 +827,14 @@ def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
     Cost: weights (class, L1, GIoU) times the cross entropy with the teacher's scores summed over
     classes, the L1 distance, and 1 - GIoU. Raises ValueError when a cost is not finite.
     """
+    cls, l1, giou = weights
     pairs = []
     for s, s_box, t, t_box in zip(s_logits, s_boxes, t_logits, t_boxes):            # (B, Q, .) each
-        entropy = F.softplus(s).sum(2)[..., None] - s @ t.sigmoid().transpose(1, 2)  # (B, Q_s, Q_t)
-        cost = (weights[0] * entropy + weights[1] * torch.cdist(s_box, t_box, p=1)
-                + weights[2] * giou_distance(s_box[:, :, None], t_box[:, None])).cpu()
+        scores = t.sigmoid().transpose(1, 2)                                        # (B, C, Q_t)
+        entropy = F.softplus(s).sum(2)[..., None] - s @ scores                    # (B, Q_s, Q_t)
+        distance = torch.cdist(s_box, t_box, p=1)
+        overlap = giou_distance(s_box[:, :, None], t_box[:, None])
+        cost = (cls * entropy + l1 * distance + giou * overlap).cpu()
         _want(cost.isfinite().all(), "the predictions of student or teacher are not finite and "
                                      "cannot be matched")
         for image in cost:
@@ -826,14 +845,16 @@ def match_predictions(s_logits, s_boxes, t_logits, t_boxes, weights):
 
 def _areas(a, b):
     """Overlap, union and hull of boxes (..., 4) cxcywh, which broadcast; (...) each."""
-    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+    a_low, a_high = box_convert(a, "cxcywh", "xyxy").split(2, -1)              # (..., 2) each
+    b_low, b_high = box_convert(b, "cxcywh", "xyxy").split(2, -1)
 
     def area(low, high):                                              # corners (..., 2)
         return (high - low).clamp(min=0).prod(-1)
 
-    overlap = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
-    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
-    return overlap, area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - overlap, hull
+    overlap = area(torch.maximum(a_low, b_low), torch.minimum(a_high, b_high))
+    hull = area(torch.minimum(a_low, b_low), torch.maximum(a_high, b_high))
+    union = area(a_low, a_high) + area(b_low, b_high) - overlap
+    return overlap, union, hull
 
 
 def giou_distance(a, b):
@@ -842,9 +863,13 @@ def giou_distance(a, b):
     There is no eps in the denominators, because it would change the values of tiny boxes.
     """
     overlap, union, hull = _areas(a, b)
-    iou = overlap / union.where(union > 1e-30, 1)
-    filled = union / hull.where(hull > 1e-30, 1)
-    return (2 - iou - filled).where(hull > 1e-30, 0)
+    distance = 2 - _ratio(overlap, union) - _ratio(union, hull)
+    return distance.where(hull > 1e-30, 0)
+
+
+def _ratio(part, whole):
+    """part / whole, and `part` itself where the whole has no area."""
+    return part / whole.where(whole > 1e-30, 1)
 
 
 def attention_map(attention, shapes):
@@ -856,34 +881,38 @@ def attention_map(attention, shapes):
         return attention.mean(1)
     maps = []
     for (height, width), point, weight in zip(shapes, *(x.unbind(3) for x in attention)):
-        x, y = point[..., 0] * width - 0.5, point[..., 1] * height - 0.5          # (B, Q, heads, P)
-        level = weight.new_zeros(*weight.shape[:2], height * width)
-        for column, row in ((x.floor() + i, y.floor() + j) for i in (0, 1) for j in (0, 1)):
+        # Cell centres lie at whole numbers of x and y.
+        x = point[..., 0] * width - 0.5                                          # (B, Q, heads, P)
+        y = point[..., 1] * height - 0.5
+        level = weight.new_zeros(*weight.shape[:2], height * width)                  # (B, Q, H W)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            column, row = x.floor() + i, y.floor() + j
             share = (1 - (x - column).abs()) * (1 - (y - row).abs())
-            on_map = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
-            level = level.scatter_add(2, index.flatten(2), (weight * share * on_map).flatten(2))
+            inner_column = column.clamp(0, width - 1)
+            inner_row = row.clamp(0, height - 1)
+            on_map = (inner_column == column) & (inner_row == row)
+            index = (inner_row * width + inner_column).long()
+            share = weight * share * on_map                                      # (B, Q, heads, P)
+            level = level.scatter_add(2, index.flatten(2), share.flatten(2))
         maps.append(level / weight.shape[2])
     return torch.cat(maps, 2)
 
 
-def _padded(targets):
-    """Boxes (B, K, 4), 0 where an image has fewer, and which are real (B, K) bool."""
-    boxes = [t["boxes"].float().reshape(-1, 4) for t in targets]
-    real = [torch.ones(len(b), dtype=torch.bool, device=b.device) for b in boxes]
-    return pad_sequence(boxes, batch_first=True), pad_sequence(real, batch_first=True)
+def _cells(boxes, extent, valid):
+    """x0, y0, x1, y1 (B, K, 1), the cells of a map that a box touches, and the map's own cells.
 
-
-def _cells(boxes, extent, shape):
-    """x0, y0, x1, y1 (B, K): the cells of an (H, W) map that a box touches.
-
-    They reach from x0 up to before x1.
+    They reach from x0 up to before x1. valid (B, H, W). The last two results are the numbers of
+    the map's rows (H,) and columns (W,).
     """
-    # Fractions of the padded image.
-    corners = box_convert(boxes, "cxcywh", "xyxy") * extent.to(boxes)[:, None, [0, 1, 0, 1]]
-    x0, y0, x1, y1 = (corners * boxes.new_tensor([*shape[::-1], *shape[::-1]])).unbind(-1)
+    height, width = valid.shape[1:]
+    filled = extent.to(boxes).repeat(1, 2)[:, None]                                   # (B, 1, 4)
+    corners = box_convert(boxes, "cxcywh", "xyxy") * filled                      # (B, K, 4)
+    low, high = (corners * boxes.new_tensor([width, height] * 2)).split(2, -1)  # (B, K, 2) each
     # 1e-4 of a cell: rounding must not push a box that is aligned with the cells into one more.
-    return (x0 + 1e-4).floor(), (y0 + 1e-4).floor(), (x1 - 1e-4).ceil(), (y1 - 1e-4).ceil()
+    low = (low + 1e-4).floor()
+    high = (high - 1e-4).ceil()
+    row, column = (torch.arange(n, device=low.device) for n in (height, width))    # (H,), (W,)
+    return *low.split(1, -1), *high.split(1, -1), row, column
 
 
 def _largest(maps, valid):
@@ -897,6 +926,22 @@ def _largest(maps, valid):
 def _softmax(x, valid):
     """Softmax of (B, N) over the valid entries, 0 at the others."""
     return x.masked_fill(~valid, -torch.inf).softmax(1)
+
+
+def _weights(near, along, valid, temperature):
+    """N softmax(near / t) (B, N) and D softmax(along / t) (B, D): weights of mean 1.
+
+    N counts the valid tokens (B, N).
+    """
+    count = valid.sum(1, keepdim=True)                                                   # (B, 1)
+    near = count * _softmax(near / temperature, valid)                                   # (B, N)
+    along = along.shape[1] * (along / temperature).softmax(1)                            # (B, D)
+    return near, along
+
+
+def _distance(a, b):
+    """The sum of |a - b|."""
+    return (a - b).abs().sum()
 
 
 def _scaled(x, valid):
@@ -941,6 +986,12 @@ def _want(condition, text):
 
 def _want_temperature(temperature):
     _want(temperature > 0, f"temperature={temperature}: want more than 0")
+
+
+def _want_one_of(choices, **option):
+    [(name, value)] = option.items()
+    listed = ", ".join(map(repr, choices))
+    _want(value in choices, f"{name}={value!r}: choose from {listed}")
 
 
 def _repeat(count, make):

@@ -458,8 +458,8 @@ def test_float32_does_not_push_an_aligned_box_out_of_its_cells():
         edges = torch.tensor([(first, end) for first in range(n) for end in range(first + 1, n + 1)])
         x0, x1 = (edges.T / n)[:, None]                               # (1, K) each
         boxes = torch.stack([(x0 + x1) / 2, (x0 + x1) / 2, x1 - x0, x1 - x0], 2)
-        cells = baselines._cells(boxes, torch.ones(1, 2), (n, n))
-        assert all(torch.equal(x[0].long(), edges[:, i]) for x, i in zip(cells, (0, 0, 1, 1)))
+        cells = baselines._cells(boxes, torch.ones(1, 2), torch.ones(1, n, n))
+        assert all(torch.equal(x[0, :, 0].long(), edges[:, i]) for x, i in zip(cells, (0, 0, 1, 1)))
 
 
 def test_fgd_relation_equals_convolutions_and_starts_as_a_plain_difference():
@@ -546,13 +546,14 @@ def test_gkd_equals_its_slow_twin(boxes):
 
 def test_gkd_looks_where_the_gradient_is_however_small():
     # Two tokens, one wrong in each. The gradient is at the second: i = 0, 1; softmax(0, 2) = 0.119, 0.881, times 2.
+    car = torch.zeros(1, dtype=torch.long)
     for size in (1., 1e-12):
         args = one_map([1., 1.], [2., 2.], 1, 2, [0., size])
         whole = torch.tensor([[.5, .5, 1, 1]])                        # a box of 2 x 1 cells: G = 1 / 8 in both
-        loss = GKD(1, 1, alpha=1.)(*args, [{"boxes": whole}])
+        loss = GKD(1, 1, alpha=1.)(*args, [{"labels": car, "boxes": whole}])
         assert_close(loss["memory"], torch.tensor(2 * 1 / 8))
         half = torch.tensor([[.75, .5, .5, 1]])                       # the second cell, its skirt reaches no centre
-        loss = GKD(1, 1, alpha=1.)(*args, [{"boxes": half}])
+        loss = GKD(1, 1, alpha=1.)(*args, [{"labels": car, "boxes": half}])
         assert_close(loss["memory"], torch.tensor(2 * math.exp(2) / (1 + math.exp(2)) / 4))
         assert loss["maps"] == 0                                      # both models' maps are 0, 1
 
