@@ -7,10 +7,13 @@ images of a larger one. data.py's own KITTI reader reads it.
 import json
 import math
 import os
+import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -122,35 +125,46 @@ def write_images(root, seed, parent, numbers):
 
 
 # ----------------------------------------------------------------------------------------------
-# Drawing
+# The scene, and how a table is drawn into it
 # ----------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT = 160, 48                                     # pixels
+WIDTH, HEIGHT = 160, 48                         # pixels
 FOCAL, CAMERA = 93.0, 1.65                      # pixels (KITTI: 721 of 1242), metres above the road
-MOODS = {                                       # light, colours of far air and sky, metres of sight
-    "day": ((1.08, 1.05, 1.0), (196, 212, 228), (92, 148, 214), 140),
-    "grey": ((.82, .86, .9), (176, 182, 188), (150, 158, 168), 90),
-    "dusk": ((.9, .76, .68), (208, 166, 142), (96, 104, 158), 120),
-    "night": ((.42, .46, .6), (44, 50, 76), (14, 18, 40), 80),
-    "fog": ((.82, .85, .87), (190, 196, 200), (178, 186, 192), 26)}
+
+
+def rgb(codes):
+    """"c41e22 1c3878" -> [(196, 30, 34), (28, 56, 120)]."""
+    return [tuple(bytes.fromhex(code)) for code in codes.split()]
+
+
+# Light, colours of far air and of the sky, metres of sight.
+MOODS = {
+    "day": ((1.08, 1.05, 1.0), *rgb("c4d4e4 5c94d6"), 140),
+    "grey": ((.82, .86, .9), *rgb("b0b6bc 969ea8"), 90),
+    "dusk": ((.9, .76, .68), *rgb("d0a68e 60689e"), 120),
+    "night": ((.42, .46, .6), *rgb("2c324c 0e1228"), 80),
+    "fog": ((.82, .85, .87), *rgb("bec4c8 b2bac0"), 26),
+}
 OFTEN = ["day"] * 9 + ["grey"] * 4 + ["dusk"] * 3 + ["night"] * 2 + ["fog"] * 2
-SKINS = [(228, 188, 160), (205, 160, 128), (160, 112, 82), (108, 74, 56)]
-HAIR = [(40, 30, 24), (84, 56, 34), (176, 142, 84), (120, 116, 112), (24, 22, 22)]
-CLOTHES = [(178, 42, 40), (38, 62, 128), (40, 40, 44), (222, 220, 214), (52, 104, 66),
-           (206, 160, 54), (120, 84, 60),
-           (118, 128, 140), (138, 62, 110), (224, 118, 46), (84, 140, 176)]
-PAINTS = [(196, 30, 34), (28, 56, 120), (34, 35, 38), (232, 232, 230), (150, 154, 160),
-          (96, 100, 106), (44, 86, 70),
-          (188, 168, 132), (214, 150, 40), (94, 30, 44), (104, 150, 190)]
-WALLS = [(172, 120, 96), (190, 174, 146), (146, 142, 140), (204, 196, 184), (128, 92, 78),
-         (150, 160, 168),
-         (196, 160, 110)]
-LEAVES = [(58, 98, 50), (80, 108, 52), (120, 104, 48), (48, 82, 58)]
-GLASS, TYRE = (58, 70, 84), (22, 22, 24)
+SKINS = rgb("e4bca0 cda080 a07052 6c4a38")
+HAIR = rgb("281e18 543822 b08e54 787470 181616")
+CLOTHES = rgb("b22a28 263e80 28282c dedcd6 346842 cea036 78543c 76808c 8a3e6e e0762e 548cb0")
+PAINTS = rgb("c41e22 1c3878 222326 e8e8e6 969aa0 60646a 2c5646 bca884 d69628 5e1e2c 6896be")
+WALLS = rgb("ac7860 beae92 928e8c ccc4b8 805c4e 96a0a8 c4a06e")
+LEAVES = rgb("3a6232 506c34 786830 30523a")
+ROADS = rgb("606164 54555a 706c68")
+GRASS = rgb("607a42 6e7046 807a70")
+TAILS, LAMPS, WHITE, LAMPLIGHT, PANE = rgb("d61818 faf6d8 ecece8 ecc46e 4a5460")
+SCREENS = rgb("3a4654 3a4654 788a9a")
+SIGNS = rgb("c81e22 224aa0 ecbe32")
+BINS = rgb("34543a 464a50 966028 283c68")
+HYDRANTS = rgb("ba2420 d6aa28 6e7072")
+EVERYWHERE = dict(zip(("glass", "tyre"), rgb("3a4654 161618")))    # colours that any table may name
 
 
-def shade(rgb, factor):
-    return tuple(channel * factor for channel in rgb)
+def shade(colour, share):
+    """A colour with a share of its brightness."""
+    return tuple(channel * share for channel in colour)
 
 
 class Scene:
@@ -166,13 +180,13 @@ class Scene:
         self.picture = Image.new("RGB", (self.width, self.height))
         self.owner = Image.new("L", (self.width, self.height))
         self.pens = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.owner)
-        # where the road meets the horizon
+        # The point where the road meets the horizon, in canvas pixels.
         self.vanish = 2 * self.between(62, 98), 2 * self.between(14.5, 18.5)
         self.mood = self.pick(OFTEN)
         light, self.air, self.sky, sight = MOODS[self.mood]
         self.light = shade(light, self.between(.88, 1.12))
         self.sight = sight * self.between(.8, 1.25)
-        self.road = self.pick([(96, 97, 100), (84, 85, 90), (112, 108, 104)])
+        self.road = self.pick(ROADS)
 
     def between(self, low, high):
         return low + (high - low) * self.rng.random()
@@ -180,191 +194,262 @@ class Scene:
     def pick(self, choices):
         return choices[int(self.rng.random() * len(choices))]
 
+    def chance(self, share):
+        return self.rng.random() < share
+
     def colour(self, rgb, z, glow=False):
         """What is left of a colour in this light, z metres away; what glows needs no light."""
+        light = (1, 1, 1) if glow else self.light
         clear = math.exp(-z / self.sight)
-        (r, g, b), (lr, lg, lb), (ar, ag, ab) = rgb, (1, 1, 1) if glow else self.light, self.air
         haze = 1 - clear
-        return (min(255, int(r * lr * clear + ar * haze)),
-                min(255, int(g * lg * clear + ag * haze)),
-                min(255, int(b * lb * clear + ab * haze)))
+        return tuple(min(255, int(channel * lit * clear + air * haze))
+                     for channel, lit, air in zip(rgb, light, self.air))
 
 
 class Thing:
-    """Draws around a foot on the road, x metres right of the camera, z ahead.
+    """Draws tables around a foot on the road, x metres right of the camera, z ahead.
 
-    Points are (right, up[, further]) in metres.
     number: the object's in `scene.owner`; 0 for clutter, which hides objects too; None for the
-    backdrop.
+    backdrop.  flip: -1 mirrors what is drawn.  lit: colours with a "!" glow.
     """
 
     def __init__(self, scene, x=0.0, z=0.0, number=None, flip=1):
         self.s, self.x, self.z, self.number, self.flip = scene, x, z, number, flip
-        self.corners = []                              # canvas points drawn, also beyond the border
+        self.lit = False
+        self.corners = []                       # canvas points drawn, also beyond the border
 
-    def at(self, u, v, d=0.0):
-        scale = 2 * FOCAL / (self.z + d)                            # canvas pixels a metre
-        right, up = self.x + self.flip * u, CAMERA - v
-        return self.s.vanish[0] + scale * right, self.s.vanish[1] + scale * up
+    def draw(self, table, **given):
+        """Draw the rows of a table, one over the other: a shape, its colour, its points.
 
-    def draw(self, shape, points, rgb, d=0.0, glow=False, ink="fill", **how):
+        A point is right,up or right,up,further in metres. Each of these is a number, a size of
+        `given` or a share of it, and more or less: .3 top -.62wide waist+.05. A colour is in
+        hexadecimal or of `given`; *.7 darkens it; with ! it glows where the thing is lit.
+        """
+        given = EVERYWHERE | given
+        for row in table.strip().splitlines():
+            shape, colour, *words = row.split()
+            name, _, share = colour.rstrip("!").partition("*")
+            paint = shade(given.get(name) or bytes.fromhex(name), float(share or 1))
+            points = [[metres(number, given) for number in word.split(",")] for word in words]
+            further = points[0][2] if len(points[0]) == 3 else 0
+            glow = self.lit and colour.endswith("!")
+            getattr(self, shape)(self.s.colour(paint, self.z + further, glow), *points)
+
+    # The shapes of a table.
+
+    def poly(self, colour, *points):
+        self.stroke("polygon", [self.at(*point) for point in points], fill=colour)
+
+    def box(self, colour, a, b):
+        """Upright, seen from the front; a and b are opposite corners."""
+        self.poly(colour, a, (b[0], a[1]), b, (a[0], b[1]))
+
+    def flat(self, colour, a, b):
+        """On the ground; a and b are opposite corners."""
+        self.poly(colour, a, (b[0], 0, a[2]), b, (a[0], 0, b[2]))
+
+    def line(self, colour, thick, *points):
+        self.stroke("line", [self.at(*point) for point in points], fill=colour,
+                    width=self.pixels(*thick))
+
+    def oval(self, colour, middle, radii):
+        self.stroke("ellipse", self.around(*middle, *radii), fill=colour)
+
+    def ring(self, colour, middle, radii):
+        self.stroke("ellipse", self.around(*middle, *radii), outline=colour,
+                    width=self.pixels(.07))
+
+    def wheel(self, colour, middle, further):
+        """Of a car seen from ahead or behind: a narrow oval that touches the road."""
+        x, y = self.at(*middle, *further)
+        _, ground = self.at(middle[0], 0, *further)
+        r = ground - y
+        self.stroke("ellipse", [(x - r * .32, y - r), (x + r * .32, y + r)], fill=colour)
+
+    # From metres to the canvas.
+
+    def at(self, right, up, further=0.0):
+        scale = 2 * FOCAL / (self.z + further)                      # canvas pixels a metre
+        x, y = self.x + self.flip * right, CAMERA - up
+        return self.s.vanish[0] + scale * x, self.s.vanish[1] + scale * y
+
+    def around(self, right, up, wide, tall):
+        """Two corners around an oval of these radii, left before right."""
+        return ordered(self.at(right - wide, up + tall), self.at(right + wide, up - tall))
+
+    def pixels(self, thick):
+        return max(1, round(thick * 2 * FOCAL / self.z))
+
+    def stroke(self, shape, points, width=None, **ink):
+        """Draw in the picture, and in the owner's canvas with the number for a colour."""
+        how = {} if width is None else {"width": width}
+        picture, owner = self.s.pens
         self.corners += points
-        getattr(self.s.pens[0], shape)(points, **{ink: self.s.colour(rgb, self.z + d, glow)}, **how)
+        getattr(picture, shape)(points, **ink, **how)
         if self.number is not None:
-            getattr(self.s.pens[1], shape)(points, **{ink: self.number}, **how)
+            getattr(owner, shape)(points, **dict.fromkeys(ink, self.number), **how)
 
-    def poly(self, points, rgb, glow=False):
-        self.draw("polygon", [self.at(*p) for p in points], rgb,
-                  points[0][2] if len(points[0]) > 2 else 0, glow)
+    def shadow(self, wide):
+        """On the road, under the thing; it hides nothing and belongs to no box."""
+        strength = .8 if self.s.mood in ("grey", "fog") else .62
+        dark = self.s.colour(shade(self.s.road, strength), self.z)
+        corners = ordered(self.at(-wide, 0, .35), self.at(wide, 0, -.25))
+        self.s.pens[0].ellipse(corners, fill=dark)
 
-    def box(self, u0, v0, u1, v1, rgb, glow=False):
-        self.poly([(u0, v0), (u1, v0), (u1, v1), (u0, v1)], rgb, glow)
 
-    def oval(self, u, v, ru, rv, rgb, **how):
-        (x0, y0), (x1, y1) = self.at(u - ru, v + rv), self.at(u + ru, v - rv)
-        self.draw("ellipse", [(min(x0, x1), y0), (max(x0, x1), y1)], rgb, **how)
+def ordered(a, b):
+    """Two corners, left before right: a mirrored thing has them the other way round."""
+    return [(min(a[0], b[0]), a[1]), (max(a[0], b[0]), b[1])]
 
-    def line(self, points, thick, rgb):
-        self.draw("line", [self.at(*p) for p in points], rgb, width=self.pixels(thick))
 
-    def pixels(self, metres):
-        return max(1, round(metres * 2 * FOCAL / self.z))
+def metres(word, sizes):
+    """"-.62wide+.05" -> -.62 * sizes["wide"] + .05."""
+    share, name, more = parts(word)
+    return share * sizes[name] + more if name else share
 
-    def shadow(self, ru):
-        (x0, y0), (x1, y1) = self.at(-ru, 0, .35), self.at(ru, 0, -.25)
-        dark = self.s.colour(shade(self.s.road, .8 if self.s.mood in ("grey", "fog") else .62),
-                             self.z)
-        self.s.pens[0].ellipse([(min(x0, x1), y0), (max(x0, x1), y1)], fill=dark)
+
+@cache
+def parts(word):
+    """"-.62wide+.05" -> (-.62, "wide", .05)."""
+    share, name, more = re.fullmatch(r"(-?[\d.]*)([a-z]*)([-+][\d.]+)?", word).groups()
+    return float({"": 1, "-": -1}.get(share, share)), name, float(more or 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# Objects and clutter: sizes by chance, then a table, from the farthest part to the nearest
+# ----------------------------------------------------------------------------------------------
+
+# Half the width, roof and length, in metres.
+CARS = (.86, 1.44, 4.1), (.84, 1.5, 3.7), (.94, 1.74, 4.4), (.88, 1.48, 4.5)
+# Length and roof of a crossing one.
+CROSSING = (4.2, 1.44), (3.6, 1.5), (4.4, 1.7), (4.0, 1.46)
+# Metres from the near end to where the glass starts and meets the roof.
+HATCHBACK, BOOT, BONNET = (.12, .7), (.55, 1.15), (.95, 1.75)
 
 
 def car_along(t, s):
     """A car along the road, going away (red lights) or coming (white); one flank shows."""
-    away, paint = s.rng.random() < .55, s.pick(PAINTS)
-    wide, roof, long = s.pick([(.86, 1.44, 4.1), (.84, 1.5, 3.7), (.94, 1.74, 4.4),
-                               (.88, 1.48, 4.5)])
-    waist, top, slim = .62 * roof, roof - .03, wide * .82
-    # Metres from the near end to where the glass starts and meets the roof: hatchback, boot,
-    # bonnet.
-    first, last = s.pick([(.12, .7), (.55, 1.15)]) if away else (.95, 1.75)
-    side = -math.copysign(1, t.x * t.flip)                          # the flank that the camera sees
+    away, paint = s.chance(.55), s.pick(PAINTS)
+    wide, roof, long = s.pick(CARS)
+    first, last = s.pick([HATCHBACK, BOOT]) if away else BONNET
+    side = -math.copysign(wide, t.x * t.flip)                       # the flank that the camera sees
+    sizes = dict(wide=wide, waist=.62 * roof, top=roof - .03, first=first, last=last, long=long,
+                 side=side, slim=side * .82)
+    t.lit = s.mood in ("night", "dusk")
     t.shadow(wide * 1.15)
-    t.poly([(side * u, v, d) for u, v, d in (
-        (wide, .22, 0), (wide, waist, 0), (wide, waist, first), (slim, top, last),
-        (slim, top, long * .66), (wide, waist, long * .86), (wide, waist * .95, long),
-        (wide, .22, long))],
-           shade(paint, .72))
-    t.poly([(side * u * wide, v, d) for u, v, d in (
-        (.97, waist + .05, first + .35), (.86, top - .1, last + .15), (.86, top - .1, long * .62),
-        (.97, waist + .05, long * .78))], GLASS)
-    for d in (.75, long - .8):
-        (x, y), (_, ground) = t.at(side * wide, .31, d), t.at(side * wide, 0, d)
-        r = ground - y
-        t.draw("ellipse", [(x - r * .32, y - r), (x + r * .32, y + r)], TYRE)
-    t.poly([(-wide, waist, 0), (wide, waist, 0), (wide, waist, first), (-wide, waist, first)],
-           shade(paint, 1.15))
-    t.poly([(-wide, waist, first), (wide, waist, first), (slim, roof, last), (-slim, roof, last)],
-           shade(paint, .95))
-    t.poly([(-wide * .88, waist + .05, first), (wide * .88, waist + .05, first),
-            (wide * .75, roof - .09, last),
-            (-wide * .75, roof - .09, last)], s.pick([GLASS, GLASS, (120, 138, 154)]))
-    for u in (-1, 1):
-        t.box(u * wide * .92, 0, u * wide * .62, .32, TYRE)
-    t.box(-wide, .24, wide, waist, paint)
-    t.box(-wide, .22, wide, .4, shade(paint, .55))
-    for u in (-1, 1):
-        t.box(u * wide * .97, waist - .26, u * wide * .61, waist - .07,
-              (214, 24, 24) if away else (250, 246, 216),
-              glow=s.mood in ("night", "dusk"))
-    t.box(-.26, .46, .26, .58, (226, 226, 206))
+    t.draw("""
+        poly   paint*.72  side,.22,0  side,waist,0  side,waist,first  slim,top,last \
+                          slim,top,.66long  side,waist,.86long  side,.95waist,long  side,.22,long
+        poly   glass      .97side,waist+.05,first+.35  .86side,top-.1,last+.15 \
+                          .86side,top-.1,.62long  .97side,waist+.05,.78long
+        wheel  tyre       side,.31  .75
+        wheel  tyre       side,.31  long-.8
+        """, paint=paint, **sizes)
+    t.draw("""
+        poly   paint*1.15 -wide,waist,0  wide,waist,0  wide,waist,first  -wide,waist,first
+        poly   paint*.95  -wide,waist,first  wide,waist,first  narrow,roof,last  -narrow,roof,last
+        poly   screen     -.88wide,waist+.05,first  .88wide,waist+.05,first \
+                          .75wide,roof-.09,last  -.75wide,roof-.09,last
+        box    tyre       -.92wide,0  -.62wide,.32
+        box    tyre       .92wide,0  .62wide,.32
+        box    paint      -wide,.24  wide,waist
+        box    paint*.55  -wide,.22  wide,.4
+        box    lamp!      -.97wide,waist-.26  -.61wide,waist-.07
+        box    lamp!      .97wide,waist-.26  .61wide,waist-.07
+        box    e2e2ce     -.26,.46  .26,.58
+        """, paint=paint, screen=s.pick(SCREENS), lamp=TAILS if away else LAMPS, roof=roof,
+           narrow=wide * .82, **sizes)
     if not away:
-        t.box(-wide * .5, waist - .24, wide * .5, waist - .1, (26, 26, 28))
+        t.draw("box 1a1a1c -.5wide,waist-.24 .5wide,waist-.1", **sizes)
 
 
 def car_across(t, s):
-    """A crossing car's side, its nose towards u > 0."""
-    paint, (long, roof) = s.pick(PAINTS), s.pick([(4.2, 1.44), (3.6, 1.5), (4.4, 1.7), (4.0, 1.46)])
-    h, back, waist = long / 2, s.pick([.62, .9, .97]), .6 * roof    # saloon, hatchback, estate
-    t.shadow(h * 1.04)
-    t.poly([(-h, .3), (-h * .99, waist), (-h * back, waist + .05), (-h * (back - .2), roof),
-            (h * .18, roof), (h * .5, waist + .04), (h * .92, waist - .06), (h, waist - .3),
-            (h, .3), (h * .9, .2), (-h * .95, .2)],
-           paint)
-    t.poly([(-h, .3), (-h, .48), (h, .48), (h, .3), (h * .9, .2), (-h * .95, .2)],
-           shade(paint, .68))
-    t.poly([(-h * (back - .06), waist + .06), (-h * (back - .22), roof - .1), (-h * .14, roof - .1),
-            (-h * .14, waist + .06)], GLASS)
-    t.poly([(-h * .08, waist + .06), (-h * .08, roof - .1), (h * .15, roof - .1),
-            (h * .42, waist + .06)], GLASS)
-    for u in (-.6 * h, .62 * h):
-        t.oval(u, .32, .33, .32, TYRE)
-        t.oval(u, .32, .16, .16, (150, 152, 156))
-    t.box(h * .9, waist - .26, h, waist - .1, (250, 244, 205), glow=s.mood == "night")
-    t.box(-h, waist - .22, -h * .93, waist - .04, (200, 26, 26), glow=s.mood == "night")
+    """A crossing car's side, its nose towards the right."""
+    paint, (long, roof) = s.pick(PAINTS), s.pick(CROSSING)
+    half, back = long / 2, s.pick([.62, .9, .97])                   # saloon, hatchback, estate
+    t.lit = s.mood == "night"
+    t.shadow(half * 1.04)
+    t.draw("""
+        poly   paint      -half,.3  -.99half,waist  -boot,waist+.05  -rear,roof  .18half,roof \
+                          .5half,waist+.04  .92half,waist-.06  half,waist-.3  half,.3 \
+                          .9half,.2  -.95half,.2
+        poly   paint*.68  -half,.3  -half,.48  half,.48  half,.3  .9half,.2  -.95half,.2
+        poly   glass      -low,waist+.06  -high,roof-.1  -.14half,roof-.1  -.14half,waist+.06
+        poly   glass      -.08half,waist+.06  -.08half,roof-.1  .15half,roof-.1  .42half,waist+.06
+        oval   tyre       -.6half,.32  .33,.32
+        oval   96989c     -.6half,.32  .16,.16
+        oval   tyre       .62half,.32  .33,.32
+        oval   96989c     .62half,.32  .16,.16
+        box    faf4cd!    .9half,waist-.26  half,waist-.1
+        box    c81a1a!    -half,waist-.22  -.93half,waist-.04
+        """, paint=paint, half=half, roof=roof, waist=.6 * roof, boot=half * back,
+           rear=half * (back - .2), low=half * (back - .06), high=half * (back - .22))
 
 
 def car(t, s):
-    (car_across if s.rng.random() < .36 else car_along)(t, s)
+    (car_across if s.chance(.36) else car_along)(t, s)
 
 
-def head(t, s, u, v, hats):
-    t.oval(u, v, .115, .14, s.pick(SKINS))
-    t.poly([(u - .125, v + .01), (u - .1, v + .13), (u, v + .17), (u + .1, v + .13),
-            (u + .125, v + .03)], s.pick(hats))
+def head(t, s, right, up, hats):
+    """Skin, and hair or a helmet."""
+    t.draw("""
+        oval   skin       u,v  .115,.14
+        poly   hat        u-.125,v+.01  u-.1,v+.13  u,v+.17  u+.1,v+.13  u+.125,v+.03
+        """, u=right, v=up, skin=s.pick(SKINS), hat=s.pick(hats))
 
 
 def pedestrian(t, s):
-    k, legs, coat = s.between(.89, 1.08), s.pick(CLOTHES), s.pick(CLOTHES)   # k: size beside 1.75 m
+    k, legs, coat = s.between(.89, 1.08), s.pick(CLOTHES), s.pick(CLOTHES)      # k: of 1.75 m
     stride, wide, hem = s.between(-.3, .3), s.between(.19, .25), s.pick([.8, .8, .55]) * k
     t.shadow(.34)
-    if s.rng.random() < .25:
-        # rucksack
-        t.poly([(-.14, .9 * k), (-.34, .95 * k), (-.34, 1.38 * k), (-.12, 1.42 * k)],
-               s.pick(CLOTHES))
-    for u, tone in ((stride, .8), (-stride, 1)):
-        t.line([(.1 * u, .82 * k), (.45 * u, .44 * k), (u, .05)], .15, shade(legs, tone))
-        t.box(u - .07, 0, u + .13, .08, (30, 28, 28))
-    t.line([(wide - .03, 1.38 * k), (wide + .05, 1.1 * k), (wide - stride * .5, .85 * k)], .09,
-           shade(coat, .75))
-    t.poly([(-wide, 1.4 * k), (-wide * .6, 1.47 * k), (wide * .6, 1.47 * k), (wide, 1.4 * k),
-            (wide * .95, hem),
-            (-wide * .95, hem)], coat)
-    t.line([(-wide + .03, 1.38 * k), (-wide - .04, 1.1 * k), (-wide + stride * .5, .85 * k)], .1,
-           shade(coat, .85))
+    if s.chance(.25):
+        t.draw("poly rucksack -.14,.9k -.34,.95k -.34,1.38k -.12,1.42k",
+               k=k, rucksack=s.pick(CLOTHES))
+    t.draw("""
+        line   legs*.8    .15  .1stride,.82k  .45stride,.44k  stride,.05
+        box    1e1c1c     stride-.07,0  stride+.13,.08
+        line   legs       .15  -.1stride,.82k  -.45stride,.44k  -stride,.05
+        box    1e1c1c     -stride-.07,0  -stride+.13,.08
+        line   coat*.75   .09  wide-.03,1.38k  wide+.05,1.1k  hand,.85k
+        poly   coat       -wide,1.4k  -.6wide,1.47k  .6wide,1.47k  wide,1.4k  .95wide,hem \
+                          -.95wide,hem
+        line   coat*.85   .1  -wide+.03,1.38k  -wide-.04,1.1k  -hand,.85k
+        """, k=k, legs=legs, coat=coat, stride=stride, wide=wide, hem=hem,
+           hand=wide - stride * .5)
     head(t, s, .02, 1.58 * k, HAIR)
 
 
 def bike_across(t, s):
-    frame = s.pick(CLOTHES)
-    for u in (-.53, .53):
-        (x0, y0), (x1, y1) = t.at(u - .34, .68), t.at(u + .34, 0)
-        t.draw("ellipse", [(min(x0, x1), y0), (max(x0, x1), y1)], TYRE, ink="outline",
-               width=t.pixels(.07))
-    t.line([(-.53, .34), (-.12, .34), (.4, .86), (-.2, .82), (-.53, .34)], .06, frame)
-    t.line([(-.12, .34), (-.22, .92)], .06, frame)
-    t.line([(.53, .34), (.38, 1.02), (.52, 1.06)], .06, shade(frame, .7))
-    t.box(-.34, .9, -.1, .97, (28, 26, 26))
+    t.draw("""
+        ring   tyre       -.53,.34  .34,.34
+        ring   tyre       .53,.34  .34,.34
+        line   frame      .06  -.53,.34  -.12,.34  .4,.86  -.2,.82  -.53,.34
+        line   frame      .06  -.12,.34  -.22,.92
+        line   frame*.7   .06  .53,.34  .38,1.02  .52,1.06
+        box    1c1a1a     -.34,.9  -.1,.97
+        """, frame=s.pick(CLOTHES))
 
 
 def bike_along(t, s):
-    t.oval(0, .35, .06, .35, TYRE)
-    t.line([(0, .4), (0, 1.0)], .07, s.pick(CLOTHES))
-    t.line([(-.3, 1.02), (.3, 1.02)], .06, (60, 60, 62))
+    t.draw("""
+        oval   tyre       0,.35  .06,.35
+        line   frame      .07  0,.4  0,1.0
+        line   3c3c3e     .06  -.3,1.02  .3,1.02
+        """, frame=s.pick(CLOTHES))
 
 
 def cyclist_across(t, s):
     coat, legs = s.pick(CLOTHES), s.pick(CLOTHES)
     lean, turn = s.between(.1, .3), s.between(0, 2 * math.pi)
-    pedal = .17 * math.cos(turn), .17 * math.sin(turn)
+    pedal = dict(u=.17 * math.cos(turn), v=.17 * math.sin(turn))
     t.shadow(.8)
-    for sign, tone in ((-1, .72), (1, 1)):                          # far leg, bike, near leg
-        u, v = sign * pedal[0], sign * pedal[1]
-        t.line([(-.2, .95), (.2 + u * .6, .68 + v * .5), (-.1 + u, .34 + v)], .145,
-               shade(legs, tone))
-        if sign < 0:
-            bike_across(t, s)
-    t.poly([(-.34, .92), (-.06, .9), (lean + .16, 1.36), (lean + .02, 1.5), (lean - .14, 1.46),
-            (-.32, 1.12)], coat)
-    t.line([(lean, 1.36), (lean + .16, 1.12), (.46, 1.05)], .1, shade(coat, .8))
+    t.draw("line legs*.72 .145  -.2,.95  -.6u+.2,-.5v+.68  -u-.1,-v+.34", legs=legs, **pedal)
+    bike_across(t, s)
+    t.draw("""
+        line   legs       .145  -.2,.95  .6u+.2,.5v+.68  u-.1,v+.34
+        poly   coat       -.34,.92  -.06,.9  lean+.16,1.36  lean+.02,1.5  lean-.14,1.46  -.32,1.12
+        line   coat*.8    .1  lean,1.36  lean+.16,1.12  .46,1.05
+        """, legs=legs, coat=coat, lean=lean, **pedal)
     head(t, s, lean + .1, 1.62, s.pick([HAIR, CLOTHES]))            # a helmet has any colour
 
 
@@ -372,54 +457,68 @@ def cyclist_along(t, s):
     coat, legs, turn = s.pick(CLOTHES), s.pick(CLOTHES), s.between(-.14, .14)
     t.shadow(.4)
     bike_along(t, s)
-    for u, lift in ((-.13, turn), (.13, -turn)):
-        t.line([(u * .8, .95), (u * 1.25, .62 + lift), (u, .28 + lift)], .14, legs)
-        t.box(u - .06, .2 + lift, u + .06, .3 + lift, (28, 28, 28))
-    t.poly([(-.2, .86), (.2, .86), (.25, 1.38), (.13, 1.48), (-.13, 1.48), (-.25, 1.38)], coat)
-    for u in (-1, 1):
-        t.line([(u * .22, 1.36), (u * .33, 1.16), (u * .29, 1.02)], .1, shade(coat, .8))
+    t.draw("""
+        line   legs       .14  -.8u,.95  -1.25u,turn+.62  -u,turn+.28
+        box    1c1c1c     -u-.06,turn+.2  -u+.06,turn+.3
+        line   legs       .14  .8u,.95  1.25u,-turn+.62  u,-turn+.28
+        box    1c1c1c     u-.06,-turn+.2  u+.06,-turn+.3
+        poly   coat       -.2,.86  .2,.86  .25,1.38  .13,1.48  -.13,1.48  -.25,1.38
+        line   coat*.8    .1  -.22,1.36  -.33,1.16  -.29,1.02
+        line   coat*.8    .1  .22,1.36  .33,1.16  .29,1.02
+        """, u=.13, turn=turn, legs=legs, coat=coat)
     head(t, s, 0, 1.6, s.pick([HAIR, CLOTHES]))
 
 
 def cyclist(t, s):
-    (cyclist_across if s.rng.random() < .55 else cyclist_along)(t, s)
+    (cyclist_across if s.chance(.55) else cyclist_along)(t, s)
 
 
-def round_sign(t, s):                                               # a head on a thin body
-    top, face = s.between(1.6, 2.2), s.pick([(200, 30, 34), (34, 74, 160), (236, 190, 50)])
-    t.box(-.05, 0, .05, top, (128, 130, 132))
-    t.oval(0, top, .3, .3, face)
-    t.oval(0, top, .19, .19, s.pick([(236, 236, 232), face]))
+def round_sign(t, s):
+    """Clutter: a head on a thin body."""
+    top, face = s.between(1.6, 2.2), s.pick(SIGNS)
+    t.draw("""
+        box    808284     -.05,0  .05,top
+        oval   face       0,top  .3,.3
+        oval   inside     0,top  .19,.19
+        """, top=top, face=face, inside=s.pick([WHITE, face]))
 
 
-def bin_(t, s):                                                     # a coat without a head
-    body = s.pick([(52, 84, 58), (70, 74, 80), (150, 96, 40), (40, 60, 104)])
+def bin_(t, s):
+    """Clutter: a coat without a head."""
     t.shadow(.36)
-    t.poly([(-.24, 0), (.24, 0), (.3, .95), (-.3, .95)], body)
-    t.box(-.33, .93, .33, 1.05, shade(body, .7))
+    t.draw("""
+        poly   body       -.24,0  .24,0  .3,.95  -.3,.95
+        box    body*.7    -.33,.93  .33,1.05
+        """, body=s.pick(BINS))
 
 
-def kiosk(t, s):                                                    # a car without wheels
-    wall, top, h = s.pick(PAINTS), s.between(1.6, 2.3), s.between(.8, 1.5)
-    t.shadow(h * 1.1)
-    t.box(-h, 0, h, top, wall)
-    t.box(-h, 0, h, .3, shade(wall, .5))
-    for u in (-.5 * h, .5 * h):
-        t.box(u - .36 * h, .55 * top, u + .36 * h, .85 * top, GLASS)
-    t.box(-h * 1.08, top, h * 1.08, top + .15, s.pick(CLOTHES))
+def kiosk(t, s):
+    """Clutter: a car without wheels."""
+    wall, top, half = s.pick(PAINTS), s.between(1.6, 2.3), s.between(.8, 1.5)
+    t.shadow(half * 1.1)
+    t.draw("""
+        box    wall       -half,0  half,top
+        box    wall*.5    -half,0  half,.3
+        box    glass      -outer,.55top  -inner,.85top
+        box    glass      inner,.55top  outer,.85top
+        box    roof       -1.08half,top  1.08half,top+.15
+        """, wall=wall, top=top, half=half, inner=.5 * half - .36 * half,
+           outer=.5 * half + .36 * half, roof=s.pick(CLOTHES))
 
 
 def hydrant(t, s):
-    body = s.pick([(186, 36, 32), (214, 170, 40), (110, 112, 114)])
-    t.box(-.15, 0, .15, .7, body)
-    t.oval(0, .7, .16, .16, body)
-    t.box(-.26, .4, .26, .55, shade(body, .8))
+    t.draw("""
+        box    body       -.15,0  .15,.7
+        oval   body       0,.7  .16,.16
+        box    body*.8    -.26,.4  .26,.55
+        """, body=s.pick(HYDRANTS))
 
 
 def bush(t, s):
     for _ in range(5):
-        t.oval(s.between(-.7, .7), s.between(.3, .8), s.between(.3, .6), s.between(.25, .45),
-               shade(LEAVES[0], s.between(.75, 1.2)))
+        t.draw("oval leaves u,v wide,tall", u=s.between(-.7, .7), v=s.between(.3, .8),
+               wide=s.between(.3, .6), tall=s.between(.25, .45),
+               leaves=shade(LEAVES[0], s.between(.75, 1.2)))
 
 
 # Usual height and width in metres, to find room; the drawing decides the box.
@@ -428,72 +527,111 @@ OBJECTS = {"Car": (car, 1.5, 2.6), "Pedestrian": (pedestrian, 1.74, .6),
 CLUTTER = [round_sign, round_sign, bin_, kiosk, hydrant, bike_across, bike_across, bike_along, bush]
 
 
+# ----------------------------------------------------------------------------------------------
+# The backdrop
+# ----------------------------------------------------------------------------------------------
+
+# Metres ahead where the ground's bands meet: each band has its own haze.
+BANDS = (2.5, 5, 9, 16, 30, 60, 300)
+
+
 def backdrop(s):
     """Sky, clouds, hills, ground, the road with its marks, and a street on either side."""
-    pen, horizon, world = s.pens[0], s.vanish[1], Thing(s)
+    sky(s)
+    grass = s.pick(GRASS)
+    left, right, walk = -s.between(3.2, 6.5), s.between(3.2, 6.5), s.between(1.6, 3.2)
+    road(s, Thing(s), left, right, walk, grass)
+    street(s, -1, left - (walk + s.between(.3, 3)), s.between(.2, 1))
+    street(s, 1, right + (walk + s.between(.3, 3)), s.between(.2, 1))
+
+
+def sky(s):
+    """A gradient down to the horizon, clouds by day, and hills."""
+    pen, horizon = s.pens[0], s.vanish[1]
     for y in range(0, int(horizon) + 2, 2):
         f = y / horizon
-        pen.rectangle([0, y, s.width, y + 1],
-                      fill=tuple(int(a * (1 - f) + b * f) for a, b in zip(s.sky, s.air)))
-    for _ in range(0 if s.mood in ("night", "fog") else int(s.between(0, 5))):
+        mixed = tuple(int(a * (1 - f) + b * f) for a, b in zip(s.sky, s.air))
+        pen.rectangle([0, y, s.width, y + 1], fill=mixed)
+    white = tuple(int(146 * min(1, s.light[1]) + .4 * channel) for channel in s.air)
+    clouds = 0 if s.mood in ("night", "fog") else int(s.between(0, 5))
+    for _ in range(clouds):
         x, y = s.between(0, s.width), s.between(0, horizon * .7)
         for _ in range(4):
             u, r = x + s.between(-18, 18), s.between(2, 5)
-            white = tuple(int(146 * min(1, s.light[1]) + .4 * a) for a in s.air)
             pen.ellipse([u - 2 * r, y - r, u + 2 * r, y + r * .8], fill=white)
     hills = [(x, horizon - s.between(1, 12)) for x in range(0, s.width + 1, 32)]
-    pen.polygon([(0, horizon + 2), *hills, (s.width, horizon + 2)],
-                fill=s.colour((84, 108, 92), 90))
-    grass = s.pick([(96, 122, 66), (110, 112, 70), (128, 122, 112)])
-    left, right, walk = -s.between(3.2, 6.5), s.between(3.2, 6.5), s.between(1.6, 3.2)
+    feet = horizon + 2
+    pen.polygon([(0, feet), *hills, (s.width, feet)], fill=s.colour((84, 108, 92), 90))
 
-    def strip(x0, x1, z0, z1, rgb):
-        world.poly([(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], rgb)
 
-    # in bands, each with its own haze
-    for near, far in ((2.5, 5), (5, 9), (9, 16), (16, 30), (30, 60), (60, 300)):
-        strip(-400, 400, near, far, grass)
-        strip(left - walk, right + walk, near, far, (154, 150, 144))
-        strip(left - .2, right + .2, near, far, (190, 188, 182))
-        strip(left, right, near, far, s.road)
+def road(s, world, left, right, walk, grass):
+    """Grass, pavements, kerbs and the road between `left` and `right`, with its marks."""
+    for near, far in pairwise(BANDS):
+        world.draw("""
+            flat   grass      -400,0,near  400,0,far
+            flat   9a9690     begin,0,near  end,0,far
+            flat   bebcb6     left-.2,0,near  right+.2,0,far
+            flat   road       left,0,near  right,0,far
+            """, grass=grass, road=s.road, left=left, right=right, near=near, far=far,
+                   begin=left - walk, end=right + walk)
     middle, phase = (left + right) / 2 + s.between(-.5, .5), s.between(3.2, 9.2)
     for i in range(9):
-        strip(middle - .08, middle + .08, phase + 6 * i, phase + 6 * i + 3, (226, 226, 220))
-    if s.rng.random() < .2:                                         # a zebra crossing
+        world.draw("flat e2e2dc middle-.08,0,z middle+.08,0,z+3", middle=middle, z=phase + 6 * i)
+    if s.chance(.2):                                                # a zebra crossing
         z = s.between(7, 16)
         for i in range(int(right - left)):
-            strip(left + .3 + i, left + .8 + i, z, z + 2.2, (224, 224, 220))
-    for side, edge in ((-1, left), (1, right)):
-        street(s, world, side, edge + side * (walk + s.between(.3, 3)), s.between(.2, 1))
+            world.draw("flat e0e0dc a,0,z b,0,z+2.2", a=left + .3 + i, b=left + .8 + i, z=z)
 
 
-def street(s, world, side, x, built):
+def street(s, side, x, built):
     """Houses (about a share `built`) and trees along x, from far to near."""
     slots, z = [], s.between(3, 8)
     while z < 70:
-        slots.append((z, s.between(6, 14)))
-        z += slots[-1][1] + s.between(0, 5)
+        length = s.between(6, 14)
+        slots.append((z, length))
+        z += length + s.between(0, 5)
     for z, length in reversed(slots):
-        if s.rng.random() < built:
-            wall, top, far, deep = s.pick(WALLS), s.between(4, 10), z + length, x + side * 10
-            world.poly([(x, 0, z), (x, top, z), (deep, top, z), (deep, 0, z)], shade(wall, .8))
-            world.poly([(x, 0, z), (x, top, z), (x, top, far), (x, 0, far)], wall)
-            world.poly([(x, 0, z), (x, .8, z), (x, .8, far), (x, 0, far)], shade(wall, .75))
-            for v in range(1, int(min(top - 1, 6)), 2) if z < 30 else ():
-                for d in range(1, int(length - 1), 3):
-                    lit = s.mood == "night" and s.rng.random() < .4
-                    pane = (.3, 0), (1.5, 0), (1.5, 1.3), (.3, 1.3)
-                    world.poly([(x, v + a, z + d + b) for a, b in pane],
-                               (236, 196, 110) if lit else (74, 84, 96), lit)
+        if s.chance(built):
+            house(s, side, x, z, length)
         else:
-            for d in (length * .75, length * .25):
-                tree, high = Thing(s, x + side * s.between(0, 1.5), z + d), s.between(2.2, 3.6)
-                green = shade(s.pick(LEAVES), s.between(.85, 1.2))
-                tree.box(-.14, 0, .14, high, (84, 66, 52))
-                for i in range(7):
-                    tree.oval(s.between(-1, 1), high + s.between(-.4, 1.9), s.between(.6, 1.1),
-                              s.between(.5, .9),
-                              shade(green, .75 + .08 * i))
+            tree(s, x + side * s.between(0, 1.5), z + length * .75)
+            tree(s, x + side * s.between(0, 1.5), z + length * .25)
+
+
+def house(s, side, x, z, length):
+    """A front and the wall along the street, with windows when it is near."""
+    world, wall, top = Thing(s), s.pick(WALLS), s.between(4, 10)
+    world.draw("""
+        poly   wall*.8    x,0,z  x,top,z  deep,top,z  deep,0,z
+        poly   wall       x,0,z  x,top,z  x,top,far  x,0,far
+        poly   wall*.75   x,0,z  x,.8,z  x,.8,far  x,0,far
+        """, wall=wall, top=top, x=x, z=z, far=z + length, deep=x + side * 10)
+    floors = range(1, int(min(top - 1, 6)), 2) if z < 30 else ()
+    for floor in floors:
+        for d in range(1, int(length - 1), 3):
+            world.lit = s.mood == "night" and s.chance(.4)
+            world.draw("poly pane! x,v+.3,z x,v+1.5,z x,v+1.5,z+1.3 x,v+.3,z+1.3",
+                       x=x, v=floor, z=z + d, pane=LAMPLIGHT if world.lit else PANE)
+
+
+def tree(s, x, z):
+    """A trunk, and seven balls of leaves, the last the brightest."""
+    thing, high = Thing(s, x, z), s.between(2.2, 3.6)
+    green = shade(s.pick(LEAVES), s.between(.85, 1.2))
+    thing.draw("box 544234 -.14,0 .14,high", high=high)
+    for i in range(7):
+        thing.draw("oval green u,v wide,tall", u=s.between(-1, 1), v=high + s.between(-.4, 1.9),
+                   wide=s.between(.6, 1.1), tall=s.between(.5, .9),
+                   green=shade(green, .75 + .08 * i))
+
+
+# ----------------------------------------------------------------------------------------------
+# One image
+# ----------------------------------------------------------------------------------------------
+
+# How many objects to label there may be, each number equally often, and how often which.
+NUMBERS = 1, 2, 3, 4, 5, 5, 6, 6, 7, 7
+KINDS = ["Car"] * 47 + ["Pedestrian"] * 29 + ["Cyclist"] * 24
 
 
 def draw_image(seed, number):
@@ -503,49 +641,69 @@ def draw_image(seed, number):
     """
     s = Scene(np.random.Generator(np.random.PCG64([seed, number])))
     backdrop(s)
-    plan, taken = [], []                             # what to draw; rough boxes (x0, y0, x1, y1, z)
-
-    def place(kind, draw, tall, wide, pixels, beside=False):
-        """Find room where `tall` metres are `pixels` high; give up after six tries."""
-        z = FOCAL * tall / pixels
-        for _ in range(6):
-            column = s.between(3, WIDTH - 3)
-            x = (column - s.vanish[0] / 2) * z / FOCAL
-            half, foot = wide * pixels / tall / 2, s.vanish[1] / 2 + CAMERA * pixels / tall
-            mine = (column - half, foot - pixels, column + half, foot, z)
-            free = all(rough_cover(mine, other) < .38 for other in taken)
-            if free and (not beside or abs(x) > 2.5):
-                taken.append(mine)
-                plan.append((z, x, kind, draw, 1 if s.rng.random() < .5 else -1))
-                return
-
-    for _ in range(s.pick([1, 2, 3, 4, 5, 5, 6, 6, 7, 7])):
-        kind = s.pick(["Car"] * 47 + ["Pedestrian"] * 29 + ["Cyclist"] * 24)
-        place(kind, *OBJECTS[kind],
-              10.4 * (OBJECTS[kind][1] * 17.5 / 10.4) ** (s.rng.random() ** 1.35))
-    for _ in range(s.pick([0, 0, 1, 1, 2, 3])):                     # too far to label
-        kind = s.pick(["Car", "Car", "Pedestrian", "Cyclist"])
-        place(kind, *OBJECTS[kind], s.between(4, 8.5))
-    for _ in range(s.pick([1, 2, 3, 4, 5])):
-        place(None, s.pick(CLUTTER), 1.6, .8, 9 * 2.8 ** s.rng.random(), beside=s.rng.random() < .8)
     drawn = []
-    for count, (z, x, kind, draw, flip) in enumerate(sorted(plan, key=lambda item: -item[0]), 1):
-        thing = Thing(s, x, z, count if kind else 0, flip)
-        draw(thing, s)
-        if kind:
-            # before nearer things
-            drawn.append((kind, thing.corners, np.asarray(s.owner) == count, count))
+    far_first = sorted(choose(s), key=lambda spot: -spot.z)
+    for count, spot in enumerate(far_first, 1):
+        thing = Thing(s, spot.x, spot.z, count if spot.kind else 0, spot.flip)
+        spot.draw(thing, s)
+        if spot.kind:
+            mask = np.asarray(s.owner) == count         # its pixels, before nearer things hide some
+            drawn.append((spot.kind, thing.corners, mask, count))
     owner = np.asarray(s.owner)
-    lines = [label_line(kind, corners, mask, owner == number)
-             for kind, corners, mask, number in drawn if mask.any()]
+    lines = [label_line(kind, corners, mask, owner == count)
+             for kind, corners, mask, count in drawn if mask.any()]
     return develop(s), lines
 
 
-def rough_cover(a, b):
+class Spot(NamedTuple):
+    """Where something stands, and what."""
+    z: float                           # metres ahead
+    x: float                           # metres right of the camera
+    rough: tuple                       # about the box (x0, y0, x1, y1), in pixels
+    kind: str                          # the class of an object; None for clutter
+    draw: Callable                     # (Thing, Scene)
+    flip: int                          # -1: mirrored
+
+
+def choose(s):
+    """The scene's spots: objects, objects too far to label, and clutter."""
+    spots = []
+    for _ in range(s.pick(NUMBERS)):
+        kind = s.pick(KINDS)
+        _, tall, _ = OBJECTS[kind]
+        pixels = 10.4 * (tall * 17.5 / 10.4) ** (s.rng.random() ** 1.35)
+        place(s, spots, kind, *OBJECTS[kind], pixels)
+    for _ in range(s.pick([0, 0, 1, 1, 2, 3])):
+        kind = s.pick(["Car", "Car", "Pedestrian", "Cyclist"])
+        place(s, spots, kind, *OBJECTS[kind], s.between(4, 8.5))
+    for _ in range(s.pick([1, 2, 3, 4, 5])):
+        draw, pixels = s.pick(CLUTTER), 9 * 2.8 ** s.rng.random()
+        place(s, spots, None, draw, 1.6, .8, pixels, beside=s.chance(.8))
+    return spots
+
+
+def place(s, spots, kind, draw, tall, wide, pixels, beside=False):
+    """Add a spot where `tall` metres are `pixels` high, with room; give up after six tries.
+
+    beside: not in the middle of the road.
+    """
+    z = FOCAL * tall / pixels
+    for _ in range(6):
+        column = s.between(3, WIDTH - 3)
+        x = (column - s.vanish[0] / 2) * z / FOCAL
+        half, foot = wide * pixels / tall / 2, s.vanish[1] / 2 + CAMERA * pixels / tall
+        rough = column - half, foot - pixels, column + half, foot
+        free = all(rough_cover(z, rough, spot) < .38 for spot in spots)
+        if free and (not beside or abs(x) > 2.5):
+            spots.append(Spot(z, x, rough, kind, draw, 1 if s.chance(.5) else -1))
+            return
+
+
+def rough_cover(z, rough, other):
     """Share of the farther of two rough boxes that the nearer covers."""
-    far = a if a[4] > b[4] else b
-    w = min(a[2], b[2]) - max(a[0], b[0])
-    h = min(a[3], b[3]) - max(a[1], b[1])
+    far = rough if z > other.z else other.rough
+    w = min(rough[2], other.rough[2]) - max(rough[0], other.rough[0])
+    h = min(rough[3], other.rough[3]) - max(rough[1], other.rough[1])
     return max(w, 0) * max(h, 0) / ((far[2] - far[0]) * (far[3] - far[1]))
 
 
