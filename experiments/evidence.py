@@ -28,7 +28,7 @@ from checkpoints import write_json, write_text
 from experiments import tables
 
 HALVES = ("near", "far")
-IGNORED = 1e12                     # an area beyond all that COCOeval counts: found or not, no matter
+IGNORED = 1e12                     # an area that COCOeval leaves out, found or not
 
 
 def judged(predictions, dataset):
@@ -93,7 +93,7 @@ def distances(dataset):
 
 
 def halves(dataset, metres):
-    """{"near", "far": a data set that asks for this half of each class}; the other half is ignored."""
+    """{"near", "far": a data set that asks for this half of each class, and ignores the other}."""
     labels, parts = dataset.rows[:, 4], {}
     middle = np.array([np.median(metres[labels == label]) for label in labels])
     for name, wanted in zip(HALVES, (metres <= middle, metres > middle)):
@@ -133,13 +133,13 @@ def markdown(rows, scale):
     """evidence.md."""
     classes = list(rows[0]["per class"])
     head = ["detector", "run", "seeds", "gain, other images", *HALVES, *classes]
+    draws, images = rows[0]["draws"], rows[0]["images"]
     text = [f"# {scale}: other images, and where\n",
             f"Made by `python -m experiments.evidence {scale}`. Gains in AP over the student alone, "
             "paired by seed.",
-            f"Second column of figures: 95 % of {rows[0]['draws']} draws of the "
-            f"{rows[0]['images']} images, seeds as they are. The others: 95 % over seeds "
-            "(Student's t), images as they are; near and far are the halves of each class by "
-            "distance, the other half ignored.\n",
+            f"Other images: 95 % of {draws} draws of the {images} images, seeds as they are. All "
+            "else: 95 % over seeds (Student's t), images as they are. Near and far are the halves "
+            "of each class by distance, the other half ignored.\n",
             f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         gains = [row["other images"], *(row[name] for name in HALVES), *row["per class"].values()]

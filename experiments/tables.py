@@ -852,6 +852,10 @@ def write(study):
             write_json(folder / f"{name}.json", measure(study))
     speed, reading = (read_json(folder / f"{name}.json") for name in ("speed", "reading"))
     tables = summarise(lines, study.done)
+    # A table that only repeats the main one's runs has its own still to come.
+    known = {run for line in tables.get("main", ()) for run in line["runs"]}
+    tables = {name: rows for name, rows in tables.items()
+              if name == "main" or any(set(row["runs"]) - known for row in rows)}
     write_json(folder / "tables.json", tables)
     write_json(folder / "tuning.json", [
         {"detector": line.detector, "what": line.label, "options": options_of(job.cfg),
