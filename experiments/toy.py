@@ -233,14 +233,15 @@ class Thing:
         where the thing is lit. What is given stays known to later tables of the same thing.
         """
         self.given |= given
-        for row in table.strip().splitlines():
-            shape, colour, *words = row.split()
-            name, _, share = colour.rstrip("!").partition("*")
-            paint = shade(self.given.get(name) or bytes.fromhex(name), float(share or 1))
-            points = [[metres(number, self.given) for number in word.split(",")] for word in words]
+        for shape, name, share, glows, words in parsed(table):
+            paint = shade(self.given.get(name) or bytes.fromhex(name), share)
+            points = [[self.metres(*number) for number in word] for word in words]
             further = points[0][2] if len(points[0]) == 3 else 0
-            glow = self.lit and colour.endswith("!")
-            getattr(self, shape)(self.s.colour(paint, self.z + further, glow), *points)
+            colour = self.s.colour(paint, self.z + further, self.lit and glows)
+            getattr(self, shape)(colour, *points)
+
+    def metres(self, share, name, more):
+        return share * self.given[name] + more if name else share
 
     # The shapes of a table. Each of a row's words is a list of numbers, also a single number.
 
@@ -308,16 +309,21 @@ def ordered(a, b):
     return [(min(a[0], b[0]), a[1]), (max(a[0], b[0]), b[1])]
 
 
-def metres(word, sizes):
-    """"-.62wide+.05" -> -.62 * sizes["wide"] + .05."""
-    share, name, more = parts(word)
-    return share * sizes[name] + more if name else share
-
-
 @cache
-def parts(word):
+def parsed(table):
+    """A table's rows: shape, name and share of the colour, whether it glows, words of numbers."""
+    rows = []
+    for row in table.strip().splitlines():
+        shape, colour, *words = row.split()
+        name, _, share = colour.rstrip("!").partition("*")
+        numbers = [[parts(number) for number in word.split(",")] for word in words]
+        rows.append((shape, name, float(share or 1), colour.endswith("!"), numbers))
+    return rows
+
+
+def parts(number):
     """"-.62wide+.05" -> (-.62, "wide", .05)."""
-    share, name, more = re.fullmatch(r"(-?[\d.]*)([a-z]*)([-+][\d.]+)?", word).groups()
+    share, name, more = re.fullmatch(r"(-?[\d.]*)([a-z]*)([-+][\d.]+)?", number).groups()
     return float({"": 1, "-": -1}.get(share, share)), name, float(more or 0)
 
 
@@ -674,7 +680,7 @@ class Spot(NamedTuple):
     x: float                           # metres right of the camera
     flip: int                          # -1: mirrored
     figure: Figure
-    rough: np.ndarray                  # about its box (x0, y0, x1, y1), in pixels
+    rough: tuple                       # about its box (x0, y0, x1, y1), in pixels
 
 
 def choose(s):
@@ -703,7 +709,7 @@ def place(s, spots, figure, pixels, beside=False):
     for _ in range(6):
         column = s.between(3, WIDTH - 3)
         x = (column - s.vanish[0] / 2) * z / FOCAL
-        rough = np.array([column - half, foot - pixels, column + half, foot])
+        rough = column - half, foot - pixels, column + half, foot
         free = all(rough_cover(z, rough, spot) < .38 for spot in spots)
         if free and (not beside or abs(x) > 2.5):
             spots.append(Spot(z, x, 1 if s.chance(.5) else -1, figure, rough))
@@ -712,10 +718,11 @@ def place(s, spots, figure, pixels, beside=False):
 
 def rough_cover(z, rough, other):
     """Share of the farther of two rough boxes that the nearer covers."""
-    both = np.stack([rough, other.rough])
-    shared = both[:, 2:].min(0) - both[:, :2].max(0)    # width and height, negative when apart
-    far = rough if z > other.z else other.rough
-    return shared.clip(0).prod() / (far[2:] - far[:2]).prod()
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = rough, other.rough
+    wide = min(ax1, bx1) - max(ax0, bx0)
+    tall = min(ay1, by1) - max(ay0, by0)
+    x0, y0, x1, y1 = rough if z > other.z else other.rough
+    return max(wide, 0) * max(tall, 0) / ((x1 - x0) * (y1 - y0))
 
 
 def label_line(kind, corners, mask, visible):
