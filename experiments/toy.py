@@ -39,71 +39,67 @@ def make(root, seed=0, counts=None, workers=2):
     what is asked for.
     """
     root = Path(root)
-    stated = facts_of(root / "toy.json")
-    if stated:                                          # nothing to write, also on a read-only disk
-        check_facts(root / "toy.json", stated, seed, counts)
+    marker = root / "toy.json"
+    # A finished toy needs no lock, so that it may lie on a read-only disk.
+    if stated_facts(marker, seed, counts):
         return
     root.mkdir(parents=True, exist_ok=True)
     with locked(root, wait=True):
-        stated = facts_of(root / "toy.json")            # another process may have made it meanwhile
-        if stated:
-            check_facts(root / "toy.json", stated, seed, counts)
-        else:
+        # Another process may have made it meanwhile.
+        if not stated_facts(marker, seed, counts):
             draw_all(root, seed, counts, workers)
+            os.replace(root / "toy.json.part", marker)
 
 
-def facts_of(marker):
-    """What a marker says the folder holds; None where there is none, or one that was cut off."""
+def stated_facts(marker, seed, counts):
+    """What a marker says the folder holds; None without a marker, or with one that was cut off.
+
+    Raises ValueError when that is not what is asked for.
+    """
     try:
-        return json.loads(marker.read_text())
+        stated = json.loads(marker.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def check_facts(marker, stated, seed, counts):
-    """The facts that are asked for. Raises ValueError when the folder holds other ones."""
-    counts = dict(counts or (stated or {}).get("counts") or COUNTS)
-    wanted = {"version": VERSION, "seed": seed, "counts": counts}
-    if stated not in (None, wanted):
+    wanted = facts(seed, counts or stated.get("counts"))
+    if stated != wanted:
         raise ValueError(f"{marker}: the folder holds a toy of {stated}, not {wanted}; delete it "
                          "or choose another root")
-    return wanted
+    return stated
+
+
+def facts(seed, counts):
+    return {"version": VERSION, "seed": seed, "counts": dict(counts or COUNTS)}
 
 
 def draw_all(root, seed, counts, workers):
-    """Draw what is missing in `root`, and say at the end what it holds."""
+    """Draw what is missing in `root`; root/toy.json.part says what is being drawn."""
     begun = root / "toy.json.part"
-    facts = check_facts(begun, facts_of(begun), seed, counts)
+    plan = stated_facts(begun, seed, counts) or facts(seed, counts)
     names = {path.name for path in root.iterdir()}
-    begun_by_us = names & {"toy.json", "toy.json.part"}   # also where a full disk left them empty
-    if names and not begun_by_us:
+    # A full disk leaves a marker empty: the folder is ours all the same.
+    if names and not names & {"toy.json", begun.name}:
         raise ValueError(f"{root}: not empty and not a toy; give an empty or new folder as the "
                          "toy's root")
     for folder in ("training/image_2", "training/label_2", "ImageSets"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    write_text(begun, json.dumps(facts))
-    numbers = {split: range(FIRST[split], FIRST[split] + count)
-               for split, count in facts["counts"].items()}
-    missing = [n for members in numbers.values() for n in members
-               if not (root / f"training/image_2/{n:06d}.png").exists()]
+    write_text(begun, json.dumps(plan))
+    missing = []
+    for split, count in plan["counts"].items():
+        members = range(FIRST[split], FIRST[split] + count)
+        write_text(root / "ImageSets" / f"{split}.txt", "".join(f"{n:06d}\n" for n in members))
+        missing += [n for n in members if not (root / f"training/image_2/{n:06d}.png").exists()]
     chunks = [missing[first:first + 25] for first in range(0, len(missing), 25)]
     draw = partial(write_images, root, seed, os.getpid())
-    with tqdm(total=len(missing), desc="drawing the toy KITTI", unit="image",
-              disable=len(missing) < 100) as bar:
-        if workers > 1 and len(chunks) > 1:
-            # Ctrl-C is for the parent alone: the workers end their chunk in silence, and the next
-            # call goes on there.
-            deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-            with ProcessPoolExecutor(workers, **deaf) as pool:
-                for written in pool.map(draw, chunks):
-                    bar.update(written)
-        else:
-            for chunk in chunks:
-                bar.update(draw(chunk))
-    for split, members in numbers.items():
-        ids = "".join(f"{n:06d}\n" for n in members)
-        write_text(root / "ImageSets" / f"{split}.txt", ids)
-    os.replace(begun, root / "toy.json")
+    bar = tqdm(total=len(missing), desc="drawing the toy KITTI", unit="image",
+               disable=len(missing) < 100)
+    # Ctrl-C is for the parent alone: the workers end their chunk in silence, and the next call
+    # goes on there.
+    deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with bar, ProcessPoolExecutor(workers, **deaf) as pool:
+        # The pool starts no process before it is used.
+        alone = workers == 1 or len(chunks) == 1
+        for written in (map if alone else pool.map)(draw, chunks):
+            bar.update(written)
 
 
 def write_images(root, seed, parent, numbers):
@@ -129,6 +125,7 @@ def write_images(root, seed, parent, numbers):
 # ----------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 160, 48                         # pixels
+WIDE, TALL = 2 * WIDTH, 2 * HEIGHT              # of the canvases that are drawn on
 FOCAL, CAMERA = 93.0, 1.65                      # pixels (KITTI: 721 of 1242), metres above the road
 
 
@@ -154,17 +151,22 @@ WALLS = rgb("ac7860 beae92 928e8c ccc4b8 805c4e 96a0a8 c4a06e")
 LEAVES = rgb("3a6232 506c34 786830 30523a")
 ROADS = rgb("606164 54555a 706c68")
 GRASS = rgb("607a42 6e7046 807a70")
-TAILS, LAMPS, WHITE, LAMPLIGHT, PANE = rgb("d61818 faf6d8 ecece8 ecc46e 4a5460")
+TAILS, LAMPS, WHITE, LAMPLIGHT, PANE, HILLS = rgb("d61818 faf6d8 ecece8 ecc46e 4a5460 546c5c")
 SCREENS = rgb("3a4654 3a4654 788a9a")
 SIGNS = rgb("c81e22 224aa0 ecbe32")
 BINS = rgb("34543a 464a50 966028 283c68")
 HYDRANTS = rgb("ba2420 d6aa28 6e7072")
-EVERYWHERE = dict(zip(("glass", "tyre"), rgb("3a4654 161618")))    # colours that any table may name
+GLASS, TYRE = rgb("3a4654 161618")
 
 
 def shade(colour, share):
     """A colour with a share of its brightness."""
     return tuple(channel * share for channel in colour)
+
+
+def blend(a, share, b, rest):
+    """A share of one colour and one of another, in whole numbers."""
+    return tuple(min(255, int(x * share + y * rest)) for x, y in zip(a, b))
 
 
 class Scene:
@@ -176,9 +178,8 @@ class Scene:
 
     def __init__(self, rng):
         self.rng = rng
-        self.width, self.height = 2 * WIDTH, 2 * HEIGHT
-        self.picture = Image.new("RGB", (self.width, self.height))
-        self.owner = Image.new("L", (self.width, self.height))
+        self.picture = Image.new("RGB", (WIDE, TALL))
+        self.owner = Image.new("L", (WIDE, TALL))
         self.pens = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.owner)
         # The point where the road meets the horizon, in canvas pixels.
         self.vanish = 2 * self.between(62, 98), 2 * self.between(14.5, 18.5)
@@ -186,7 +187,10 @@ class Scene:
         light, self.air, self.sky, sight = MOODS[self.mood]
         self.light = shade(light, self.between(.88, 1.12))
         self.sight = sight * self.between(.8, 1.25)
-        self.road = self.pick(ROADS)
+        road = self.pick(ROADS)
+        dark = shade(road, .8 if self.mood in ("grey", "fog") else .62)
+        # The colours that any table may name.
+        self.colours = {"glass": GLASS, "tyre": TYRE, "road": road, "dark": dark}
 
     def between(self, low, high):
         return low + (high - low) * self.rng.random()
@@ -199,11 +203,9 @@ class Scene:
 
     def colour(self, rgb, z, glow=False):
         """What is left of a colour in this light, z metres away; what glows needs no light."""
-        light = (1, 1, 1) if glow else self.light
+        lit = rgb if glow else [channel * light for channel, light in zip(rgb, self.light)]
         clear = math.exp(-z / self.sight)
-        haze = 1 - clear
-        return tuple(min(255, int(channel * lit * clear + air * haze))
-                     for channel, lit, air in zip(rgb, light, self.air))
+        return blend(lit, clear, self.air, 1 - clear)
 
 
 class Thing:
@@ -215,27 +217,33 @@ class Thing:
 
     def __init__(self, scene, x=0.0, z=0.0, number=None, flip=1):
         self.s, self.x, self.z, self.number, self.flip = scene, x, z, number, flip
-        self.lit = False
+        self.lit, self.given = False, dict(scene.colours)
         self.corners = []                       # canvas points drawn, also beyond the border
 
     def draw(self, table, **given):
-        """Draw the rows of a table, one over the other: a shape, its colour, its points.
+        """Draw the rows of a table, each over those before it.
 
-        A point is right,up or right,up,further in metres. Each of these is a number, a size of
-        `given` or a share of it, and more or less: .3 top -.62wide waist+.05. A colour is in
-        hexadecimal or of `given`; *.7 darkens it; with ! it glows where the thing is lit.
+        A row has a shape (a method below), its colour, and the shape's numbers in metres. Points
+        are right,up or right,up,further.
+
+            box  paint*.7  -.62wide,0  wide,waist+.05
+
+        A number stands for itself, or is a size of `given` with a factor before it and an offset
+        behind it. A colour is a name of `given` or hexadecimal; *.7 darkens it; with ! it glows
+        where the thing is lit. What is given stays known to later tables of the same thing.
         """
-        given = EVERYWHERE | given
-        for row in table.strip().splitlines():
-            shape, colour, *words = row.split()
-            name, _, share = colour.rstrip("!").partition("*")
-            paint = shade(given.get(name) or bytes.fromhex(name), float(share or 1))
-            points = [[metres(number, given) for number in word.split(",")] for word in words]
+        self.given |= given
+        for shape, name, share, glows, words in parsed(table):
+            paint = shade(self.given.get(name) or bytes.fromhex(name), share)
+            points = [[self.metres(*number) for number in word] for word in words]
             further = points[0][2] if len(points[0]) == 3 else 0
-            glow = self.lit and colour.endswith("!")
-            getattr(self, shape)(self.s.colour(paint, self.z + further, glow), *points)
+            colour = self.s.colour(paint, self.z + further, self.lit and glows)
+            getattr(self, shape)(colour, *points)
 
-    # The shapes of a table.
+    def metres(self, share, name, more):
+        return share * self.given[name] + more if name else share
+
+    # The shapes of a table. Each of a row's words is a list of numbers, also a single number.
 
     def poly(self, colour, *points):
         self.stroke("polygon", [self.at(*point) for point in points], fill=colour)
@@ -249,6 +257,7 @@ class Thing:
         self.poly(colour, a, (b[0], 0, a[2]), b, (a[0], 0, b[2]))
 
     def line(self, colour, thick, *points):
+        """Through the points; the first word is its thickness."""
         self.stroke("line", [self.at(*point) for point in points], fill=colour,
                     width=self.pixels(*thick))
 
@@ -256,6 +265,7 @@ class Thing:
         self.stroke("ellipse", self.around(*middle, *radii), fill=colour)
 
     def ring(self, colour, middle, radii):
+        """The outline of an oval, 7 cm thick."""
         self.stroke("ellipse", self.around(*middle, *radii), outline=colour,
                     width=self.pixels(.07))
 
@@ -265,6 +275,11 @@ class Thing:
         _, ground = self.at(middle[0], 0, *further)
         r = ground - y
         self.stroke("ellipse", [(x - r * .32, y - r), (x + r * .32, y + r)], fill=colour)
+
+    def shadow(self, colour, wide):
+        """A shadow on the road under the thing: it hides nothing and belongs to no box."""
+        corners = ordered(self.at(-wide[0], 0, .35), self.at(wide[0], 0, -.25))
+        self.s.pens[0].ellipse(corners, fill=colour)
 
     # From metres to the canvas.
 
@@ -280,21 +295,13 @@ class Thing:
     def pixels(self, thick):
         return max(1, round(thick * 2 * FOCAL / self.z))
 
-    def stroke(self, shape, points, width=None, **ink):
+    def stroke(self, shape, points, width=1, **ink):
         """Draw in the picture, and in the owner's canvas with the number for a colour."""
-        how = {} if width is None else {"width": width}
         picture, owner = self.s.pens
         self.corners += points
-        getattr(picture, shape)(points, **ink, **how)
+        getattr(picture, shape)(points, width=width, **ink)
         if self.number is not None:
-            getattr(owner, shape)(points, **dict.fromkeys(ink, self.number), **how)
-
-    def shadow(self, wide):
-        """On the road, under the thing; it hides nothing and belongs to no box."""
-        strength = .8 if self.s.mood in ("grey", "fog") else .62
-        dark = self.s.colour(shade(self.s.road, strength), self.z)
-        corners = ordered(self.at(-wide, 0, .35), self.at(wide, 0, -.25))
-        self.s.pens[0].ellipse(corners, fill=dark)
+            getattr(owner, shape)(points, width=width, **dict.fromkeys(ink, self.number))
 
 
 def ordered(a, b):
@@ -302,16 +309,21 @@ def ordered(a, b):
     return [(min(a[0], b[0]), a[1]), (max(a[0], b[0]), b[1])]
 
 
-def metres(word, sizes):
-    """"-.62wide+.05" -> -.62 * sizes["wide"] + .05."""
-    share, name, more = parts(word)
-    return share * sizes[name] + more if name else share
-
-
 @cache
-def parts(word):
+def parsed(table):
+    """A table's rows: shape, name and share of the colour, whether it glows, words of numbers."""
+    rows = []
+    for row in table.strip().splitlines():
+        shape, colour, *words = row.split()
+        name, _, share = colour.rstrip("!").partition("*")
+        numbers = [[parts(number) for number in word.split(",")] for word in words]
+        rows.append((shape, name, float(share or 1), colour.endswith("!"), numbers))
+    return rows
+
+
+def parts(number):
     """"-.62wide+.05" -> (-.62, "wide", .05)."""
-    share, name, more = re.fullmatch(r"(-?[\d.]*)([a-z]*)([-+][\d.]+)?", word).groups()
+    share, name, more = re.fullmatch(r"(-?[\d.]*)([a-z]*)([-+][\d.]+)?", number).groups()
     return float({"": 1, "-": -1}.get(share, share)), name, float(more or 0)
 
 
@@ -333,21 +345,17 @@ def car_along(t, s):
     wide, roof, long = s.pick(CARS)
     first, last = s.pick([HATCHBACK, BOOT]) if away else BONNET
     side = -math.copysign(wide, t.x * t.flip)                       # the flank that the camera sees
-    sizes = dict(wide=wide, waist=.62 * roof, top=roof - .03, first=first, last=last, long=long,
-                 side=side, slim=side * .82)
     t.lit = s.mood in ("night", "dusk")
-    t.shadow(wide * 1.15)
     t.draw("""
+        shadow dark       1.15wide
         poly   paint*.72  side,.22,0  side,waist,0  side,waist,first  slim,top,last \
                           slim,top,.66long  side,waist,.86long  side,.95waist,long  side,.22,long
         poly   glass      .97side,waist+.05,first+.35  .86side,top-.1,last+.15 \
                           .86side,top-.1,.62long  .97side,waist+.05,.78long
         wheel  tyre       side,.31  .75
         wheel  tyre       side,.31  long-.8
-        """, paint=paint, **sizes)
-    t.draw("""
         poly   paint*1.15 -wide,waist,0  wide,waist,0  wide,waist,first  -wide,waist,first
-        poly   paint*.95  -wide,waist,first  wide,waist,first  narrow,roof,last  -narrow,roof,last
+        poly   paint*.95  -wide,waist,first  wide,waist,first  .82wide,roof,last  -.82wide,roof,last
         poly   screen     -.88wide,waist+.05,first  .88wide,waist+.05,first \
                           .75wide,roof-.09,last  -.75wide,roof-.09,last
         box    tyre       -.92wide,0  -.62wide,.32
@@ -357,10 +365,11 @@ def car_along(t, s):
         box    lamp!      -.97wide,waist-.26  -.61wide,waist-.07
         box    lamp!      .97wide,waist-.26  .61wide,waist-.07
         box    e2e2ce     -.26,.46  .26,.58
-        """, paint=paint, screen=s.pick(SCREENS), lamp=TAILS if away else LAMPS, roof=roof,
-           narrow=wide * .82, **sizes)
+        """, paint=paint, screen=s.pick(SCREENS), lamp=TAILS if away else LAMPS, wide=wide,
+           roof=roof, waist=.62 * roof, top=roof - .03, first=first, last=last, long=long,
+           side=side, slim=side * .82)
     if not away:
-        t.draw("box 1a1a1c -.5wide,waist-.24 .5wide,waist-.1", **sizes)
+        t.draw("box 1a1a1c -.5wide,waist-.24 .5wide,waist-.1")
 
 
 def car_across(t, s):
@@ -368,8 +377,8 @@ def car_across(t, s):
     paint, (long, roof) = s.pick(PAINTS), s.pick(CROSSING)
     half, back = long / 2, s.pick([.62, .9, .97])                   # saloon, hatchback, estate
     t.lit = s.mood == "night"
-    t.shadow(half * 1.04)
     t.draw("""
+        shadow dark       1.04half
         poly   paint      -half,.3  -.99half,waist  -boot,waist+.05  -rear,roof  .18half,roof \
                           .5half,waist+.04  .92half,waist-.06  half,waist-.3  half,.3 \
                           .9half,.2  -.95half,.2
@@ -401,10 +410,9 @@ def head(t, s, right, up, hats):
 def pedestrian(t, s):
     k, legs, coat = s.between(.89, 1.08), s.pick(CLOTHES), s.pick(CLOTHES)      # k: of 1.75 m
     stride, wide, hem = s.between(-.3, .3), s.between(.19, .25), s.pick([.8, .8, .55]) * k
-    t.shadow(.34)
+    t.draw("shadow dark .34", k=k)
     if s.chance(.25):
-        t.draw("poly rucksack -.14,.9k -.34,.95k -.34,1.38k -.12,1.42k",
-               k=k, rucksack=s.pick(CLOTHES))
+        t.draw("poly rucksack -.14,.9k -.34,.95k -.34,1.38k -.12,1.42k", rucksack=s.pick(CLOTHES))
     t.draw("""
         line   legs*.8    .15  .1stride,.82k  .45stride,.44k  stride,.05
         box    1e1c1c     stride-.07,0  stride+.13,.08
@@ -414,7 +422,7 @@ def pedestrian(t, s):
         poly   coat       -wide,1.4k  -.6wide,1.47k  .6wide,1.47k  wide,1.4k  .95wide,hem \
                           -.95wide,hem
         line   coat*.85   .1  -wide+.03,1.38k  -wide-.04,1.1k  -hand,.85k
-        """, k=k, legs=legs, coat=coat, stride=stride, wide=wide, hem=hem,
+        """, legs=legs, coat=coat, stride=stride, wide=wide, hem=hem,
            hand=wide - stride * .5)
     head(t, s, .02, 1.58 * k, HAIR)
 
@@ -441,21 +449,22 @@ def bike_along(t, s):
 def cyclist_across(t, s):
     coat, legs = s.pick(CLOTHES), s.pick(CLOTHES)
     lean, turn = s.between(.1, .3), s.between(0, 2 * math.pi)
-    pedal = dict(u=.17 * math.cos(turn), v=.17 * math.sin(turn))
-    t.shadow(.8)
-    t.draw("line legs*.72 .145  -.2,.95  -.6u+.2,-.5v+.68  -u-.1,-v+.34", legs=legs, **pedal)
+    t.draw("""
+        shadow dark       .8
+        line   legs*.72   .145  -.2,.95  -.6u+.2,-.5v+.68  -u-.1,-v+.34
+        """, legs=legs, u=.17 * math.cos(turn), v=.17 * math.sin(turn))
     bike_across(t, s)
     t.draw("""
         line   legs       .145  -.2,.95  .6u+.2,.5v+.68  u-.1,v+.34
         poly   coat       -.34,.92  -.06,.9  lean+.16,1.36  lean+.02,1.5  lean-.14,1.46  -.32,1.12
         line   coat*.8    .1  lean,1.36  lean+.16,1.12  .46,1.05
-        """, legs=legs, coat=coat, lean=lean, **pedal)
+        """, coat=coat, lean=lean)
     head(t, s, lean + .1, 1.62, s.pick([HAIR, CLOTHES]))            # a helmet has any colour
 
 
 def cyclist_along(t, s):
     coat, legs, turn = s.pick(CLOTHES), s.pick(CLOTHES), s.between(-.14, .14)
-    t.shadow(.4)
+    t.draw("shadow dark .4")
     bike_along(t, s)
     t.draw("""
         line   legs       .14  -.8u,.95  -1.25u,turn+.62  -u,turn+.28
@@ -485,8 +494,8 @@ def round_sign(t, s):
 
 def bin_(t, s):
     """Clutter: a coat without a head."""
-    t.shadow(.36)
     t.draw("""
+        shadow dark       .36
         poly   body       -.24,0  .24,0  .3,.95  -.3,.95
         box    body*.7    -.33,.93  .33,1.05
         """, body=s.pick(BINS))
@@ -495,8 +504,8 @@ def bin_(t, s):
 def kiosk(t, s):
     """Clutter: a car without wheels."""
     wall, top, half = s.pick(PAINTS), s.between(1.6, 2.3), s.between(.8, 1.5)
-    t.shadow(half * 1.1)
     t.draw("""
+        shadow dark       1.1half
         box    wall       -half,0  half,top
         box    wall*.5    -half,0  half,.3
         box    glass      -outer,.55top  -inner,.85top
@@ -521,10 +530,19 @@ def bush(t, s):
                leaves=shade(LEAVES[0], s.between(.75, 1.2)))
 
 
-# Usual height and width in metres, to find room; the drawing decides the box.
-OBJECTS = {"Car": (car, 1.5, 2.6), "Pedestrian": (pedestrian, 1.74, .6),
-           "Cyclist": (cyclist, 1.76, 1.0)}
-CLUTTER = [round_sign, round_sign, bin_, kiosk, hydrant, bike_across, bike_across, bike_along, bush]
+class Figure(NamedTuple):
+    """Usual height and width in metres, to find room; the drawing decides the box."""
+    kind: str                          # the class of an object; None for clutter
+    draw: Callable                     # (Thing, Scene)
+    tall: float
+    wide: float
+
+
+CAR = Figure("Car", car, 1.5, 2.6)
+PEDESTRIAN = Figure("Pedestrian", pedestrian, 1.74, .6)
+CYCLIST = Figure("Cyclist", cyclist, 1.76, 1.0)
+CLUTTER = [Figure(None, draw, 1.6, .8) for draw in (
+    round_sign, round_sign, bin_, kiosk, hydrant, bike_across, bike_across, bike_along, bush)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -540,7 +558,9 @@ def backdrop(s):
     sky(s)
     grass = s.pick(GRASS)
     left, right, walk = -s.between(3.2, 6.5), s.between(3.2, 6.5), s.between(1.6, 3.2)
-    road(s, Thing(s), left, right, walk, grass)
+    world = Thing(s)
+    world.given |= dict(left=left, right=right, begin=left - walk, end=right + walk, grass=grass)
+    road(s, world, left, right)
     street(s, -1, left - (walk + s.between(.3, 3)), s.between(.2, 1))
     street(s, 1, right + (walk + s.between(.3, 3)), s.between(.2, 1))
 
@@ -550,30 +570,28 @@ def sky(s):
     pen, horizon = s.pens[0], s.vanish[1]
     for y in range(0, int(horizon) + 2, 2):
         f = y / horizon
-        mixed = tuple(int(a * (1 - f) + b * f) for a, b in zip(s.sky, s.air))
-        pen.rectangle([0, y, s.width, y + 1], fill=mixed)
-    white = tuple(int(146 * min(1, s.light[1]) + .4 * channel) for channel in s.air)
+        pen.rectangle([0, y, WIDE, y + 1], fill=blend(s.sky, 1 - f, s.air, f))
+    white = blend((146, 146, 146), min(1, s.light[1]), s.air, .4)
     clouds = 0 if s.mood in ("night", "fog") else int(s.between(0, 5))
     for _ in range(clouds):
-        x, y = s.between(0, s.width), s.between(0, horizon * .7)
+        x, y = s.between(0, WIDE), s.between(0, horizon * .7)
         for _ in range(4):
             u, r = x + s.between(-18, 18), s.between(2, 5)
             pen.ellipse([u - 2 * r, y - r, u + 2 * r, y + r * .8], fill=white)
-    hills = [(x, horizon - s.between(1, 12)) for x in range(0, s.width + 1, 32)]
+    hills = [(x, horizon - s.between(1, 12)) for x in range(0, WIDE + 1, 32)]
     feet = horizon + 2
-    pen.polygon([(0, feet), *hills, (s.width, feet)], fill=s.colour((84, 108, 92), 90))
+    pen.polygon([(0, feet), *hills, (WIDE, feet)], fill=s.colour(HILLS, 90))
 
 
-def road(s, world, left, right, walk, grass):
-    """Grass, pavements, kerbs and the road between `left` and `right`, with its marks."""
+def road(s, world, left, right):
+    """Grass, pavements, kerbs and the road, with its marks."""
     for near, far in pairwise(BANDS):
         world.draw("""
             flat   grass      -400,0,near  400,0,far
             flat   9a9690     begin,0,near  end,0,far
             flat   bebcb6     left-.2,0,near  right+.2,0,far
             flat   road       left,0,near  right,0,far
-            """, grass=grass, road=s.road, left=left, right=right, near=near, far=far,
-                   begin=left - walk, end=right + walk)
+            """, near=near, far=far)
     middle, phase = (left + right) / 2 + s.between(-.5, .5), s.between(3.2, 9.2)
     for i in range(9):
         world.draw("flat e2e2dc middle-.08,0,z middle+.08,0,z+3", middle=middle, z=phase + 6 * i)
@@ -629,9 +647,11 @@ def tree(s, x, z):
 # One image
 # ----------------------------------------------------------------------------------------------
 
-# How many objects to label there may be, each number equally often, and how often which.
-NUMBERS = 1, 2, 3, 4, 5, 5, 6, 6, 7, 7
-KINDS = ["Car"] * 47 + ["Pedestrian"] * 29 + ["Cyclist"] * 24
+# How many there are in an image, and which: an entry that stands twice is twice as frequent.
+OBJECTS = 1, 2, 3, 4, 5, 5, 6, 6, 7, 7
+TOO_FAR = 0, 0, 1, 1, 2, 3
+KINDS = [CAR] * 47 + [PEDESTRIAN] * 29 + [CYCLIST] * 24
+FAR_KINDS = CAR, CAR, PEDESTRIAN, CYCLIST
 
 
 def draw_image(seed, number):
@@ -643,68 +663,66 @@ def draw_image(seed, number):
     backdrop(s)
     drawn = []
     far_first = sorted(choose(s), key=lambda spot: -spot.z)
-    for count, spot in enumerate(far_first, 1):
-        thing = Thing(s, spot.x, spot.z, count if spot.kind else 0, spot.flip)
-        spot.draw(thing, s)
-        if spot.kind:
-            mask = np.asarray(s.owner) == count         # its pixels, before nearer things hide some
-            drawn.append((spot.kind, thing.corners, mask, count))
+    for count, (z, x, flip, figure, _) in enumerate(far_first, 1):
+        thing = Thing(s, x, z, count if figure.kind else 0, flip)
+        figure.draw(thing, s)
+        if figure.kind:
+            whole = np.asarray(s.owner) == count        # before nearer things hide some of it
+            drawn.append((count, figure.kind, thing.corners, whole))
     owner = np.asarray(s.owner)
-    lines = [label_line(kind, corners, mask, owner == count)
-             for kind, corners, mask, count in drawn if mask.any()]
+    lines = [label_line(*known, owner == count) for count, *known in drawn if known[-1].any()]
     return develop(s), lines
 
 
 class Spot(NamedTuple):
-    """Where something stands, and what."""
+    """Where a figure stands."""
     z: float                           # metres ahead
     x: float                           # metres right of the camera
-    rough: tuple                       # about the box (x0, y0, x1, y1), in pixels
-    kind: str                          # the class of an object; None for clutter
-    draw: Callable                     # (Thing, Scene)
     flip: int                          # -1: mirrored
+    figure: Figure
+    rough: tuple                       # about its box (x0, y0, x1, y1), in pixels
 
 
 def choose(s):
     """The scene's spots: objects, objects too far to label, and clutter."""
     spots = []
-    for _ in range(s.pick(NUMBERS)):
-        kind = s.pick(KINDS)
-        _, tall, _ = OBJECTS[kind]
-        pixels = 10.4 * (tall * 17.5 / 10.4) ** (s.rng.random() ** 1.35)
-        place(s, spots, kind, *OBJECTS[kind], pixels)
-    for _ in range(s.pick([0, 0, 1, 1, 2, 3])):
-        kind = s.pick(["Car", "Car", "Pedestrian", "Cyclist"])
-        place(s, spots, kind, *OBJECTS[kind], s.between(4, 8.5))
-    for _ in range(s.pick([1, 2, 3, 4, 5])):
-        draw, pixels = s.pick(CLUTTER), 9 * 2.8 ** s.rng.random()
-        place(s, spots, None, draw, 1.6, .8, pixels, beside=s.chance(.8))
+    for _ in range(s.pick(OBJECTS)):
+        figure = s.pick(KINDS)
+        largest = figure.tall * 17.5
+        place(s, spots, figure, 10.4 * (largest / 10.4) ** (s.rng.random() ** 1.35))
+    for _ in range(s.pick(TOO_FAR)):
+        place(s, spots, s.pick(FAR_KINDS), s.between(4, 8.5))
+    for _ in range(s.pick(range(1, 6))):
+        figure, pixels = s.pick(CLUTTER), 9 * 2.8 ** s.rng.random()
+        place(s, spots, figure, pixels, beside=s.chance(.8))
     return spots
 
 
-def place(s, spots, kind, draw, tall, wide, pixels, beside=False):
-    """Add a spot where `tall` metres are `pixels` high, with room; give up after six tries.
+def place(s, spots, figure, pixels, beside=False):
+    """Add a spot with room, where the figure is `pixels` high; give up after six tries.
 
     beside: not in the middle of the road.
     """
-    z = FOCAL * tall / pixels
+    z = FOCAL * figure.tall / pixels
+    half = figure.wide * pixels / figure.tall / 2
+    foot = s.vanish[1] / 2 + CAMERA * pixels / figure.tall
     for _ in range(6):
         column = s.between(3, WIDTH - 3)
         x = (column - s.vanish[0] / 2) * z / FOCAL
-        half, foot = wide * pixels / tall / 2, s.vanish[1] / 2 + CAMERA * pixels / tall
         rough = column - half, foot - pixels, column + half, foot
         free = all(rough_cover(z, rough, spot) < .38 for spot in spots)
         if free and (not beside or abs(x) > 2.5):
-            spots.append(Spot(z, x, rough, kind, draw, 1 if s.chance(.5) else -1))
+            spots.append(Spot(z, x, 1 if s.chance(.5) else -1, figure, rough))
             return
 
 
 def rough_cover(z, rough, other):
     """Share of the farther of two rough boxes that the nearer covers."""
-    far = rough if z > other.z else other.rough
-    w = min(rough[2], other.rough[2]) - max(rough[0], other.rough[0])
-    h = min(rough[3], other.rough[3]) - max(rough[1], other.rough[1])
-    return max(w, 0) * max(h, 0) / ((far[2] - far[0]) * (far[3] - far[1]))
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = rough, other.rough
+    wide = min(ax1, bx1) - max(ax0, bx0)
+    tall = min(ay1, by1) - max(ay0, by0)
+    x0, y0, x1, y1 = rough if z > other.z else other.rough
+    return max(wide, 0) * max(tall, 0) / ((x1 - x0) * (y1 - y0))
 
 
 def label_line(kind, corners, mask, visible):
@@ -714,10 +732,9 @@ def label_line(kind, corners, mask, visible):
     mask: the object's pixels on the canvas, as if nothing stood in front; visible: those that the
     final picture shows.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    x0, y0, x1, y1 = columns[0] / 2, rows[0] / 2, (columns[-1] + 1) / 2, (rows[-1] + 1) / 2
-    xs, ys = zip(*corners)
-    cut = max(0.0, 1 - (x1 - x0) * (y1 - y0) * 4 / ((max(xs) - min(xs)) * (max(ys) - min(ys))))
+    x0, y0, x1, y1 = np.array(Image.fromarray(mask).getbbox()) / 2
+    drawn = np.ptp(corners, axis=0).prod()              # canvas pixels, beyond the border too
+    cut = max(0.0, 1 - (x1 - x0) * (y1 - y0) * 4 / drawn)
     hidden = 1 - visible.sum() / mask.sum()
     level = 0 if hidden < .05 else 1 if hidden < .25 else 2
     asked_for = y1 - y0 >= 10 and hidden <= .45 and cut <= .4
@@ -727,9 +744,9 @@ def label_line(kind, corners, mask, visible):
 
 def develop(s):
     """Rain, then the canvas at half its size with the camera's contrast, brightness and noise."""
-    if s.mood in ("grey", "fog") and s.rng.random() < .5:
+    if s.mood in ("grey", "fog") and s.chance(.5):
         for _ in range(40):
-            x, y, fall = s.between(0, s.width), s.between(0, s.height), s.between(4, 12)
+            x, y, fall = s.between(0, WIDE), s.between(0, TALL), s.between(4, 12)
             s.pens[0].line([x, y, x + fall * .2, y + fall], fill=s.air)
     pixels = np.asarray(s.picture.reduce(2), dtype=np.float32)      # (H, W, 3)
     pixels = (pixels - 110) * s.between(.85, 1.12) + 110 + s.between(-10, 12)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import data
+from experiments import toy
 from official import ROOT
 
 COUNTS = {"train": 60, "val": 4, "tune": 2}
@@ -58,3 +60,23 @@ def test_the_workers_of_a_killed_parent_end(tmp_path):
     else:
         os.killpg(group, signal.SIGKILL)
         pytest.fail("a worker still draws")
+
+
+@pytest.mark.parametrize("number, parts", [
+    (".3", (.3, "", 0)), ("-.5", (-.5, "", 0)), ("wide", (1, "wide", 0)), ("-u-.1", (-1, "u", -.1)),
+    ("-.62wide+.05", (-.62, "wide", .05))])
+def test_a_number_of_a_table_is_a_size_with_a_factor_and_an_offset(number, parts):
+    assert toy.parts(number) == parts
+
+
+def test_a_table_is_drawn_in_metres_around_the_foot():
+    """18.6 m ahead 10 canvas pixels are a metre: the foot is 16.5 below the horizon, 20 right."""
+    scene = toy.Scene(np.random.default_rng(0))
+    scene.vanish = 100, 40.5
+    thing = toy.Thing(scene, x=2, z=18.6, number=7)
+    thing.draw("box  ff0000*.5  -.5half,0  half,top+.5", half=1, top=1.)
+    expected = [(115, 57), (130, 57), (130, 42), (115, 42)]
+    np.testing.assert_allclose(thing.corners, expected)
+    rows, columns = np.nonzero(np.asarray(scene.owner) == 7)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (42, 57, 115, 130)
+    assert scene.picture.getpixel((120, 50)) == scene.colour((127.5, 0, 0), 18.6)
