@@ -171,9 +171,11 @@ def run(scale, root, work, results, draws):
     if not predictions:
         raise ValueError(f"{study.work} holds no finished student: first train.py table {scale}")
     parts = halves(dataset, distances(dataset))
-    # Two tables may hold the same runs: they are told once.
-    finished = {line.jobs[0].name: line for line in lines if line.jobs[0].name in predictions}
-    rows = [evidence_of(line, dataset, parts, predictions, draws) for line in finished.values()]
+    # Two tables may hold the same runs: the first one's name for them is kept.
+    finished = {line.jobs[0].name: line for line in reversed(lines)
+                if line.jobs[0].name in predictions}
+    rows = [evidence_of(line, dataset, parts, predictions, draws)
+            for line in reversed(finished.values())]
     write_json(study.results / "evidence.json", rows)
     write_text(study.results / "evidence.md", markdown(rows, scale))
     print(f"{len(rows)} rows: {study.results}/evidence.md, evidence.json")
