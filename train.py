@@ -347,7 +347,7 @@ def open_balance(cfg, method, steps):
 
 def check_balance(cfg):
     """Raises ValueError for a loss that the method lacks, one named twice, a ratio that is none."""
-    if not cfg.balance:
+    if not cfg.balance or cfg.method is None:
         return
     known = method_class(cfg.method).terms
     named = [name for part in cfg.balance for name in part.split("+")]
@@ -1747,6 +1747,7 @@ EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
 EXPERIMENTS = {
     "demo": "teacher, student, distilled student on the toy KITTI",
     "table": "many runs, one table",
+    "evidence": "of a table's finished students: other images, near and far, per class",
     "look": "draw what the queries and tokens of detectors look at",
     "bench": "speed, memory, parameters and GFLOPs of the detectors",
     "deploy": "AP, latency, size and memory of teacher and students, in PyTorch and as ONNX",

@@ -1,6 +1,6 @@
 """What a table's mean APs leave open: would other images have said so, and which objects gain?
 
-    python -m experiments.evidence kitti-small --root DIR
+    python train.py evidence kitti-small --root DIR
 
 Runs after `train.py table kitti-small`. It opens the finished students in --work, detects on "val"
 once more, and writes evidence.json and evidence.md into the folder of the results:
@@ -12,11 +12,9 @@ once more, and writes evidence.json and evidence.md into the folder of the resul
                    labels hold
     per class      the gain in each class's AP
 """
-import argparse
 import contextlib
 import copy
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +35,18 @@ def judged(predictions, dataset):
     judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
     with contextlib.redirect_stdout(io.StringIO()):
         judge.evaluate()
+    # One row per class, one column per image: a draw of images is a draw of columns.
+    judge.evalImgs = np.array(judge.evalImgs, dtype=object).reshape(-1, len(judge.params.imgIds))
     return judge
 
 
-def ap_of(judge, sample=None):
+def ap_of(judge, sample=slice(None)):
     """AP per class (C,), NaN without objects.
 
-    sample: (images,) positions of the images that count, repeated as often as they do; None: all.
+    sample: (images,) positions of the images that count, repeated as often as they do.
     """
     drawn = copy.copy(judge)
-    if sample is not None:
-        # One row per class, one column per image: a draw of images is a draw of columns.
-        columns = np.array(judge.evalImgs, dtype=object).reshape(-1, len(judge.params.imgIds))
-        drawn.evalImgs = list(columns[:, sample].ravel())
+    drawn.evalImgs = judge.evalImgs[:, sample].ravel().tolist()
     with contextlib.redirect_stdout(io.StringIO()):
         drawn.accumulate()
     precision = drawn.eval["precision"][..., 0, 0]                       # (10 IoUs, 101, C)
@@ -63,7 +60,8 @@ def drawn_gains(ours, base, draws=1000, seed=0):
     """
     rng, gains = np.random.default_rng(seed), []
     count = len(base[0].params.imgIds)
-    for _ in tqdm(range(draws), "draws of images", leave=False):
+    for _ in tqdm(range(draws), "draws of images", leave=False,
+                  mininterval=train.quiet_interval()):
         sample = rng.integers(0, count, count)
         pairs = [np.nanmean(ap_of(a, sample)) - np.nanmean(ap_of(b, sample))
                  for a, b in zip(ours, base)]
@@ -103,30 +101,33 @@ def halves(dataset, metres):
     return parts
 
 
-def evidence_of(line, dataset, parts, predictions, draws):
-    """One row's dict. line: tables.Line.  predictions: {name of a run: its detections}."""
-    seeds = {job.cfg.seed: job.name for job in line.jobs if job.name in predictions}
-    pairs = [(seed, name, job.name) for seed, name in seeds.items() for job in line.alone
-             if job.cfg.seed == seed and job.name in predictions]
-    ours, base = ([judged(predictions[pair[side]], dataset) for pair in pairs] for side in (1, 2))
-    draw = drawn_gains(ours, base, draws)
-    low, high = np.quantile(draw, [0.025, 0.975])
-    facts = {"detector": line.detector, "method": line.label, "seeds": [p[0] for p in pairs],
-             "images": len(dataset), "draws": draws,
-             "other images": {"mean": float(draw.mean()), "low": float(low), "high": float(high)}}
+def evidence_of(line, judges, scores, draws):
+    """One row's dict, or None where no seed has both of its runs.
 
-    def gain_of(scores):
-        """scores: [(ours, base)] of the pairs -> tables.gain of them."""
-        return tables.gain(*({pair[0]: float(value) for pair, value in zip(pairs, side)}
-                             for side in zip(*scores)))
+    line: tables.Line.  judges: {name of a run: `judged`}.  scores: {name of a run: {"near", "far",
+    "per class": {class: AP}}}.
+    """
+    ours, base = ({job.cfg.seed: job.name for job in jobs if job.name in judges}
+                  for jobs in (line.jobs, line.alone))
+    seeds = [seed for seed in ours if seed in base]
+    if not seeds:
+        return None
 
-    for name, part in parts.items():
-        facts[name] = gain_of([[np.nanmean(ap_of(judged(predictions[run], part)))
-                                for run in pair[1:]] for pair in pairs])
-    of_class = [(ap_of(a), ap_of(b)) for a, b in zip(ours, base)]
-    facts["per class"] = {name: gain_of([(a[c], b[c]) for a, b in of_class])
-                          for c, name in enumerate(dataset.classes)}
-    return facts
+    def gain_of(read):
+        """tables.gain of one of a run's scores."""
+        return tables.gain(*({seed: read(scores[runs[seed]]) for seed in seeds}
+                             for runs in (ours, base)))
+
+    pairs = ([judges[runs[seed]] for seed in seeds] for runs in (ours, base))
+    gains = drawn_gains(*pairs, draws)
+    low, high = np.quantile(gains, [0.025, 0.975])
+    other = {"mean": float(gains.mean()), "low": float(low), "high": float(high)}
+    classes = scores[ours[seeds[0]]]["per class"]
+    return {"detector": line.detector, "method": line.label, "seeds": seeds, "draws": draws,
+            "images": judges[ours[seeds[0]]].evalImgs.shape[1], "other images": other,
+            **{name: gain_of(lambda of_run: of_run[name]) for name in HALVES},
+            "per class": {name: gain_of(lambda of_run: of_run["per class"][name])
+                          for name in classes}}
 
 
 def markdown(rows, scale):
@@ -135,7 +136,7 @@ def markdown(rows, scale):
     head = ["detector", "run", "seeds", "gain, other images", *HALVES, *classes]
     draws, images = rows[0]["draws"], rows[0]["images"]
     text = [f"# {scale}: other images, and where\n",
-            f"Made by `python -m experiments.evidence {scale}`. Gains in AP over the student alone, "
+            f"Made by `python train.py evidence {scale}`. Gains in AP over the student alone, "
             "paired by seed.",
             f"Other images: 95 % of {draws} draws of the {images} images, seeds as they are. All "
             "else: 95 % over seeds (Student's t), images as they are. Near and far are the halves "
@@ -149,48 +150,49 @@ def markdown(rows, scale):
     return "\n".join(text) + "\n"
 
 
-def run(scale, root, work, results, draws):
-    """Open what is finished, detect, compare, write."""
-    study = tables.open_study(scale, root, work, results)
-    lines = [line for line in tables.plan(study, ("main", "ablation")) if line.alone]
-    predictions, dataset = {}, None
-    for job in tables.jobs_of(lines):
-        checkpoint = study.work / job.name / "last.pt"
-        if job.name not in study.done or not checkpoint.exists():
-            continue
-        if dataset is None:
-            dataset = train.build_data(job.cfg, job.cfg.val_split)
-        model, _ = train.load_model(checkpoint)
-        batch = study.scope.options["eval_batch"]
-        found = train.detect(model, dataset, train.Run(workers=1), batch)
-        # The very weights of the result, or the page would be about other runs.
-        if abs(data.evaluate(found, dataset)["AP"] - study.done[job.name]["AP"]) > 1e-4:
-            raise ValueError(f"{checkpoint} has another AP than {job.name} in {study.results}: "
-                             "delete both, and repeat the table")
-        predictions[job.name] = found
-    if not predictions:
-        raise ValueError(f"{study.work} holds no finished student: first train.py table {scale}")
-    parts = halves(dataset, distances(dataset))
-    # Two tables may hold the same runs: the first one's name for them is kept.
-    finished = {line.jobs[0].name: line for line in reversed(lines)
-                if line.jobs[0].name in predictions}
-    rows = [evidence_of(line, dataset, parts, predictions, draws)
-            for line in reversed(finished.values())]
-    write_json(study.results / "evidence.json", rows)
-    write_text(study.results / "evidence.md", markdown(rows, scale))
-    print(f"{len(rows)} rows: {study.results}/evidence.md, evidence.json")
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.evidence", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser):
+    """The options of `train.py evidence`."""
     parser.add_argument("scale", choices=("kitti-small", "kitti"), help="as of train.py table")
     parser.add_argument("--root", required=True, help="folder of the data")
     parser.add_argument("--work", help="folder of the runs' folders (default: as the table's)")
     parser.add_argument("--results", help="folder of the results (default: as the table's)")
     parser.add_argument("--draws", type=int, default=1000, help="of images (default: %(default)s)")
-    run(**vars(parser.parse_args(arguments)))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(scale, root, work, results, draws):
+    """The command `evidence`: open what is finished, detect, compare, write."""
+    study = tables.open_study(scale, root, work, results)
+    lines = [line for line in tables.plan(study, ("main", "ablation")) if line.alone]
+    jobs = [job for job in tables.jobs_of(lines)
+            if job.name in study.done and (study.work / job.name / "last.pt").exists()]
+    if not jobs:
+        raise ValueError(f"{study.work} holds no finished student: first train.py table {scale}")
+    dataset = train.build_data(jobs[0].cfg, jobs[0].cfg.val_split)
+    parts = halves(dataset, distances(dataset))
+
+    judges, scores = {}, {}
+    for job in jobs:
+        checkpoint = study.work / job.name / "last.pt"
+        model, _ = train.load_model(checkpoint)
+        batch = study.scope.options["eval_batch"]
+        found = train.detect(model, dataset, train.Run(workers=1), batch)
+        # The very weights of the result, or the page would be about other runs.
+        every = data.evaluate(found, dataset)
+        if abs(every["AP"] - study.done[job.name]["AP"]) > 1e-4:
+            raise ValueError(f"{checkpoint} has another AP than {job.name} in {study.results}: "
+                             "delete both, and repeat the table")
+        judges[job.name] = judged(found, dataset)
+        scores[job.name] = {name: data.evaluate(found, part)["AP"] for name, part in parts.items()}
+        scores[job.name]["per class"] = {
+            name: values["AP"] for name, values in every["per_class"].items()}
+
+    # Two tables may hold the same runs: they are told once, by the first one's name.
+    unlike = {line.jobs: line for line in reversed(lines)}
+    rows = [evidence_of(line, judges, scores, draws) for line in reversed(unlike.values())]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise ValueError(f"{study.work} holds no distilled student and the same seed alone: first "
+                         f"train.py table {scale}")
+    write_json(study.results / "evidence.json", rows)
+    write_text(study.results / "evidence.md", markdown(rows, scale))
+    print(f"{len(rows)} rows: {study.results}/evidence.md, evidence.json")

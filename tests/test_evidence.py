@@ -77,7 +77,7 @@ def test_a_box_without_a_label(dataset):
 def test_the_page(dataset, tmp_path, monkeypatch):
     """Two seeds: the distilled students find all, the others the two far cars."""
     def job(name, seed):
-        return SimpleNamespace(name=f"{name}-{seed}", cfg=SimpleNamespace(seed=seed, val_split="all"))
+        return tables.Job(f"{name}-{seed}", "student", 1, (), SimpleNamespace(seed=seed, val_split="all"))
     alone, ours = ([job(name, seed) for seed in (0, 1)] for name in ("alone", "ours"))
     line = tables.Line("main", "dino", "clockdistill", tuple(ours), tuple(alone))
     study = SimpleNamespace(
@@ -94,7 +94,7 @@ def test_the_page(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(
         evidence.train, "detect",
         lambda name, *rest: answers([0, 1, 2, 3] if "ours" in name else [0, 1], dataset))
-    evidence.main(["kitti-small", "--root", "ROOT", "--draws", "20"])
+    assert evidence.train.main(["evidence", "kitti-small", "--root", "ROOT", "--draws", "20"]) == 0
     row, = json.loads((tmp_path / "evidence.json").read_text())
     assert row["near"]["mean"] == 1 and row["far"]["mean"] == 0 and row["seeds"] == [0, 1]
     assert row["per class"]["Car"]["mean"] == pytest.approx(50 / 101)
@@ -103,4 +103,4 @@ def test_the_page(dataset, tmp_path, monkeypatch):
     # Weights that are not those of the results are refused.
     study.done["ours-1"]["AP"] = 0.7
     with pytest.raises(ValueError, match="ours-1/last.pt has another AP"):
-        evidence.main(["kitti-small", "--root", "ROOT"])
+        evidence.run("kitti-small", "ROOT", None, None, 20)
