@@ -105,7 +105,8 @@ def make_job(name, plan, seed, device, taught_by=None, **given):
     given |= dict(out=folder, device=device.type, workers=1, eval_every=plan["eval_every"],
                   eval_batch=20, save_minutes=0.5)
     words = [f"--{option.replace('_', '-')}={value}" for option, value in given.items()]
-    return Job(folder, cfg.steps, [command, "--resume", *words])
+    # Where nothing was begun, there is nothing to resume.
+    return Job(folder, cfg.steps, [command, *["--resume"] * folder.exists(), *words])
 
 
 def train_all(jobs, device):

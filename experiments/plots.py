@@ -875,14 +875,13 @@ def sensitivity(switches, student=(), title=None):
     return figure
 
 
-def dots(panels, title, log=False, marks=None):
+def dots(panels, title, marks=None):
     """Numbers that stand for the same thing, compared: a row per thing, a dot per name.
 
     panels: dict xlabel -> dict block -> dict row -> dict name -> number, or (number, half of its
     interval), drawn as a bar; then the dots of a row lie one beneath the other. Blocks and rows are
     those of the first panel. A block is a bold line over its rows; "" has none. The scale has 0 on
-    it, or with log is logarithmic, and 0 has no dot. marks: dict name -> what differs from
-    `model_style`, as matplotlib's keywords.
+    it. marks: dict name -> what differs from `model_style`, as matplotlib's keywords.
     """
     blocks = next(iter(panels.values()), {})
     every = [numbers for panel in panels.values() for rows in panel.values()
@@ -891,8 +890,7 @@ def dots(panels, title, log=False, marks=None):
     apart = 0.7 / max(map(len, every)) if bars else 0                     # between dots of a row
     lines = sum(len(rows) + bool(block) for block, rows in blocks.items())
     height = 1 + (0.75 if bars else 0.22) * lines
-    figure, grid = _panels(title, height, panels, sharey=True,
-                           subplot_kw={"xscale": "log" if log else "linear"})
+    figure, grid = _panels(title, height, panels, sharey=True)
     styles = _styles(itertools.chain(*every))
     for name, style in styles.items():
         style |= {"markersize": 5.5, "linestyle": "none"} | (marks or {}).get(name, {})
@@ -901,8 +899,7 @@ def dots(panels, title, log=False, marks=None):
         things = [panel[block][row] for block, rows in blocks.items() for row in rows]
         for place, numbers in zip(_rows(axes, blocks), things):
             # A number alone has no interval.
-            points = [(name, *np.append(number, 0.)[:2]) for name, number in numbers.items()
-                      if not log or number > 0]
+            points = [(name, *np.append(number, 0.)[:2]) for name, number in numbers.items()]
             if not bars:
                 axes.plot([number for _, number, _ in points], [place] * len(points),
                           color="#CCCCCC", linewidth=1.2, zorder=1)
@@ -913,8 +910,7 @@ def dots(panels, title, log=False, marks=None):
                               color=styles[name]["color"])
                 axes.plot(number, level, **styles[name])
         axes.margins(x=0.04)
-        if not log:
-            axes.update_datalim([(0, 0)])
+        axes.update_datalim([(0, 0)])
     _style_keys(figure, styles)
     return figure
 
@@ -935,21 +931,6 @@ def reading(answers, title=None):
                   title or "What a query with its answer inside teaches: right even on noise")
     figure.axes[0].set_xlim(0, 1.02)
     return figure
-
-
-def gradients(reports, title="How heavy each term is"):
-    """Each loss term's share of the total and the norm of its gradient on the student, as dots.
-
-    reports: dict name (of a setting, a step, a run) -> {term: (share, norm)}, as
-    train.gradient_report returns it. A term that is off, or absent from a report, has no dot there.
-    """
-    shares, norms = {}, {}
-    for name, report in reports.items():
-        for term, (share, norm) in report.items():
-            shares.setdefault(term, {})[name] = share
-            norms.setdefault(term, {})[name] = norm
-    return dots({"share of the total loss": {"": shares},
-                 "norm of its gradient on the student": {"": norms}}, title, log=True)
 
 
 def stacked(table, label, title, written="{:.0%}".format):

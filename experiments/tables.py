@@ -296,7 +296,7 @@ class Study:
     changes: dict = field(default_factory=dict)          # further options of every run
     of_students: dict = field(default_factory=dict)      # and of every run with a teacher
     done: dict = field(default_factory=dict)             # {name of a run: its result}
-    detectors: tuple = tuple(models.DETECTORS)           # those that have rows
+    detectors: tuple = models.DETECTORS                  # those that have rows
 
     @property
     def scope(self):
@@ -844,6 +844,7 @@ def draw(tables, done, reading, folder):
 
 def write(study):
     """tables.json, tables.md and the figures of all tables, from the results that there are."""
+    study = dataclasses.replace(study, detectors=models.DETECTORS)       # whatever was run now
     folder, lines, tried = study.results, plan(study), trials(study)
     folder.mkdir(parents=True, exist_ok=True)
     # What takes a minute to measure is measured once.
@@ -933,7 +934,7 @@ def add_options(parser):
     parser.add_argument("--root", help="folder of the data (toy: datasets/toy)")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
-                        default=tuple(models.DETECTORS), help="these detectors' runs")
+                        default=models.DETECTORS, help="these detectors' runs")
     parser.add_argument("--dry-run", action="store_true",
                         help="print every run's command and cost, and what to download")
     parser.add_argument("--rebuild", action="store_true",
@@ -965,7 +966,7 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
         bench.print_costs(jobs, *images_of(study, jobs[0].cfg), tflops)
         return 0
     if rebuild:
-        write(dataclasses.replace(study, detectors=Study.detectors))
+        write(study)
         return 0
     # Whatever is wrong with the images or the backbone's file is said once, before any run.
     if scale == "toy":
@@ -1062,5 +1063,5 @@ def make(study, only, workers, shard):
         write_json(study.results / "chosen.json", chosen)
 
     missing = run_all(study, jobs_of(plan(study, only)), workers, shard)
-    write(dataclasses.replace(study, detectors=Study.detectors))
+    write(study)
     return int(bool(missing))

@@ -79,7 +79,6 @@ def pictures(objects, found):
     among = {f"layer {i}": torch.rand(4, objects, objects).softmax(-1) for i in range(4)}
     models = {"teacher": [result] * 2, "student": [result] * 2}
     levels = {name: [torch.rand(shape) for shape in SHAPES] for name in ("teacher", "student")}
-    report = {"detection": (.9, 3.), "memory": (0., 0.)}
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
@@ -99,8 +98,7 @@ def pictures(objects, found):
             "paired": (1, ({"DINO": pair} if found else {}, "AP", "Title")),
             "curves_and_gains": (2, ({"DINO": pairs} if found else {}, "AP", "Title")),
             "reading": (1, (answers if found else {},)),
-            "dots": (2 if found else 1, (off if found else {}, "Title", True)),
-            "gradients": (2, ({"student": report} if found else {},)),
+            "dots": (2 if found else 1, (off if found else {}, "Title")),
             "stacked": (1, ({"a": {"memory": 1.}, "b": {}} if found else {}, "part", "Title")),
             "lines": (2 if found else 1, ({"a": {"memory": [1., .5]},
                                            "b": {"cls": (boxes[:, 0], boxes[:, 1])}}
@@ -563,15 +561,6 @@ def test_curves_stand_over_their_gains():
     assert legend(figure) == ["teacher, trained for longer", "student alone", "distilled"]
     (bar,) = below.collections[0].get_segments()
     assert np.allclose(bar, [[10, -.1], [10, .3]])
-
-
-def test_gradients_have_share_and_norm_and_no_dot_for_a_term_that_is_off():
-    figure = plots.gradients({"first": {"detection": (.75, 3.), "memory": (.25, .5)},
-                              "later": {"detection": (1., 2.), "memory": (0., 0.)}})
-    assert [dots(axes) for axes in figure.axes] == [[(.75, 0), (1, 0), (.25, 1)],
-                                                    [(3, 0), (2, 0), (.5, 1)]]
-    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
-    assert legend(figure) == ["first", "later"]
 
 
 def test_reading_names_the_memories():
