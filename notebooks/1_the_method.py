@@ -905,8 +905,8 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | gain at twice the steps, minus at once | -0.031 (-0.059 to -0.004) | shrinks |
 #
 # What no row shows: whether a longer training would close the gap (at twice the steps the gain is
-# +0.055, -0.000 to +0.110), what $S$ does on large images, and anything about real photographs: no
-# distilled student has been measured there yet ([the plan](../results/kitti/PLAN.md)).
+# +0.055, -0.000 to +0.110), and what $S$ does on large images. On real photographs both of two
+# seeds gain, too few for a verdict: [real KITTI](../results/kitti/README.md).
 #
 # [Notebook 3](3_ablations.ipynb) explains these intervals, and [the results](../results/README.md)
 # give every row with its command.
