@@ -14,8 +14,9 @@ TEACHER ?= shipped
 demo: .venv
 	.venv/bin/python train.py demo --scale $(SCALE) --teacher $(TEACHER)
 
+# One process per core, each with one thread: threads that wait for one another cost more than they bring.
 test: .venv
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
 
 notebooks: .venv
 	.venv/bin/python notebooks/build.py
