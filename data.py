@@ -52,40 +52,8 @@ DontCare is always ignored. "Ignored" means: an ignore region, where evaluation 
 of every class. Converters of KITTI often mean "not written" by it, that is, background:
 others="background" does that.
 
-AP here and KITTI's own
------------------------
-`evaluate` is COCO's protocol: AP averaged over IoU .50:.05:.95, and AP50, over all labelled objects
-of any size. KITTI's benchmark asks for IoU .7 for Car and .5 for Pedestrian and Cyclist; reports
-easy / moderate / hard by box height (40/25/25 px), occlusion and truncation, leaving harder objects
-out; counts Van as neutral for Car and Person_sitting for Pedestrian; forgives detections below the
-height limit or on DontCare; and averages precision at 40 recalls (11 before 2019; COCO: 101). So
-numbers of the two kinds cannot be compared: AP50 is not "KITTI moderate", it also asks for the tiny
-and the hidden, and is content with looser boxes for Car. The VOC-style AP at IoU .5 of the authors'
-earlier code is closest to AP50.
-
-Bad input, found before a model is built
-----------------------------------------
-What is wrong stops with one line that names the file, the place and the remedy; what can be handled
-is counted in `summary`.
-    stops    missing root, folder, image or label file; no image left; an image that is cut off,
-             thinner than 1:100, larger than MAX_PIXELS, or not of 8 bits a channel; a picture whose
-             EXIF tag turns it (unless the JSON states the turned size: then it is turned); a label
-             line with a wrong column count, a word for a number, a NaN, or truncation and occlusion
-             out of range; text that is not UTF-8 or UTF-16; an unknown class; JSON that does not
-             parse or lacks a list; a field of another kind than COCO's (numbers written as text and
-             `iscrowd` null, true or false are read as meant); two images or categories of one id,
-             two categories of one name; an annotation of an unlisted image or category; an image
-             size unlike the JSON's; boxes that are fractions instead of pixels; more than MAX_BOXES
-             in an image. An image that only fails to decode stops the run when it is read, also in
-             a worker.
-    counted  boxes without area or inverted: dropped; beyond the border: clipped (counted from 1 px
-             on), dropped if entirely outside; boxes under a pixel; images with more objects than
-             the 100 detections that AP counts; classes without objects; COCO boxes that look like
-             corners; listed ids that the folder lacks; label files without image: left out
-Images without objects are kept; `summary` says when a split has no objects at all. Padding: images
-of one batch are padded with zeros (the mean colour) at the right and bottom. Convolutions at the
-border do see them, so a detector's scores move a little with its batch mates: make tables at batch
-size 1.
+Bad input stops before a model is built, with one line that names the file and the remedy; what can
+be handled is counted in `dataset.summary`. How AP here differs from KITTI's own: see `evaluate`.
 """
 import contextlib
 import hashlib
@@ -182,7 +150,11 @@ class Batch:
 
 
 def collate(items):
-    """[(image, target), ...] -> Batch, padded with zeros at the bottom and right."""
+    """[(image, target), ...] -> Batch, padded with zeros (the mean colour) at the bottom and right.
+
+    Convolutions at the border do see the padding, so a detector's scores move a little with its
+    batch mates: make tables at batch size 1.
+    """
     images, targets = zip(*items)
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
@@ -392,10 +364,10 @@ def checked_boxes(name, paths, sizes, rows, problems):
     Returns the boxes that are left, (N, 8), and the position of each one's image, (N,).
     """
     lengths = [len(of_image) for of_image in rows]
-    if max(lengths) > MAX_BOXES:
-        path = paths[lengths.index(max(lengths))]
-        raise ValueError(f"{shown(path)}: {max(lengths)} boxes on one image, more than "
-                         f"{MAX_BOXES}; cut the image into tiles, or leave it out")
+    for path, length in zip(paths, lengths):
+        if length > MAX_BOXES:
+            raise ValueError(f"{shown(path)}: {length} boxes on one image, more than {MAX_BOXES}; "
+                             "cut the image into tiles, or leave it out")
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))         # (N,)
     table = torch.tensor([row for of_image in rows for row in of_image], dtype=torch.float64)
     table = table.view(len(owner), 8)
@@ -423,8 +395,8 @@ def checked_boxes(name, paths, sizes, rows, problems):
     return table[kept], owner[kept]
 
 
-def first_few(words, count=8):
-    return ", ".join(words[:count]) + (", ..." if len(words) > count else "")
+def first_few(words):
+    return ", ".join(words[:8]) + (", ..." if len(words) > 8 else "")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -741,8 +713,11 @@ def normalise(image):
     return image.float().sub_(mean).div_(std)
 
 
-def prepare(image, size=None):
-    """An image as read -> what a detector reads in evaluation: resized to `size`, normalised."""
+def prepare(image, size):
+    """An image as read -> what a detector reads in evaluation: resized to `size`, normalised.
+
+    size: (short side, longest side at most), or None.
+    """
     return normalise(resize(image, *size) if size else image)
 
 
@@ -834,6 +809,15 @@ def apart(worker):
 
 # ----------------------------------------------------------------------------------------------
 # Average precision
+#
+# `evaluate` is COCO's protocol: AP averaged over IoU .50:.05:.95, and AP50, over all labelled
+# objects of any size. KITTI's benchmark asks for IoU .7 for Car and .5 for Pedestrian and Cyclist;
+# reports easy / moderate / hard by box height (40/25/25 px), occlusion and truncation, leaving
+# harder objects out; counts Van as neutral for Car and Person_sitting for Pedestrian; forgives
+# detections below the height limit or on DontCare; and averages precision at 40 recalls (11 before
+# 2019; COCO: 101). So numbers of the two kinds cannot be compared: AP50 is not "KITTI moderate", it
+# also asks for the tiny and the hidden, and is content with looser boxes for Car. The VOC-style AP
+# at IoU .5 of the authors' earlier code is closest to AP50.
 # ----------------------------------------------------------------------------------------------
 
 def evaluate(predictions, dataset):
@@ -924,8 +908,17 @@ def coco_object(dataset, annotations):
 
 
 # ----------------------------------------------------------------------------------------------
-# Odd cases: image files
+# Odd cases
+#
+# What is wrong stops before a model is built, with one line that names the file, the place and the
+# remedy. An image that only fails to decode stops the run when it is read, also in a worker.
+# What can be handled is read as it is meant, and counted in `summary`: boxes without area, beyond
+# the border or under a pixel, COCO boxes that look like corners, images with more objects than AP
+# counts, classes without objects, listed ids that the folder lacks, label files without image,
+# pictures turned by their EXIF tag. Images without objects are kept.
 # ----------------------------------------------------------------------------------------------
+
+# Image files
 
 class OneLine(ValueError):
     """An error of one line, also when a DataLoader worker wrapped it in a traceback.
@@ -1026,9 +1019,9 @@ def image_header(path):
         tagged = image.format != "PNG" or "exif" in image.info
         turned = image.getexif().get(ORIENTATION) if tagged else 1
         turned = turned if turned in range(1, 9) else 1
-        width, height = image.size
+        size = image.size[::-1]                                   # height, width
         if turned >= 5 and image.format != "TIFF":                # TIFF's size is upright already
-            width, height = height, width
+            size = image.size
 
         # Phones and cameras write more bytes behind the end marker: where it is not in the file's
         # tail, decoding decides. A PNG may lack its end and yet hold all pixels: `verify` reads its
@@ -1038,7 +1031,7 @@ def image_header(path):
             ends = END_MARKERS.get(image.format, b"") in file.read()
         if not ends:
             image.verify() if image.format == "PNG" else image.load()
-        return (height, width), turned
+        return size, turned
 
 
 def check_size(path, size, wanted, turned=1):
@@ -1059,9 +1052,7 @@ def check_size(path, size, wanted, turned=1):
                           f"for {wanted[1]}x{wanted[0]}; restore the image or its annotation")
 
 
-# ----------------------------------------------------------------------------------------------
-# Odd cases: text files, and the fields of a COCO file
-# ----------------------------------------------------------------------------------------------
+# Text files, and the fields of a COCO file
 
 def read_lines(path):
     """The lines of a UTF-8 or UTF-16 text file, with or without a byte-order mark."""
@@ -1111,15 +1102,16 @@ def read_coco_file(path):
 def read_entry(kind, place, entry):
     """The known fields of one entry of a COCO list, as FIELDS wants them."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{kind}[{place}] is {repr(entry)[:80]}; want an object {{...}}")
+        raise ValueError(f"{kind}[{place}] is {entry!r:.80}; want an object {{...}}")
     result = {"id": entry.get("id")}
     for key, (convert, wanted) in FIELDS[kind].items():
-        given, result[key] = entry.get(key), None
+        given, value = entry.get(key), None
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            result[key] = convert(given)
-        if result[key] is None:
-            raise ValueError(f"{kind}[{place}], id {repr(entry.get('id'))[:80]}, has {key} "
-                             f"{repr(given)[:80]}; want {wanted}")
+            value = convert(given)
+        if value is None:
+            raise ValueError(f"{kind}[{place}], id {result['id']!r:.80}, has {key} {given!r:.80}; "
+                             f"want {wanted}")
+        result[key] = value
     return result
 
 
