@@ -15,9 +15,9 @@ once more, and writes evidence.json and evidence.md into the folder of the resul
 import contextlib
 import copy
 import io
-from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import data
@@ -69,35 +69,17 @@ def drawn_gains(ours, base, draws=1000, seed=0):
     return np.array(gains)
 
 
-def distances(dataset):
-    """How far each object of a KITTI data set is, in metres -> (boxes,), as in `dataset.rows`.
+def halves(dataset):
+    """{"near", "far": a data set that asks for this half of each class, and ignores the other}.
 
-    KITTI's labels hold it in column 14, the depth in the camera's direction.
-    Raises ValueError for a box that stands in no label file.
+    Halves of the objects by their distance from the camera, as KITTI's labels hold it.
     """
-    metres = []
-    for index, path in enumerate(map(Path, dataset.paths)):
-        file = path.parent.parent / "label_2" / f"{path.stem}.txt"
-        lines = np.array([line.split()[4:14] for line in data.read_lines(file) if line.strip()],
-                         dtype=float).reshape(-1, 10)
-        height, width = dataset.sizes[index]
-        boxes = lines[:, :4].clip(0, [width, height, width, height])     # as the reader clips them
-        for row in dataset.rows[dataset.starts[index]:dataset.starts[index + 1]]:
-            same = np.abs(boxes - row[:4]).max(1, initial=0) < 1e-6
-            if not same.any():
-                raise ValueError(f"{file}: holds no box {row[:4].tolist()}")
-            metres.append(lines[same.argmax(), 9])
-    return np.array(metres)
-
-
-def halves(dataset, metres):
-    """{"near", "far": a data set that asks for this half of each class, and ignores the other}."""
-    labels, parts = dataset.rows[:, 4], {}
-    middle = np.array([np.median(metres[labels == label]) for label in labels])
+    labels, metres, parts = dataset.labels, dataset.metres, {}
+    # quantile, since torch's median of an even number is the lower one of two.
+    middle = torch.stack([metres[labels == label].quantile(0.5) for label in labels])
     for name, wanted in zip(HALVES, (metres <= middle, metres > middle)):
         parts[name] = part = copy.copy(dataset)
-        part.rows, part._coco = dataset.rows.copy(), None
-        part.rows[~wanted, 6] = IGNORED
+        part.areas = torch.where(wanted, dataset.areas, IGNORED)
     return parts
 
 
@@ -168,7 +150,7 @@ def run(scale, root, work, results, draws):
     if not jobs:
         raise ValueError(f"{study.work} holds no finished student: first train.py table {scale}")
     dataset = train.build_data(jobs[0].cfg, jobs[0].cfg.val_split)
-    parts = halves(dataset, distances(dataset))
+    parts = halves(dataset)
 
     judges, scores = {}, {}
     for job in jobs:

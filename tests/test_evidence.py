@@ -57,21 +57,13 @@ def test_the_gain_of_drawn_images(dataset):
 
 
 def test_near_and_far(dataset):
-    metres = evidence.distances(dataset)
-    assert metres.tolist() == [40, 30, 20, 10]
-    parts = evidence.halves(dataset, metres)
+    assert dataset.metres.tolist() == [40, 30, 20, 10]
+    parts = evidence.halves(dataset)
     for found, near, far in (([2, 3], 1, 0), ([0, 1], 0, 1), ([3], 51 / 101, 0)):
         aps = [evidence.ap_of(evidence.judged(answers(found, dataset), parts[name]))[0]
                for name in ("near", "far")]
         assert aps == pytest.approx([near, far])
-    assert dataset.rows[:, 6].max() < 1e4                                  # the data set is as it was
-
-
-def test_a_box_without_a_label(dataset):
-    other = data.build("kitti", dataset.paths[0].split("/training")[0], "all")
-    other.rows[0, 0] += 3
-    with pytest.raises(ValueError, match="000000.txt: holds no box"):
-        evidence.distances(other)
+    assert dataset.areas.max() < 1e4                                       # the data set is as it was
 
 
 def test_the_page(dataset, tmp_path, monkeypatch):
