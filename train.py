@@ -854,7 +854,11 @@ def finish_step_on_signal():
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # A terminal that is closed asks too, but for a run that nohup keeps alive.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:
@@ -1489,11 +1493,14 @@ def build_data(cfg, split, augment=False):
                       seed=cfg.seed)
 
 
-def build_model(cfg, num_classes):
-    """The detector, with the options that cfg gives; the others have their official values."""
+def build_model(cfg, num_classes, **changes):
+    """The detector, with the options that cfg gives; the others have their official values.
+
+    changes: options that differ from cfg's, and "frozen_backbone" of models.build.
+    """
     # None means the official value, which only models.py knows.
     overrides = {name: getattr(cfg, name) for name in models.described_options()
-                 if getattr(cfg, name) is not None}
+                 if getattr(cfg, name) is not None} | changes
     word = overrides.pop("pretrained_backbone", "imagenet")
     weights = {"none": False, "imagenet": True}.get(word)
     advice = ("--pretrained-backbone FILE takes torchvision's or timm's weights (`make "

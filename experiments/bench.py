@@ -17,6 +17,7 @@ import gc
 import importlib.util
 import io
 import os
+import re
 import shlex
 import statistics
 import time
@@ -77,24 +78,22 @@ def build_transformers(model):
     import transformers
     c = model.config
     width, depths = c["backbone_width"], models.RESNETS[c["backbone"]][1]
-    stages = [f"stage{i}" for i in ((4,) if model.detector == "dab_detr" else (2, 3, 4))]
-    backbone = transformers.ResNetConfig(
-        embedding_size=width, hidden_sizes=[width * 4 * 2 ** i for i in range(4)],
-        depths=list(depths), layer_type="bottleneck", out_features=stages)
-    common = dict(backbone_config=backbone, num_labels=model.num_classes,
-                  num_queries=c["num_queries"], dropout=0., encoder_layers=c["encoder_layers"],
-                  decoder_layers=c["decoder_layers"], auxiliary_loss=True,
-                  encoder_ffn_dim=c["ffn_dim"], decoder_ffn_dim=c["ffn_dim"], attention_dropout=0.,
-                  activation_dropout=0., encoder_attention_heads=c["heads"],
-                  decoder_attention_heads=c["heads"])
     if model.detector == "dab_detr":
         config, kind = transformers.DabDetrConfig, transformers.DabDetrForObjectDetection
-        common["hidden_size"] = c["hidden_dim"]
+        own, stages = {"hidden_size": c["hidden_dim"]}, ["stage4"]
     else:
         config = transformers.DeformableDetrConfig
         kind = transformers.DeformableDetrForObjectDetection
-        common["d_model"] = c["hidden_dim"]
-    other = kind(config(**common))
+        own, stages = {"d_model": c["hidden_dim"]}, ["stage2", "stage3", "stage4"]
+    backbone = transformers.ResNetConfig(
+        embedding_size=width, hidden_sizes=[width * 4, width * 8, width * 16, width * 32],
+        depths=list(depths), layer_type="bottleneck", out_features=stages)
+    other = kind(config(
+        backbone_config=backbone, num_labels=model.num_classes, num_queries=c["num_queries"],
+        encoder_layers=c["encoder_layers"], decoder_layers=c["decoder_layers"],
+        encoder_ffn_dim=c["ffn_dim"], decoder_ffn_dim=c["ffn_dim"],
+        encoder_attention_heads=c["heads"], decoder_attention_heads=c["heads"],
+        dropout=0., attention_dropout=0., activation_dropout=0., auxiliary_loss=True, **own))
     # The same parameters train as in ours: transformers freezes no part of DAB-DETR's ResNet, and
     # all of Deformable DETR's.
     for name, parameter in other.named_parameters():
@@ -111,27 +110,27 @@ def pair(detector, options, device):
         return {"ours": model.to(device)}
     # transformers' DAB-DETR clamps its inverse sigmoid at 1e-5, which changes values near 0 and 1,
     # and no speed.
-    model = build(detector, options, **({"logit_eps": 1e-5} if detector == "dab_detr" else {}))
+    if detector == "dab_detr":
+        model = build(detector, options, logit_eps=1e-5)
     with contextlib.redirect_stdout(io.StringIO()):
         weights = {name: value.clone() for name, value in other.state_dict().items()}
-        checkpoints.load_weights(model, weights,
-                                 made_with={"heads": model.config["heads"]})
+        checkpoints.load_weights(model, weights, made_with={"heads": model.config["heads"]})
     return {"ours": model.to(device), "transformers": other.to(device)}
 
 
 def batch_of(options, device, objects=10, classes=91):
-    """Random images, the last one padded at the right, with `objects` objects each."""
-    g = torch.Generator().manual_seed(0)
-    images = torch.randn(options.batch, 3, options.height, options.width, generator=g)
-    padding = torch.zeros(options.batch, options.height, options.width, dtype=torch.bool)
-    padding[-1, :, int(0.85 * options.width):] = options.batch > 1
-    targets = []
+    """Random images with `objects` objects each, the last one narrower, so that it is padded."""
+    g, items = torch.Generator().manual_seed(0), []
     for image in range(options.batch):
+        last = 0 < image == options.batch - 1
+        pixels = torch.randn(3, options.height, int((0.85 if last else 1) * options.width),
+                             generator=g)
         size = 0.05 + 0.3 * torch.rand(objects, 2, generator=g)
-        boxes = torch.cat([size / 2 + (1 - size) * torch.rand(objects, 2, generator=g), size], 1)
-        targets.append({"labels": torch.randint(classes, (objects,), generator=g), "boxes": boxes,
-                        "image_id": torch.tensor(image)})
-    return data.Batch(images.masked_fill_(padding[:, None], 0.), padding, targets).to(device)
+        centre = size / 2 + (1 - size) * torch.rand(objects, 2, generator=g)
+        labels = torch.randint(classes, (objects,), generator=g)
+        items.append((pixels, {"labels": labels, "boxes": torch.cat([centre, size], 1),
+                               "image_id": torch.tensor(image)}))
+    return data.collate(items).to(device)
 
 
 def forward_of(model, batch):
@@ -197,14 +196,16 @@ def interleaved(runs, repeats, device, title, count=True):
     for _ in tqdm(range(repeats), title, leave=False):
         for name, run in runs.items():
             times[name].append(seconds_of(run, device))
-    rows = {name: {"seconds": statistics.median(each), "all": each,
-                   "peak_gb": peak_of(runs[name], device)}
-            for name, each in times.items()}
-    for name in runs if count else ():
-        rows[name]["gflops_per_second"] = operations(runs[name]) / 1e9 / rows[name]["seconds"]
+    rows = {}
+    for name, run in runs.items():
+        seconds = statistics.median(times[name])
+        rows[name] = {"seconds": seconds, "all": times[name], "peak_gb": peak_of(run, device)}
+        if count:
+            rows[name]["gflops_per_second"] = operations(run) / 1e9 / seconds
     for name, row in rows.items():
         _, _, precision = name.partition(", ")
-        if most := rows.get(named(PRODUCT, precision or "fp32"), {}).get("gflops_per_second"):
+        product = rows.get(named(PRODUCT, precision or "fp32"), {})
+        if most := product.get("gflops_per_second"):
             row["of_product"] = row["gflops_per_second"] / most
     return rows
 
@@ -248,15 +249,18 @@ def images_per_second(networks, image, seconds=2.0):
     nothing, size = torch.zeros_like(image[:, 0], dtype=torch.bool), tuple(image.shape[2:])
     modes = {name: network.training for name, network in networks.items()}
     times = {name: [] for name in networks}
-    for network in networks.values():
-        network.eval()
-    with torch.no_grad():
-        # Three rounds at least, and as many as the time allows.
-        while (min(map(len, times.values()), default=3) < 3
-               or sum(map(sum, times.values())) < seconds * len(times)):
-            for name, network in networks.items():
-                detect = lambda: models.postprocess(network(image, nothing).detections, [size], 100)
-                times[name].append(seconds_of(detect, image.device))
+
+    def detect(network):
+        models.postprocess(network(image, nothing).detections, [size], 100)
+
+    spent = rounds = 0
+    while rounds < 3 or spent < seconds * len(networks):
+        for name, network in networks.items():
+            with torch.no_grad():
+                took = seconds_of(functools.partial(detect, network.eval()), image.device)
+            times[name].append(took)
+            spent += took
+        rounds += 1
     for name, network in networks.items():
         network.train(modes[name])
     return {name: 1 / statistics.median(each) for name, each in times.items()}
@@ -287,16 +291,15 @@ def peak_of(run, device):
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e9
-    libc = None
-    if device.type == "cpu" and os.access("/proc/self/clear_refs", os.W_OK):
-        libc = ctypes.CDLL(None)
+    if device.type != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return None
 
     def status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        line = next(line for line in lines if line.startswith(key))
-        return int(line.split()[1]) / 1e6                    # kB
+        kilobytes, = re.findall(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+        return int(kilobytes) / 1e6
 
     gc.collect()
     libc.malloc_trim(0)                   # what earlier runs left in the heap would hide this one's
@@ -310,33 +313,53 @@ def show(title, rows, batch, against=None):
     """Print the rows of `interleaved`: the % are of the matrix product, x of the row `against`."""
     print(title)
     for name, row in rows.items():
-        peak = "" if row["peak_gb"] is None else f"  peak {row['peak_gb']:.2f} GB"
-        images = f"  {batch / row['seconds']:7.2f} images/s"
-        if name.startswith(PRODUCT):
-            images = peak = ""
-        close = ratio = ""
+        text = f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms"
+        product = name.startswith(PRODUCT)
+        if not product:
+            text += f"  {batch / row['seconds']:7.2f} images/s"
         if "of_product" in row:
-            close = f"  {row['gflops_per_second']:7.1f} GFLOP/s, {row['of_product']:4.0%}"
-        if against in rows and name != against and images:
-            ratio = f"  x{row['seconds'] / rows[against]['seconds']:.2f}"
-        print(f"  {name:<28} {row['seconds'] * 1e3:8.1f} ms{images}{close}{peak}{ratio}")
+            text += f"  {row['gflops_per_second']:7.1f} GFLOP/s, {row['of_product']:4.0%}"
+        if not product and row["peak_gb"] is not None:
+            text += f"  peak {row['peak_gb']:.2f} GB"
+        if not product and against in rows and name != against:
+            text += f"  x{row['seconds'] / rows[against]['seconds']:.2f}"
+        print(text)
 
 
-def sizes(options):
-    """Parameters and GFLOPs at 800 x 1333 beside the published ones, from shapes alone."""
-    rows = {}
-    print("size: R50, 91 classes, 800 x 1333; GFLOPs count multiply-adds, dense attention and "
-          "sampling included")
-    for detector in options.detectors:
-        model = models.build(detector, 91, pretrained_backbone=False, frozen_backbone=True)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        flops = models.gflops(model, 800, 1333)
-        rows[detector] = {"parameters_m": parameters, "gflops": flops,
-                          "published": PUBLISHED[detector]}
-        print(f"  {detector:<16} {parameters:6.2f} M parameters (published "
-              f"{PUBLISHED[detector][0]})  {flops:6.1f} GFLOPs (published "
-              f"{PUBLISHED[detector][1]})")
-    return rows
+def size(detector):
+    """Parameters and GFLOPs beside the published ones, from shapes alone."""
+    model = models.build(detector, 91, pretrained_backbone=False, frozen_backbone=True)
+    parameters, flops = train.count_parameters(model) / 1e6, models.gflops(model, 800, 1333)
+    published = PUBLISHED[detector]
+    print(f"size: {detector}, R50, 91 classes, 800 x 1333\n"
+          f"  {parameters:6.2f} M parameters (published {published[0]})  {flops:6.1f} GFLOPs: "
+          f"multiply-adds, dense attention and sampling included (published {published[1]})")
+    return {"parameters_m": parameters, "gflops": flops, "published": published}
+
+
+def compare(part, detector, options, device):
+    """Our "inference" or "training" in each precision, beside transformers' in fp32."""
+    batch, both = batch_of(options, device), pair(detector, options, device)
+    with torch.no_grad():
+        answers = [forward_of(model.eval(), batch)() for model in both.values()]
+    differ = (answers[0] - answers[-1]).abs().max().item()
+    runs = {}
+    for name, model in both.items():
+        model.train(part == "training")
+        model = torch.compile(model) if options.compile else model
+        for precision in options.precision if name == "ours" else ("fp32",):
+            cast = train.autocast(device, precision)
+            if part == "inference":
+                run = torch.no_grad()(cast(forward_of(model, batch)))
+            else:
+                run = training_step(model, cast(loss_of(model, batch)))
+            runs[named(name, precision)] = run
+    rows = interleaved(runs | products(options, device), options.repeats, device,
+                       f"{detector}, {part}", count=not options.compile)
+    same = f"; the same weights, logits differ by {differ:.1e}" if len(both) > 1 else ""
+    show(f"{part}: {detector}, {options.batch} x {options.height} x {options.width}{same}", rows,
+         options.batch, "ours")
+    return rows | {"logits_differ_by": differ}
 
 
 def distillation(detector, options, device):
@@ -350,56 +373,37 @@ def distillation(detector, options, device):
     method = CLoCKDistill(width, width, content=content).to(device)
     taught, alone = train.Learner(student, method), train.Learner(twin)
 
-    memory = torch.no_grad()(lambda: teacher.encode(batch.images, batch.padding))()
-    asked = method.queries(batch.labels, batch.boxes, teacher.label_embedding)
+    no_grad = torch.no_grad()
+    encode = no_grad(functools.partial(teacher.encode, batch.images, batch.padding))
+    content, boxes, attend, _ = method.queries(batch.labels, batch.boxes, teacher.label_embedding)
     # The whole step first, then what it is made of, each of its own.
     runs = {
         "distillation step": training_step(taught, lambda: sum(taught(teacher, batch).values())),
         "student step": training_step(alone, lambda: sum(alone(None, batch).values())),
-        "teacher encode": torch.no_grad()(lambda: teacher.encode(batch.images, batch.padding)),
-        "teacher target-query decode": torch.no_grad()(lambda: teacher.decode(memory, *asked[:3])),
+        "teacher encode": encode,
+        "teacher target-query decode": no_grad(
+            functools.partial(teacher.decode, encode(), content, boxes, attend)),
     }
     rows = interleaved(runs | products(options, device), options.repeats, device,
                        f"{detector}, distillation")
     whole, *parts = (rows[name]["seconds"] for name in runs)
     ratio = whole / sum(parts)
-    show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its "
-         "parts", rows, options.batch)
+    show(f"distill: {detector}, R50 teaches R18; the step is {ratio:.3f} x its parts", rows,
+         options.batch)
     return rows | {"whole_over_parts": ratio}
 
 
 def measure(options, device):
-    """All that options.only asks for, printed as it comes -> the same as a dict."""
-    figures = {"size": sizes(options)} if "size" in options.only else {}
-    batch = batch_of(options, device)
-    for detector in options.detectors:
-        for part in ("inference", "training"):
-            if part not in options.only:
-                continue
-            both = pair(detector, options, device)
-            with torch.no_grad():
-                answers = [forward_of(model.eval(), batch)() for model in both.values()]
-            agree = max((answers[0] - answer).abs().max().item() for answer in answers)
-            runs = {}
-            for name, model in both.items():
-                model.train(part == "training")
-                model = torch.compile(model) if options.compile else model
-                for precision in options.precision if name == "ours" else ("fp32",):
-                    cast = train.autocast(device, precision)
-                    if part == "inference":
-                        run = torch.no_grad()(cast(forward_of(model, batch)))
-                    else:
-                        run = training_step(model, cast(loss_of(model, batch)))
-                    runs[named(name, precision)] = run
-            rows = interleaved(runs | products(options, device), options.repeats, device,
-                               f"{detector}, {part}", count=not options.compile)
-            same = f"; the same weights, logits differ by {agree:.1e}" if len(both) > 1 else ""
-            show(f"{part}: {detector}, {options.batch} x {options.height} x "
-                 f"{options.width}{same}", rows, options.batch,
-                 "ours")
-            figures.setdefault(part, {})[detector] = rows | {"logits_differ_by": agree}
-        if "distill" in options.only:
-            figures.setdefault("distill", {})[detector] = distillation(detector, options, device)
+    """All that options.only asks for, printed as it comes -> {part: {detector: figures}}."""
+    figures = {part: {} for part in options.only}
+    for part, by_detector in figures.items():
+        for detector in options.detectors:
+            if part == "size":
+                by_detector[detector] = size(detector)
+            elif part == "distill":
+                by_detector[detector] = distillation(detector, options, device)
+            else:
+                by_detector[detector] = compare(part, detector, options, device)
     return figures
 
 
@@ -428,52 +432,55 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 def training_bytes(model, batch, height, width):
     """Estimated peak of a step: weights, gradients, Adam's two averages, and what forward keeps."""
-    parameters = list(model.parameters())
-    hooks = SavedBytes([*parameters, *model.buffers()])
+    hooks = SavedBytes([*model.parameters(), *model.buffers()])
     with FakeTensorMode(allow_non_fake_inputs=True), hooks:
         images = torch.zeros(batch, 3, height, width)
         model.train()(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
-    return 16 * sum(p.numel() for p in parameters) + hooks.bytes
+    return 16 * train.count_parameters(model) + hooks.bytes
 
 
 def untrained(cfg):
     """The model of a run, without weights to download."""
-    given = {name: getattr(cfg, name) for name in models.described_options()}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= dict(pretrained_backbone=False, frozen_backbone=cfg.pretrained_backbone != "none")
-    return models.build(cfg.detector, 80 if cfg.data == "coco" else 3, **given)
+    return train.build_model(cfg, 80 if cfg.data == "coco" else 3, pretrained_backbone="none",
+                             frozen_backbone=cfg.pretrained_backbone != "none")
 
 
-def print_costs(jobs, images, image_size, tflops):
+# Useful work per second: a GPU's, a fifth to a third of its peak; a CPU core's, of which the runs
+# of results/ reached 0.012 to 0.036.
+TFLOPS = {"GPU": 20., "core": 0.02}
+
+
+def print_costs(jobs, images, image_size, machine, tflops=None):
     """Print every run with its command, and what it would take.
 
     jobs: tables.Job, teachers before students.  images: of the training split.
-    image_size: (height, width).  tflops: useful work per second.
+    image_size: (height, width).  machine: one of TFLOPS.  tflops: what it does, if not that.
     """
-    costs, total, (height, width) = {}, 0., image_size
+    tflops, costs, total = tflops or TFLOPS[machine], {}, 0.
     for job in jobs:
         cfg, key = job.cfg, (job.cfg.detector, job.role)
         # Models of one role are alike: they are counted once.
         if key not in costs:
             model = untrained(cfg)
-            costs[key] = (models.gflops(model, height, width),
-                          training_bytes(model, cfg.batch_size, height, width),
-                          4 * sum(p.numel() for p in model.parameters()))
+            costs[key] = (models.gflops(model, *image_size),
+                          training_bytes(model, cfg.batch_size, *image_size),
+                          4 * train.count_parameters(model))
         forward, memory, _ = costs[key]
-
-        # Images times multiply-adds, two floating-point operations each.
-        count = cfg.epochs * images if cfg.steps is None else cfg.steps * cfg.batch_size
         gflops = 3 * forward                           # backward costs two forward passes
         if cfg.method:
             teacher, _, frozen = costs[cfg.detector, "teacher"]
             gflops, memory = gflops + teacher, memory + frozen
+
+        # Images times multiply-adds, two floating-point operations each.
+        count = cfg.epochs * images if cfg.steps is None else cfg.steps * cfg.batch_size
         hours = count * gflops * 2e9 / (tflops * 1e12) / 3600
         total += hours
-        print(f"{job.name}: about {hours:.1f} GPU-hours, {memory / 1e9:.1f} GB\n"
+        print(f"{job.name}: about {hours:.2f} {machine}-hours, {memory / 1e9:.1f} GB\n"
               f"  python {shlex.join(['train.py', *job.arguments])}")
-    print(f"\n{len(jobs)} runs, {total:.0f} GPU-hours at {tflops:g} TFLOP/s of useful work "
-          "(--tflops: the peak times what training reaches of it, a fifth to a third), a step "
-          "being three forward passes and one of the teacher. Memory: weights (also the "
+    height, width = image_size
+    print(f"\n{len(jobs)} runs, {total:.0f} {machine}-hours at {tflops:g} TFLOP/s of useful work "
+          "(--tflops: of a GPU the peak times what training reaches of it, a fifth to a third), a "
+          "step being three forward passes and one of the teacher. Memory: weights (also the "
           f"teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
 
 
@@ -483,11 +490,11 @@ def print_costs(jobs, images, image_size, tflops):
 
 def add_options(parser):
     """The options of `train.py bench`."""
-    numbers = {"height": (640, "of the images"), "width": (640, "of the images"),
-               "batch": (2, "images at once"), "repeats": (5, "of everything, interleaved")}
-    for name, (default, text) in numbers.items():
+    numbers = {"height": "of the images", "width": "of the images", "batch": "images at once",
+               "repeats": "of everything, interleaved"}
+    for name, text in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS,
-                            help=f"{text} (default: {default})")
+                            help=f"{text} (default: {getattr(Options, name)})")
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
                         default=models.DETECTORS, help="(default: all)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")

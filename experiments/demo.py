@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +25,10 @@ from train import say
 
 SCALES = {
     "full": dict(out="runs/demo", root="datasets/toy", counts=dict(train=4000, val=500, tune=500),
-                 student={}, teacher={}, eval_every=400),
+                 length={}, eval_every=400),
     "quick": dict(out="runs/demo-quick", root="datasets/toy-quick",
-                  counts=dict(train=80, val=20, tune=4), student=dict(steps=20, warmup=5),
-                  teacher=dict(steps=20, warmup=5), eval_every=10),
+                  counts=dict(train=80, val=20, tune=4), length=dict(steps=20, warmup=5),
+                  eval_every=10),
 }
 
 
@@ -62,12 +60,13 @@ def run(scale, teacher, device, seed=0):
         say(f"\n=== teacher: shipped weights, weights/{source.name}; "
             "make demo TEACHER=scratch trains it ===")
         results = {"teacher": shipped_teacher(source, dataset, device)}
-    taught_by = train.fingerprint(train.load_model(source)[0])
+
     # The students need nothing from each other.
-    floor = {"teacher_floor": 0.0} if scale == "quick" else {}
+    taught = {"teacher": str(source), "taught_by": results["teacher"]["weights"]}
+    if scale == "quick":
+        taught["teacher_floor"] = 0.0
     students = {"student": make_job("student", plan, seed, device),
-                "distilled": make_job("distilled", plan, seed, device, taught_by,
-                                      teacher=str(source), **floor)}
+                "distilled": make_job("distilled", plan, seed, device, **taught)}
     results |= train_all(students, device)
 
     # Speed is measured when nothing else runs, all three in turn.
@@ -91,36 +90,58 @@ def run(scale, teacher, device, seed=0):
 class Job(NamedTuple):
     """A command of train.py."""
     folder: Path                       # where it writes
-    steps: int
     words: list
+    steps: int = 0
 
 
 def make_job(name, plan, seed, device, taught_by=None, **given):
     """The run `name`: "teacher", "student", or "distilled" by a teacher of this fingerprint."""
-    role = "teacher" if name == "teacher" else "student"
     command = "distill" if name == "distilled" else "fit"
-    given |= plan[role] | dict(recipe=f"toy-{role}", detector="dino", root=plan["root"], seed=seed)
+    recipe = "toy-teacher" if name == "teacher" else "toy-student"
+    given |= plan["length"] | dict(recipe=recipe, detector="dino", root=plan["root"], seed=seed)
     cfg, _ = train.configure(command, **given)
     folder = Path(plan["out"], f"{name}-{train.digest(cfg, taught_by)}")
     given |= dict(out=folder, device=device.type, workers=1, eval_every=plan["eval_every"],
                   eval_batch=20, save_minutes=0.5)
-    words = [f"--{option.replace('_', '-')}={value}" for option, value in given.items()]
     # Where nothing was begun, there is nothing to resume.
-    return Job(folder, cfg.steps, [command, *["--resume"] * folder.exists(), *words])
+    given["resume"] = folder.exists()
+    return Job(folder, [command, *as_words(given)], cfg.steps)
+
+
+def as_words(given):
+    """{option: value} -> words of a command line."""
+    words = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if value is True or value is False:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def train_all(jobs, device):
     """Run the jobs that are not done -> {name: result}.
 
     Side by side with a share of the threads each; one after the other on one thread or a GPU.
+    The first job that fails stops the others.
     """
     missing = {name: job for name, job in jobs.items() if not (job.folder / "result.json").exists()}
-    together, threads = [missing], torch.get_num_threads()
-    if threads == 1 or device.type != "cpu":
-        together = [{name: job} for name, job in missing.items()]
-    for group in filter(None, together):
-        say(f"\n=== {' | '.join(group)} ===")
-        side_by_side(group, max(1, threads // len(group)))
+    threads = torch.get_num_threads()
+    at_once = 1 if threads == 1 or device.type != "cpu" else max(1, len(missing))
+    if missing:
+        say(f"\n=== {' | '.join(missing)} ===")
+    views = [View(name, job) for name, job in missing.items()]
+
+    def ended(name, error):
+        if error:
+            raise ValueError(error)
+
+    try:
+        side_by_side(missing, at_once, threads // at_once, ended, views)
+    finally:
+        for view in views:
+            view.close()
     results = {}
     for name, job in jobs.items():
         results[name] = json.loads((job.folder / "result.json").read_text())
@@ -129,63 +150,88 @@ def train_all(jobs, device):
     return results
 
 
-def side_by_side(jobs, threads):
-    """Run all jobs at once, `threads` threads each.
+class View:
+    """A job on the screen: what it says is printed after its name, its steps are a bar."""
+    def __init__(self, name, job):
+        self.name, self.said = f"{name:<10} ", 0
+        self.output, self.log = job.folder / "output.txt", job.folder / "log.jsonl"
+        self.output.unlink(missing_ok=True)                  # of an earlier sitting
+        self.bar = tqdm(total=job.steps, desc=self.name, dynamic_ncols=True,
+                        mininterval=train.quiet_interval())
 
-    The first job that fails stops the others, as Ctrl-C does: each saves the step in hand and ends.
-    Raises ValueError with the last line of the job that failed, or train.Interrupted.
+    def update(self):
+        """Print what was said, and move the bar to the last step logged, since the last look."""
+        if self.log.exists():
+            self.bar.update(self.log.read_text().count("\n") - self.bar.n)
+        if self.output.exists():
+            lines = self.output.read_text().splitlines()
+            for line in lines[self.said:]:
+                say(self.name + line)
+            self.said = len(lines)
+
+    def close(self):
+        self.update()
+        self.bar.close()
+
+
+def side_by_side(jobs, at_once, threads, ended, views=(), cwd=None):
+    """Run jobs, `at_once` at a time with `threads` threads each.
+
+    jobs: {name: Job}.  ended(name, error): called after each; error is None, or one line.
+    views: kept up to date meanwhile.  cwd: folder where the jobs start, by default this one.
+    Ctrl-C, or an exception of `ended`, stops all: each saves the step in hand and ends.
+    Raises train.Interrupted.
     """
+    waiting, running = list(jobs), {}
     with train.finish_step_on_signal() as asked_to_stop:
-        children = [Child(name, job, threads, row) for row, (name, job) in enumerate(jobs.items())]
-        codes = [None]
-        while None in codes and not any(codes) and not asked_to_stop:
-            time.sleep(0.2)
-            codes = [child.poll() for child in children]
-        for child in children:
-            child.process.terminate()                    # does nothing to a process that has ended
-        lines = [child.end() for child in children]
-    for name, code, line in zip(jobs, codes, lines):
-        if code:
-            raise ValueError(f"{name} (exit code {code}): {line.removeprefix('error: ')}")
+        try:
+            while (waiting or running) and not asked_to_stop:
+                while waiting and len(running) < at_once:
+                    name = waiting.pop(0)
+                    # It may have ended in an earlier sitting, or in another process meanwhile.
+                    if (jobs[name].folder / "result.json").exists():
+                        ended(name, None)
+                    else:
+                        say(f"{time.strftime('%H:%M')}  {jobs[name].folder}")
+                        running[name] = start(jobs[name], threads, cwd)
+                time.sleep(0.2)
+                for view in views:
+                    view.update()
+                for name, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[name]
+                        ended(name, error_of(name, jobs[name], process.returncode))
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
     if asked_to_stop:
         raise train.Interrupted("stopped, after a finished step")
 
 
-class Child:
-    """A job in a process of its own: what it says is printed after its name, its steps are a bar.
+def start(job, threads, cwd):
+    """Start a job: what it says goes to FOLDER/output.txt, its bar and errors to errors.txt.
 
     A session of its own keeps Ctrl-C from it: it is asked to stop once, by terminate(), since being
     asked twice would stop it within a step.
     """
-    def __init__(self, name, job, threads, row):
-        self.name, self.log = f"{name:<10} ", job.folder / "log.jsonl"
-        self.bar = tqdm(total=job.steps, desc=self.name, position=row, dynamic_ncols=True,
-                        mininterval=train.quiet_interval())
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(train.HERE / "train.py"), *job.words], start_new_session=True,
-            stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"})
-        self.printer = threading.Thread(target=self.print_lines, daemon=True)
-        self.printer.start()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with (open(job.folder / "output.txt", "w") as output,
+          open(job.folder / "errors.txt", "w") as errors):
+        return subprocess.Popen([sys.executable, str(train.HERE / "train.py"), *job.words], cwd=cwd,
+                                env=environment, stdout=output, stderr=errors,
+                                start_new_session=True)
 
-    def print_lines(self):
-        for line in self.process.stdout:
-            say(self.name + line.rstrip())
 
-    def poll(self):
-        """Move the bar to the last step logged -> exit code, or None while the process runs."""
-        if self.log.exists():
-            self.bar.update(self.log.read_text().count("\n") - self.bar.n)
-        return self.process.poll()
-
-    def end(self):
-        """Wait for the end of the process -> the last line of its errors."""
-        self.process.wait()
-        self.printer.join()
-        self.bar.close()
-        self.errors.seek(0)
-        return ["no message", *filter(str.strip, self.errors.read().splitlines())][-1]
+def error_of(name, job, code):
+    """The last line of a job's errors, or None where its exit code is 0."""
+    if code == 0:
+        return None
+    file = job.folder / "errors.txt"
+    lines = ["no message", *filter(str.strip, file.read_text().splitlines())]
+    return f"{name} (exit code {code}, {file}): {lines[-1].removeprefix('error: ')}"
 
 
 def shipped_teacher(path, dataset, device):
@@ -208,15 +254,13 @@ def shipped_teacher(path, dataset, device):
 
 def print_table(results, scale, where):
     """The three models' figures, a line each, and the gain."""
-    columns = (("AP", "AP", "{:.3f}"), ("AP50", "AP50", "{:.3f}"), ("AP75", "AP75", "{:.3f}"),
-               ("params", "params (M)", "{:.2f}"), ("gflops", "GFLOPs", "{:.3f}"),
-               ("trained_minutes", "training (min)", "{:.1f}"),
-               ("images_per_second", "images/s", "{:.0f}"))
-    print("\n" + f"{'':12}" + "".join(f"{title:>16}" for _, title, _ in columns))
+    head = "{:12}" + "{:>16}" * 7
+    row = ("{name:12}{AP:16.3f}{AP50:16.3f}{AP75:16.3f}{millions:16.2f}{gflops:16.3f}"
+           "{trained_minutes:16.1f}{images_per_second:16.0f}")
+    print("\n" + head.format("", "AP", "AP50", "AP75", "params (M)", "GFLOPs", "training (min)",
+                             "images/s"))
     for name, result in results.items():
-        cells = [form.format(result[key] / (1e6 if key == "params" else 1))
-                 for key, _, form in columns]
-        print(f"{name:12}" + "".join(f"{cell:>16}" for cell in cells))
+        print(row.format(name=name, millions=result["params"] / 1e6, **result))
     gain = results["distilled"]["AP"] - results["student"]["AP"]
     caution = "figures of SCALE=quick mean nothing." if scale == "quick" else "one seed."
     print(f"\nCLoCKDistill: {gain:+.3f} AP for the same student, seed and number of steps; "
@@ -238,25 +282,26 @@ def draw(out, distilled, networks, results, dataset, device):
     images, truths = zip(*(dataset.raw(i) for i in shown))
     answers = {name: train.answer(network, batch) for name, network in networks.items()}
 
-    # What the memory loss weighs in the first scene, as this student had it.
-    one, nothing, boxes = batch.images[:1], torch.zeros_like(batch.padding[:1]), batch.boxes[0]
-    with torch.no_grad():
-        memory = networks["teacher"].encode(one, nothing)
-    masks = [location_mask(boxes, height, width) for height, width in memory.shapes]
+    # The method as this student had it.
     saved = checkpoints.load(distilled / "last.pt")
     cfg = train.Config(**saved["settings"])
     method = train.open_method(cfg, networks["teacher"], networks["distilled"])
     method.load_state_dict(saved["resume"]["method"])
+
+    # What its memory loss weighs in the first scene.
+    scene = data.collate([dataset[shown[0]]]).to(device)
+    with torch.no_grad():
+        memory = networks["teacher"].encode(scene.images, scene.padding)
+    masks = [location_mask(scene.boxes[0], height, width) for height, width in memory.shapes]
     inside, _ = masks[0]                                                    # of the finest level
-    everywhere = torch.ones_like(memory.tokens[..., 0], dtype=torch.bool)   # nothing is padded
-    weight = memory_weights([boxes], memory.shapes, everywhere, **method.memory_options)
+    weight = memory_weights(scene.boxes, memory.shapes, ~memory.padding, **method.memory_options)
     weight = weight[0, :inside.numel()].view_as(inside)
 
     pictures = {
         "detections": plots.detections(images, truths, answers, dataset.classes, min_score=0.3),
         "location_masks": plots.location_masks(images[0], truths[0]["boxes"], masks),
-        "query_attention": query_attention(one, nothing, batch, images, truths, networks, method,
-                                           dataset),
+        "query_attention": query_attention(scene, images[0], truths[0], networks, method,
+                                           dataset.classes),
         "ap_curves": plots.curves(
             {name: [(point["step"], point["AP"]) for point in result["history"]] or result["AP"]
              for name, result in results.items()}, "AP on the toy's val split"),
@@ -269,12 +314,15 @@ def draw(out, distilled, networks, results, dataset, device):
     say(f"pictures   {', '.join(f'{name}.png' for name in pictures)} in {out}/")
 
 
-def query_attention(one, nothing, batch, images, truths, networks, method, dataset):
-    """Where the three largest objects' target-aware queries look in each model."""
-    labels, boxes, teacher = batch.labels[0], batch.boxes[0], networks["teacher"]
-    contents = {"label": teacher.label_embedding, "own": teacher.learned_content}
-    embedding = contents.get(method.content)
-    queries = models.Queries(*method.queries([labels], [boxes], embedding, box_noise=0.))
+def query_attention(scene, picture, truth, networks, method, classes):
+    """Where the three largest objects' target-aware queries look in each model.
+
+    scene: the batch of one image.  picture, truth: the same image as it is drawn, its objects.
+    """
+    teacher, boxes = networks["teacher"], scene.boxes[0]
+    embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
+    queries = models.Queries(*method.queries(
+        scene.labels, scene.boxes, embeddings.get(method.content), box_noise=0.))
     largest = boxes[:, 2:].prod(1).argsort(descending=True)[:3].cpu()
     first_group = largest * method.query_options["groups"]
     attention = {}
@@ -283,13 +331,13 @@ def query_attention(one, nothing, batch, images, truths, networks, method, datas
         if name != "teacher":
             content = method.student_content(content)
         with torch.no_grad(), models.record(network) as seen:
-            memory = network.encode(one, nothing)
+            memory = network.encode(scene.images, scene.padding)
             network.decode(memory, content, queries.boxes, queries.attend)
         final = seen[f"decoder.{network.decoder_layers - 1}.cross"]
         attention[name] = plots.look(final, memory.shapes, first_group)
-        attention[name]["boxes"] = truths[0]["boxes"][largest]
+        attention[name]["boxes"] = truth["boxes"][largest]
     return plots.query_attention(
-        images[0], attention, [dataset.classes[label] for label in labels[largest]],
+        picture, attention, [classes[label] for label in scene.labels[0][largest]],
         memory.shapes[0], title="Where the same target-aware queries look in each model, and how "
         "far they agree with the teacher")
 

@@ -15,17 +15,11 @@ settings has another name. Everything else in RESULTS is computed from these fil
     speed.json, reading.json             measured once; delete a file to measure it again
 """
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import math
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,14 +32,12 @@ from tqdm import tqdm
 import data
 import models
 import train
-from checkpoints import locked, read_json, write_json, write_text
+from checkpoints import read_json, write_json, write_text
 from clockdistill import CLoCKDistill
-from experiments import bench, look, plots
-from experiments.demo import shipped_teacher
+from experiments import bench, demo, look, plots
 from train import HERE, PRESETS
 
 RIVALS = tuple(method for method in train.METHODS if method != "clockdistill")
-TRAIN = HERE / "train.py"
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -173,10 +165,11 @@ def both_parts(light, middle, heavy):
             ((light, 0.5), (middle, 0.5), (heavy, 0.5), (middle, 0.1))]
 
 
-# What is tuned on the toy, with four trials for every method: how heavy it is. The lightest trials begin near
-# detection's gradient (memory) or well below it (answers: heavy ones crowd detection out;
-# `train.gradient_report`). {what: (options of every trial, what differs)}. CLoCKDistill's have the
-# detector's preset too; the best of its eight, with or without the scale mask, is "clockdistill".
+# What is tuned on the toy, with four trials for every method: how heavy it is. The lightest trials
+# begin near detection's gradient (memory) or well below it (answers: heavy ones crowd detection
+# out; `train.gradient_report`). {what: (options of every trial, what differs)}. CLoCKDistill's have
+# the detector's preset too; the best of its eight, with or without the scale mask, is
+# "clockdistill".
 HALVES = ("with_scale", "without_scale")
 TRIALS = {
     "with_scale": ({}, both_parts(1250, 5000, 20000)),
@@ -199,8 +192,8 @@ TRIALS = {
 }
 
 
-# On real images four trials set the wanted ratios of gradients, in steps of four. The recipe's stand
-# among them: 50 for what copies memory, 1 for what copies answers (train.Balance).
+# On real images four trials set the wanted ratios of gradients, in steps of four. The recipe's
+# stand among them: 50 for what copies memory, 1 for what copies answers (train.Balance).
 COPIES, ANSWERS = {"memory": 50.}, {"cls+l1+giou": 1.}
 FGD_LOSSES = {"objects+background+attention+relation": 50.}
 
@@ -241,12 +234,13 @@ class Scale:
     seeds_of: dict = field(default_factory=dict)         # {table: seeds}, where it has others
     teachers: str = ""                                   # weights/TEACHERS_DETECTOR.safetensors
     results: str = ""                                    # its folder in results/, if not its name
+    machine: str = "GPU"                                 # what it is for, one of bench.TFLOPS
 
 
 SCALES = {
     "toy": Scale(
         "toy", TOY, seeds=(0, 1, 2), seeds_of={"main": (0, 1, 2, 3, 4)}, steps=1 / 2, images=4000,
-        image_size=(48, 160), teachers="toy_teacher",
+        image_size=(48, 160), teachers="toy_teacher", machine="core",
         options={"eval_every": 400, "eval_batch": 20, "workers": 1},
         download="nothing: the images are drawn on first use", trials=TRIALS, tune_seeds=(100,),
         # After a third of the steps DAB-DETR's AP is still near 0.
@@ -256,7 +250,7 @@ SCALES = {
     "kitti-small": Scale(
         "small", SMALL, seeds=(0, 1, 2), steps=1, images=703, image_size=(128, 424),
         seeds_of={"main": (0, 1, 2, 3, 4), "ablation": (0, 1, 2, 3, 4)},
-        teachers="kitti_teacher", results="kitti",
+        teachers="kitti_teacher", results="kitti", machine="core",
         options={"train_split": "splits/kitti_cyclists_train.txt", "eval_every": 0,
                  "eval_batch": 10, "workers": 1, "teacher_cache": 2.0},
         splits={name: f"splits/kitti_cyclists_{name}.txt" for name in ("tune", "val")},
@@ -296,13 +290,10 @@ class Study:
     changes: dict = field(default_factory=dict)          # further options of every run
     of_students: dict = field(default_factory=dict)      # and of every run with a teacher
     done: dict = field(default_factory=dict)             # {name of a run: its result}
-    detectors: tuple = models.DETECTORS                  # those that have rows
 
     @property
     def scope(self):
-        scope = SCALES[self.scale]
-        wanted = {k: name for k, name in scope.detectors.items() if name in self.detectors}
-        return dataclasses.replace(scope, detectors=wanted)
+        return SCALES[self.scale]
 
 
 @dataclass(frozen=True)
@@ -343,49 +334,35 @@ def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, 
         given |= {"teacher": file, "method": method, **study.of_students}
     given |= study.changes
 
-    # These come last: the length is a multiple of what the changes say.
-    cfg, _ = train.configure(command, **given)
-    if steps != 1 and cfg.steps is None:
-        given["epochs"] = cfg.epochs * steps
-    elif steps != 1:
-        given["steps"] = round(cfg.steps * steps)
+    # The length is a multiple of what the changes say.
+    if steps != 1:
+        cfg, _ = train.configure(command, **given)
+        if cfg.steps is None:
+            given["epochs"] = cfg.epochs * steps
+        else:
+            given["steps"] = round(cfg.steps * steps)
     options = dict(options or {})
-    if balance := options.pop("balance", {}):
-        given["balance"] = pairs(balance)
-    if options:
-        given["method_options"] = pairs(options)
+    for name, values in (("balance", options.pop("balance", {})), ("method_options", options)):
+        if values:
+            given[name] = [f"{option}={value}" for option, value in sorted(values.items())]
     cfg, _ = train.configure(command, **given)
 
     # The seeds of a row share their digest. A teacher that is not trained here is its weights.
-    name = f"{detector}-{method or role}" + (f"-x{steps:.2g}" if steps != 1 else "")
-    name += f"-{split}" if split != "val" else ""
+    name = f"{detector}-{method or role}"
+    if steps != 1:
+        name += f"-x{steps:.2g}"
+    if split != "val":
+        name += f"-{split}"
     if role == "teacher" and detector in study.shipped:
-        name += "-" + shipped_weights(study.shipped[detector])[:8]
+        name += f"-{shipped_weights(study.shipped[detector])[:8]}"
     else:
         name += f"-{train.digest(dataclasses.replace(cfg, seed=0), taught_by)}-{seed}"
-    return Job(name, role, steps, (command, *as_words(given)), cfg)
-
-
-def pairs(options):
-    """{name: value} -> ["name=value", ...] of a command line."""
-    return [f"{name}={value}" for name, value in sorted(options.items())]
+    return Job(name, role, steps, (command, *demo.as_words(given)), cfg)
 
 
 def options_of(cfg):
     """What a run's method was told, its ratios of gradients among it."""
     return cfg.method_options | ({"balance": cfg.balance} if cfg.balance else {})
-
-
-def as_words(given):
-    """{option: value} -> words of a command line."""
-    words = []
-    for name, value in given.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def teacher_of(study, detector):
@@ -396,53 +373,56 @@ def teacher_of(study, detector):
     return os.path.relpath(study.work / name, HERE), study.done.get(name, {}).get("weights")
 
 
-def choices(study):
-    """{detector: {what: options}}: as tuning chose, or the recipe's CLoCKDistill; its two parts."""
-    chosen, by_detector = read_chosen(study), {}
-    for detector in study.scope.detectors.values():
-        recipe = train.RECIPES[f"{study.scope.recipe}-student"][detector]
-        options = {"search": SEARCHED, "clockdistill": recipe["method_options"]}
-        options |= dict.fromkeys(RIVALS, {}) | chosen.get(detector, {})
-        best = options["clockdistill"]
-        options["memory_part"] = best | {"lambda_log": 0.0}
-        options["logit_part"] = best | {"lambda_mem": 0.0}
-        options["logit_part"].pop("scale", None)       # of the memory part
-        # With or without the scale mask: the half that was chosen has a row of its own already.
-        by_detector[detector] = {what: value for what, value in options.items()
-                                 if what not in HALVES or value != best}
-    return by_detector
+def choices(study, detector):
+    """{what: options}: as tuning chose, or the recipe's CLoCKDistill; its two parts."""
+    recipe = train.RECIPES[f"{study.scope.recipe}-student"][detector]
+    options = {"search": SEARCHED, "clockdistill": recipe["method_options"]}
+    options |= dict.fromkeys(RIVALS, {}) | read_chosen(study).get(detector, {})
+    best = options["clockdistill"]
+    # With or without the scale mask: the half that was chosen has a row of its own already.
+    for half in HALVES:
+        if options.get(half) == best:
+            del options[half]
+    options["memory_part"] = best | {"lambda_log": 0.0}
+    options["logit_part"] = best | {"lambda_mem": 0.0}
+    options["logit_part"].pop("scale", None)           # of the memory part
+    return options
 
 
-def plan(study, only=TABLES):
-    """The rows of the tables of `only`, expanded to runs -> [Line]."""
-    chosen, lines, detectors = choices(study), [], study.scope.detectors
-    # A table has its detectors in the order in which its rows first name them.
+def plan(study, only=TABLES, detectors=models.DETECTORS):
+    """The rows of these tables and detectors, expanded to runs -> [Line]."""
+    lines, names = [], study.scope.detectors
     for table in (name for name in TABLES if name in only):
-        order = dict.fromkeys("".join(row[0] for row in PLAN[table]))
-        for letter in filter(detectors.get, order):
-            detector = detectors[letter]
-            for letters, *row in PLAN[table]:
-                if letter in letters:
-                    lines += expand(study, table, detector, chosen[detector], *row)
+        # A table has its detectors in the order in which its rows first name them.
+        for letter in dict.fromkeys("".join(row[0] for row in PLAN[table])):
+            if names.get(letter) in detectors:
+                chosen = choices(study, names[letter])
+                for letters, *row in PLAN[table]:
+                    if letter in letters:
+                        lines += expand(study, table, names[letter], chosen, *row)
     return lines
 
 
 def expand(study, table, detector, chosen, label, what, change):
     """One row of the plan for one detector -> [Line], or [] where it has nothing to show."""
-    scope, change = study.scope, dict(change)
     # The main table has more seeds and full length; the search must not touch the split "val".
-    seeds, split = scope.seeds_of.get(table, scope.seeds), "val"
-    steps = 1 if table == "main" else scope.steps
+    scope, change = study.scope, dict(change)
+    seeds, steps, split = scope.seeds_of.get(table, scope.seeds), scope.steps, "val"
+    if table == "main":
+        steps = 1
     if table == "search":
         seeds, steps, split = scope.tune_seeds, scope.tune_steps[detector], "tune"
-    how = {"steps": change.pop("steps", steps), "split": split}
+    steps = change.pop("steps", steps)
+
+    def jobs(*of_method):
+        return tuple(make_job(study, detector, "student", *of_method, seed=seed, steps=steps,
+                              split=split) for seed in seeds)
 
     # What has no teacher has no options of a method either.
     if what == "teacher":
         return [Line(table, detector, label, (make_job(study, detector, "teacher"),))]
-    alone = tuple(make_job(study, detector, "student", seed=seed, **how) for seed in seeds)
     if what == "student":
-        return [Line(table, detector, label, alone)]
+        return [Line(table, detector, label, jobs())]
     if what not in chosen:
         return []
 
@@ -458,8 +438,7 @@ def expand(study, table, detector, chosen, label, what, change):
             options[name] = value
     if change and options == chosen[what]:
         return []
-    jobs = (make_job(study, detector, "student", method, options, seed, **how) for seed in seeds)
-    return [Line(table, detector, label, tuple(jobs), alone)]
+    return [Line(table, detector, label, jobs(method, options), jobs())]
 
 
 def method_of(what):
@@ -467,22 +446,24 @@ def method_of(what):
     return what if what in RIVALS else "clockdistill"
 
 
-def trials(study, only=TABLES):
-    """The trials of all that the tables of `only` need -> [Line], labelled with what is tuned."""
-    scope, needed, lines = study.scope, set(), []
-    # Which options do the rows have? CLoCKDistill's, whole or in part, come from both halves.
-    for letter, detector in scope.detectors.items():
-        for what in (row[2] for table in only for row in PLAN[table] if letter in row[0]):
-            whole = what in ("clockdistill", "memory_part", "logit_part")
-            needed |= {(detector, name) for name in (what, *(HALVES if whole else ()))}
+# Rows that have CLoCKDistill's options, whole or in part: tuning both halves decides on them.
+WHOLE = ("clockdistill", "memory_part", "logit_part")
 
+
+def trials(study, only=TABLES, detectors=models.DETECTORS):
+    """The trials of all that these tables need -> [Line], labelled with what is tuned."""
+    scope, lines = study.scope, []
     for what, (base, changes) in scope.trials.items():
+        rows = (what, *WHOLE) if what in HALVES else (what,)
+        needed = {scope.detectors.get(letter) for table in only
+                  for letters, _, of, _ in PLAN[table] if of in rows for letter in letters}
         for detector in scope.tune_steps:
-            if (detector, what) not in needed:
+            if detector not in needed or detector not in detectors:
                 continue
             asks = what in (*HALVES, "clockdistill", "logits")       # has a logit part
             preset = PRESETS[detector] if asks else {}
-            for options in (preset | base | change for change in changes):
+            for change in changes:
+                options = preset | base | change
                 jobs = (make_job(study, detector, "student", method_of(what), options, seed,
                                  scope.tune_steps[detector], "tune") for seed in scope.tune_seeds)
                 lines.append(Line("tuning", detector, what, tuple(jobs)))
@@ -491,13 +472,14 @@ def trials(study, only=TABLES):
 
 def choose(done, lines):
     """The best of the trials, by the mean over their seeds -> {detector: {what: options}}."""
-    chosen, scores = {}, {}
+    chosen, best = {}, {}
     for line in lines:
         score = np.mean([done[job.name]["AP"] for job in line.jobs])
-        for what in [line.label] + ["clockdistill"] * (line.label in HALVES):
-            if score > scores.get((line.detector, what), -1):
-                scores[line.detector, what] = score
-                chosen.setdefault(line.detector, {})[what] = options_of(line.jobs[0].cfg)
+        options = options_of(line.jobs[0].cfg)
+        for what in [line.label, "clockdistill"] if line.label in HALVES else [line.label]:
+            if score > best.get((line.detector, what), -1):
+                best[line.detector, what] = score
+                chosen.setdefault(line.detector, {})[what] = options
     return chosen
 
 
@@ -536,110 +518,44 @@ def read_chosen(study):
     return read_json(file) if file.exists() else {}
 
 
-class Children:
-    """The processes of running jobs: they end with this one, after saving the step in hand."""
-
-    def __init__(self):
-        self.running, self.stopping = [], False
-
-    def run(self, command, lock, threads, output):
-        """-> exit code. In its own session, a child hears of Ctrl-C from `stop` alone, once.
-
-        It inherits the lock, so that one which outlives a killed parent still holds it.
-        """
-        child = subprocess.Popen(
-            command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            pass_fds=[] if lock is None else [lock],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-        self.running.append(child)
-        if self.stopping:                              # it began while `stop` went over the others
-            child.terminate()
-        return child.wait()
-
-    def stop(self):
-        self.stopping = True
-        for child in self.running:
-            child.terminate()
-
-
-@contextlib.contextmanager
-def ended_together(children, pool):
-    """Ctrl-C, TERM and HUP stop the children, and start no further job."""
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    # Only a process's main thread may listen to signals.
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-        before = {number: signal.signal(number, stop) for number in numbers if number}
-    try:
-        yield
-    except BaseException:
-        children.stop()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_job(study, job, threads, children):
-    """Train, from where it was cut off, and file the result.
-
-    Raises RuntimeError with the last line of a run that failed.
-    """
-    folder = study.work / job.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.lock").touch()
-    with locked(folder / "table.lock") as lock:
-        command = [sys.executable, str(TRAIN), *job.arguments, "--out", str(folder), "--resume"]
-        # Another process may have finished it since this one began.
-        if not (folder / "result.json").exists():
-            with open(folder / "output.txt", "a") as output:
-                code = children.run(command, lock, threads, output)
-            if code:
-                lines = (folder / "output.txt").read_text().strip().splitlines() or ["no output"]
-                raise RuntimeError(f"{job.name}: {lines[-1]} (exit code {code}, "
-                                   f"{folder}/output.txt)")
-        words = ["ROOT" if word == study.root else word for word in ("train.py", *job.arguments)]
-        file_result(study, job, read_json(folder / "result.json"), command=shlex.join(words))
-
-
-def file_result(study, job, result, **facts):
+def file_result(study, job, result):
     """Keep a result under its name, without the places that only this machine has."""
     settings = {k: v for k, v in result["settings"].items() if k not in train.PLACES}
     file = study.results / "runs" / f"{job.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"name": job.name, "role": job.role} | facts | result | {"settings": settings})
+    write_json(file, {"name": job.name, "role": job.role} | result | {"settings": settings})
     study.done[job.name] = read_result(file)
 
 
 def run_all(study, jobs, workers, shard=(0, 1)):
     """Run the jobs without a result, `workers` at a time -> those that still have none.
 
-    A job that fails stops no other.
+    A job goes on from where it was cut off, and one that fails stops no other.
     """
     index, count = shard
-    missing = [job for job in jobs[index::count] if job.name not in study.done]
-    threads, failed, children = max(1, (os.cpu_count() or 1) // workers), [], Children()
+    missing = {job.name: job for job in jobs[index::count] if job.name not in study.done}
+    runs, failed = {}, []
+    for name, job in missing.items():
+        folder = study.work / name
+        runs[name] = demo.Job(folder, [*job.arguments, "--out", str(folder), "--resume"])
 
-    def work(job):
-        tqdm.write(f"{time.strftime('%H:%M')}  {job.name}")
+    def ended(name, error):
+        bar.update()
+        job = missing[name]
+        words = ["ROOT" if word == study.root else word for word in ("train.py", *job.arguments)]
         try:
-            run_job(study, job, threads, children)
-            tqdm.write(f"{time.strftime('%H:%M')}  {job.name}: AP {study.done[job.name]['AP']:.3f}")
-        except (RuntimeError, OSError, ValueError) as error:
-            failed.append(str(error))
+            if error:
+                raise ValueError(error)
+            result = read_json(runs[name].folder / "result.json")
+            file_result(study, job, {"command": shlex.join(words)} | result)
+            tqdm.write(f"{time.strftime('%H:%M')}  {name}: AP {study.done[name]['AP']:.3f}")
+        except (OSError, ValueError) as problem:
+            failed.append(str(problem))
 
     if missing:
-        with (tqdm(total=len(missing), desc="runs", unit="run") as bar,
-              concurrent.futures.ThreadPoolExecutor(workers) as pool,
-              ended_together(children, pool)):
-            futures = [pool.submit(work, job) for job in missing]
-            for future in concurrent.futures.as_completed(futures):
-                future.result()                        # raises what is a mistake of this program
-                bar.update()
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        with tqdm(total=len(missing), desc="runs", unit="run") as bar:
+            demo.side_by_side(runs, workers, threads, ended, cwd=HERE)
     for line in failed:
         tqdm.write(f"failed: {line}")
     return [job for job in jobs if job.name not in study.done]
@@ -675,17 +591,16 @@ def summarise(lines, done):
                           for jobs in (line.jobs, line.alone))
         if not results:
             continue
-
+        scores, base = ({seed: result["AP"] for seed, result in runs.items()}
+                        for runs in (results, alone))
         first, *_ = made = list(results.values())
-        columns = {name: [result[name] for result in made] for name in SHOWN}
-        scores = dict(zip(results, columns["AP"]))
-        base = {seed: result["AP"] for seed, result in alone.items()}
         tables.setdefault(line.table, []).append({
             "detector": line.detector, "method": line.label, "steps": line.jobs[0].steps,
-            "seeds": list(results), **columns, "gain": gain(scores, base) if line.alone else None,
+            "seeds": list(results), **{name: [run[name] for run in made] for name in SHOWN},
+            "gain": gain(scores, base) if line.alone else None,
             "options": options_of(line.jobs[0].cfg), "params": first["params"],
-            "gflops": first["gflops"], "minutes": [result["minutes"] for result in made],
-            "runs": [result["name"] for result in made]})
+            "gflops": first["gflops"], "minutes": [run["minutes"] for run in made],
+            "runs": [run["name"] for run in made]})
     return tables
 
 
@@ -726,8 +641,8 @@ def interval(gained):
     """A gain in words: +0.100 (+0.050 to +0.150)."""
     if gained is None:
         return ""
-    text = "{mean:+.3f}".format(**gained)
-    return text + ("" if gained["low"] is None else " ({low:+.3f} to {high:+.3f})".format(**gained))
+    form = "{mean:+.3f}" if gained["low"] is None else "{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    return form.format(**gained)
 
 
 def scores_of(line):
@@ -752,10 +667,11 @@ def markdown(tables, speed, scale):
             text.append(f"{NOTES[name]}\n")
         if name == "main":
             text.append(f"images/s: one at a time, all interleaved; {speed['machine']}.\n")
-        left_out = set() if scale in ("kitti", "coco") else {"AP in the paper"}
-        if name != "rivals":
-            left_out.add("clockdistill - this")
-        columns = [c for c in (MAIN if name == "main" else OTHER) if c not in left_out]
+        columns = list(MAIN if name == "main" else OTHER)
+        if name == "main" and scale not in ("kitti", "coco"):
+            columns.remove("AP in the paper")
+        if name not in ("main", "rivals"):
+            columns.remove("clockdistill - this")
         text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for line in lines:
             row = cells(line, lines, speed.get(line["detector"], {}))
@@ -767,17 +683,18 @@ def cells(line, lines, rates):
     """{column: text} of a row. rates: {role: images/s} of its detector."""
     label = line["method"]
     rate = rates.get("teacher" if label == "teacher" else "student")
-    ours = [scores_of(other) for other in lines
-            if (other["detector"], other["method"]) == (line["detector"], "clockdistill")]
-    lead = gain(ours[0], scores_of(line)) if ours and label != "clockdistill" else None
-    return {"detector": line["detector"], "model": label, "run": label, "AP in the paper": "",
-            **{name: spread(line[name]) for name in ("AP", "AP50", "AP75")},
-            "AP small / medium / large": " / ".join(
-                spread(line[name], 2) for name in ("APs", "APm", "APl")),
-            "gain in AP": interval(line["gain"]), "clockdistill - this": interval(lead),
-            "parameters": f"{line['params'] / 1e6:.2f} M", "GFLOPs": f"{line['gflops']:.3g}",
-            "images/s": f"{rate:.0f}" if rate else "", "minutes": f"{np.mean(line['minutes']):.1f}",
-            "seeds": str(len(line["seeds"]))}
+    lead = None
+    for other in lines:
+        ours = other["method"] == "clockdistill" and other["detector"] == line["detector"]
+        if ours and other is not line:
+            lead = gain(scores_of(other), scores_of(line))
+    sizes = " / ".join(spread(line[name], 2) for name in ("APs", "APm", "APl"))
+    return {"detector": line["detector"], "model": label, "run": label, "AP": spread(line["AP"]),
+            "AP in the paper": "", "AP50": spread(line["AP50"]), "AP75": spread(line["AP75"]),
+            "AP small / medium / large": sizes, "gain in AP": interval(line["gain"]),
+            "clockdistill - this": interval(lead), "parameters": f"{line['params'] / 1e6:.2f} M",
+            "GFLOPs": f"{line['gflops']:.3g}", "images/s": f"{rate:.0f}" if rate else "",
+            "minutes": f"{np.mean(line['minutes']):.1f}", "seeds": str(len(line["seeds"]))}
 
 
 def learning_curve(line, results):
@@ -844,14 +761,13 @@ def draw(tables, done, reading, folder):
 
 def write(study):
     """tables.json, tables.md and the figures of all tables, from the results that there are."""
-    study = dataclasses.replace(study, detectors=models.DETECTORS)       # whatever was run now
     folder, lines, tried = study.results, plan(study), trials(study)
     folder.mkdir(parents=True, exist_ok=True)
     # What takes a minute to measure is measured once.
     for name, measure in (("speed", images_per_second), ("reading", what_is_read)):
         if not (folder / f"{name}.json").exists():
             write_json(folder / f"{name}.json", measure(study))
-    speed, reading = (read_json(folder / f"{name}.json") for name in ("speed", "reading"))
+    speed, reading = read_json(folder / "speed.json"), read_json(folder / "reading.json")
     tables = summarise(lines, study.done)
     # A table that only repeats the main one's runs has its own still to come.
     known = {run for line in tables.get("main", ()) for run in line["runs"]}
@@ -867,8 +783,9 @@ def write(study):
 
     # Say what the pages lack.
     absent = [job.name for job in jobs_of(lines + tried) if job.name not in study.done]
+    lack = f"; {len(absent)} runs have no result ({absent[0]}, ...)" if absent else ""
     print(f"{sum(map(len, tables.values()))} rows: {folder}/tables.md, tables.json and figures"
-          + (f"; {len(absent)} runs have no result ({absent[0]}, ...)" if absent else ""))
+          + lack)
 
 
 def images_per_second(study):
@@ -888,11 +805,6 @@ def images_per_second(study):
     return speed
 
 
-# Contents of the queries, and how many of their labels are wrong.
-CONTENTS = (("label", 0.), ("label", .25), ("random_label", 0.), ("own", 0.), ("random", 0.),
-            ("zero", 0.))
-
-
 def what_is_read(study):
     """{detector: {content of the queries: look.reading}} of the shipped teachers, on "tune"."""
     reading = {}
@@ -902,15 +814,18 @@ def what_is_read(study):
         images = train.build_data(dataclasses.replace(cfg, limit=200), cfg.val_split)
         batches = list(data.eval_loader(images, 20))
         embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
-        width, accuracy = teacher.config["hidden_dim"], reading.setdefault(detector, {})
-        for content, noise in CONTENTS:
+        contents = {"label": 0., "label, noise 0.25": .25, "random_label": 0., "own": 0.,
+                    "random": 0., "zero": 0.}          # {name: how many of the labels are wrong}
+        reading[detector] = {}
+        for name, noise in contents.items():
+            content, _, _ = name.partition(",")
             embedding = embeddings.get(content)
             if content in embeddings and embedding is None:            # this detector has none
                 continue
+            width = teacher.config["hidden_dim"]
             method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
                                   num_classes=teacher.num_classes)
-            name = content + (f", noise {noise}" if noise else "")
-            accuracy[name] = look.reading(teacher, method, embedding, batches)
+            reading[detector][name] = look.reading(teacher, method, embedding, batches)
     return reading
 
 
@@ -947,8 +862,9 @@ def add_options(parser):
                         help="those in weights/, or trained anew")
     parser.add_argument("--work", help="folder of the runs' folders (default: runs/table-SCALE)")
     parser.add_argument("--results", help="folder of the results (default: in results/)")
-    parser.add_argument("--tflops", type=float, default=20.,
-                        help="dry run: useful work per second (default: %(default)s)")
+    parser.add_argument("--tflops", type=float,
+                        help="dry run: useful work per second (default: 20 of a GPU; toy and "
+                             "kitti-small: 0.02 of a CPU core)")
     parser.add_argument("--teacher-floor", type=float,
                         help="as of distill; 0 for runs too short to make a teacher")
 
@@ -959,54 +875,49 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
     if root is None and scale != "toy" and not dry_run:
         raise ValueError(f"table {scale} needs --root, the folder of the data "
                          f"({SCALES[scale].download})")
-    study = open_study(scale, root, work, results, teachers, changes, teacher_floor, detectors)
-    if dry_run:
-        lines = trials(study, only) + plan(study, only)
-        jobs = [*teachers_of(study, lines), *jobs_of(lines)]
-        bench.print_costs(jobs, *images_of(study, jobs[0].cfg), tflops)
-        return 0
+    study = open_study(scale, root, work, results, teachers, changes, teacher_floor)
     if rebuild:
         write(study)
         return 0
-    # Whatever is wrong with the images or the backbone's file is said once, before any run.
-    if scale == "toy":
-        data.make_toy(study.root)                      # before several runs would draw it at once
-    else:
-        cfg = make_job(study, next(iter(study.scope.detectors.values())), "student").cfg
-        images, _ = train.open_data(cfg)
-        train.open_student(cfg, images)
+    if dry_run:
+        lines = trials(study, only, detectors) + plan(study, only, detectors)
+        needed = [*teachers_of(study, lines), *jobs_of(lines)]
+        images, image_size = images_of(study)
+        bench.print_costs(needed, images, image_size, study.scope.machine, tflops)
+        return 0
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
-    return make(study, only, jobs, shard)
+    return make(study, only, detectors, jobs, shard)
 
 
 def open_study(scale, root=None, work=None, results=None, teachers="shipped", changes=(),
-               teacher_floor=None, detectors=models.DETECTORS):
+               teacher_floor=None):
     """The Study of a command's options, with the results so far.
 
     Runs of changed settings never mix with the published ones. All paths are absolute: the runs
     start where this repository lies.
     """
+    scope, shipped = SCALES[scale], {}
     folder = f"runs/table-{scale}" + ("-changed" if changes else "")
-    published = f"results/{SCALES[scale].results or scale}"
-    results = results or (f"{folder}/results" if changes else published)
-    work, results = Path(work or folder).resolve(), Path(results).resolve()
-    root = root or ("datasets/toy" if scale == "toy" else "ROOT")
+    published = f"results/{scope.results or scale}"
+    results = Path(results or (f"{folder}/results" if changes else published)).resolve()
+    root = root or ("datasets/toy" if scale == "toy" else None)
     # Some teachers come with the repository, for the published recipe.
-    shipped = {}
-    if SCALES[scale].teachers and teachers == "shipped" and not changes:
-        files = {name: HERE / "weights" / f"{SCALES[scale].teachers}_{name}.safetensors"
-                 for name in SCALES[scale].detectors.values()}
-        shipped = {name: file for name, file in files.items() if file.exists()}
+    if teachers == "shipped" and not changes:
+        for detector in scope.detectors.values():
+            file = HERE / "weights" / f"{scope.teachers}_{detector}.safetensors"
+            if file.exists():
+                shipped[detector] = file
     return Study(
-        scale, root if root == "ROOT" else str(Path(root).resolve()), work, results, shipped,
-        {name: value for name, value in train.parse(["fit", *changes]).items()
-         if name not in ("command", "debug") and value is not None},
-        {} if teacher_floor is None else {"teacher_floor": teacher_floor},
-        read_results(results / "runs"), tuple(detectors))
+        scale, str(Path(root).resolve()) if root else "ROOT", Path(work or folder).resolve(),
+        results, shipped,
+        changes={name: value for name, value in train.parse(["fit", *changes]).items()
+                 if name not in ("command", "debug") and value is not None},
+        of_students={} if teacher_floor is None else {"teacher_floor": teacher_floor},
+        done=read_results(results / "runs"))
 
 
-def images_of(study, cfg):
+def images_of(study):
     """How many images the runs train on, and their (height, width): of --root, where it is given.
 
     Prints the summary of these images, or what has to be downloaded.
@@ -1014,6 +925,7 @@ def images_of(study, cfg):
     if study.scale == "toy" or study.root == "ROOT":
         print(f"To download: {study.scope.download}.\n")
         return study.scope.images, study.scope.image_size
+    cfg = make_job(study, "dino", "student").cfg       # the images are the same for all
     dataset = data.build(cfg.data, cfg.root, cfg.train_split, class_map=cfg.class_map,
                          limit=cfg.limit, size=train.parse_size(cfg.size), check=False)
     print(f"{dataset.summary}\n")
@@ -1021,17 +933,31 @@ def images_of(study, cfg):
 
 
 def jobs_of(lines):
-    """The runs of rows, each once, by seed: cut off early, every row has some of its seeds."""
+    """The students of rows, each once, by seed: cut off early, every row has some of its seeds."""
     jobs = dict.fromkeys(job for line in lines for job in (*line.jobs, *line.alone))
     return sorted((job for job in jobs if job.role == "student"), key=lambda job: job.cfg.seed)
 
 
 def teachers_of(study, lines):
+    """The teachers of the rows' detectors."""
     needed = {line.detector for line in lines}
     return [make_job(study, name, "teacher") for name in models.DETECTORS if name in needed]
 
 
-def make(study, only, workers, shard):
+def check_first(study, jobs):
+    """Raise what is wrong with the images, or with a file of a backbone: once, before any run.
+
+    The toy's images are drawn here, before several runs would do it at once.
+    """
+    models_of = {(job.cfg.detector, job.role): job.cfg for job in jobs
+                 if job.name not in study.done}
+    if models_of:
+        images, _ = train.open_data(jobs[0].cfg)
+    for cfg in models_of.values():
+        train.open_student(cfg, images)
+
+
+def make(study, only, detectors, workers, shard):
     """Run what is missing, stage by stage, and write the pages.
 
     A stage is planned when the one before it is done: a student's name holds its teacher's weights,
@@ -1045,23 +971,25 @@ def make(study, only, workers, shard):
                              f"{study.work}) and repeat the command")
 
     # A teacher that comes with the repository is only measured.
-    teachers = teachers_of(study, trials(study, only) + plan(study, only))
+    tried, rows = trials(study, only, detectors), plan(study, only, detectors)
+    teachers = teachers_of(study, tried + rows)
     for job in teachers:
         file = study.shipped.get(job.cfg.detector)
         if file and job.name not in study.done:
             images = train.build_data(job.cfg, job.cfg.val_split)
-            file_result(study, job, shipped_teacher(file, images, train.pick_device()))
+            file_result(study, job, demo.shipped_teacher(file, images, train.pick_device()))
+    check_first(study, teachers + jobs_of(tried + rows))
     stage("teachers", teachers)
 
     # Keep what tuning chose for the tables of other commands.
-    if lines := trials(study, only):
-        stage("tuning runs", jobs_of(lines))
+    if tried := trials(study, only, detectors):
+        stage("tuning runs", jobs_of(tried))
         chosen = read_chosen(study)
-        for detector, options in choose(study.done, lines).items():
+        for detector, options in choose(study.done, tried).items():
             chosen.setdefault(detector, {}).update(options)
         study.results.mkdir(parents=True, exist_ok=True)
         write_json(study.results / "chosen.json", chosen)
 
-    missing = run_all(study, jobs_of(plan(study, only)), workers, shard)
+    missing = run_all(study, jobs_of(plan(study, only, detectors)), workers, shard)
     write(study)
     return int(bool(missing))

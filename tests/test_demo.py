@@ -23,7 +23,7 @@ def save(number, frame):
 
 signal.signal(signal.SIGTERM, save)
 assert os.getsid(0) == os.getpid()              # a session of its own: no Ctrl-C from the terminal
-(folder / name).mkdir()
+(folder / name / "begun").touch(exist_ok=False)
 (folder / name / "log.jsonl").write_text("the one step\\n")
 print("threads", os.environ["OMP_NUM_THREADS"])
 alone = deed == "alone"
@@ -56,7 +56,7 @@ def jobs(tmp_path, monkeypatch):
 
     def make(*deeds):
         names = ("a", "b")
-        return {name: demo.Job(tmp_path / name, 1, [name, other, deed, str(tmp_path)])
+        return {name: demo.Job(tmp_path / name, [name, other, deed, str(tmp_path)], 1)
                 for name, other, deed in zip(names, names[::-1], deeds)}
     return make
 
@@ -73,13 +73,15 @@ def test_students_share_the_threads_or_take_turns(
     said, bars = capsys.readouterr()
     assert f"a          threads {each}\n" in said and f"b          threads {each}\n" in said
     assert "1/1" in bars and "b: AP 0.250" in said
-    demo.train_all(both, device)                       # a second run of CHILD would find its folder
+    demo.train_all(both, device)                       # a second run of CHILD would find its file
     assert "b: done before, AP 0.250" in capsys.readouterr().out
 
 
-def test_one_that_fails_stops_the_other_and_is_named_in_one_line(jobs, tmp_path):
-    with pytest.raises(ValueError, match=r"^b \(exit code 1\): no image at x.png: check the path$"):
-        demo.side_by_side(jobs("wait", "fail"), 1)
+def test_one_that_fails_stops_the_other_and_is_named_in_one_line(jobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 2)
+    said = r"^b \(exit code 1, .*/b/errors.txt\): no image at x.png: check the path$"
+    with pytest.raises(ValueError, match=said):
+        demo.train_all(jobs("wait", "fail"), demo.torch.device("cpu"))
     assert (tmp_path / "a.saved").read_text() == "once "
     assert not (tmp_path / "b.saved").exists()
 
@@ -91,7 +93,7 @@ def test_ctrl_c_lets_both_save_once(jobs, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=when_both_run, daemon=True).start()
     with pytest.raises(train.Interrupted):
-        demo.side_by_side(jobs("wait", "wait"), 1)
+        demo.side_by_side(jobs("wait", "wait"), 2, 1, lambda *_: pytest.fail("one ended"))
     assert [(tmp_path / f"{name}.saved").read_text() for name in "ab"] == ["once ", "once "]
 
 
@@ -99,8 +101,9 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(
         toy, tmp_path, monkeypatch, capsys):
     small = dict(steps=4, warmup=1, batch_size=2)
     plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2),
-                student=small, teacher=small, eval_every=2)
+                length=small, eval_every=2)
     monkeypatch.setitem(demo.SCALES, "quick", plan)
+    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 2)         # the students have one each
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert list(summary)[:3] == ["teacher", "student", "distilled"]
