@@ -562,6 +562,7 @@ def read_coco(root, split, limit, check):
         listed = listed_ids(split)
         wanted = {int(word) for word in listed if word.isdecimal()}
     images, problems, files = {}, Counter(), coco_files(root, split)
+    # Two files become one data set, so they must have the same classes and no image id in common.
     for path in files:
         content = read_coco_file(path)
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -570,6 +571,7 @@ def read_coco(root, split, limit, check):
             differ = [f"{i} {name}" for i, name in sorted(names.items() ^ expected.items())]
             raise ValueError(f"{path}: its categories differ from those of {files[0]} "
                              f"({first_few(differ)}); use one split at a time")
+
         rows, chosen = coco_rows(path, content), content["images"]
         if listed is not None:
             chosen = [image for image in chosen if image["id"] in wanted]
@@ -606,7 +608,7 @@ def coco_files(root, split):
         parts = [[file.format(name) for name in SPLIT_NAMES[part] for file in ANNOTATION_FILES]
                  for part in ([split] if split in SPLIT_NAMES else ["train", "val"])]
     files = []
-    for names in parts:
+    for names in parts:                             # the first of each that is there
         files += [root / name for name in names if (root / name).is_file()][:1]
     if not files:
         tried = " nor ".join(map(str, parts[0][:len(ANNOTATION_FILES)]))
