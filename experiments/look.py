@@ -55,7 +55,7 @@ def watch(model, image, picture, best=4, layer=None, wanted=None, what="look"):
       tokens   list, a plots.look of each encoder layer: of the finest level's tokens nearest to the
                boxes' middles
       listen   list, self-attention (heads, Q, Q) of each decoder layer
-      order    (Q,) all queries, best first; ranks: their (label, score)
+      order    (20,) the best of all queries, or all; ranks: their (label, score)
       grid     (H, W) of the finest level; side: (W, H) of the picture
     """
     side = torch.tensor(picture.shape[:0:-1])                             # W, H
@@ -80,10 +80,13 @@ def watch(model, image, picture, best=4, layer=None, wanted=None, what="look"):
     else:
         fit = box_iou(wanted["boxes"], boxes[-1]) * chances[:, wanted["labels"]].T        # (q, Q)
         queries = fit.argmax(1)
-    shown, order = boxes[-1, queries], scores.argsort(descending=True)    # (q, 4), (Q,)
-    decoder = range(model.decoder_layers)
-    layers = [plots.look(recorded[f"decoder.{i}.cross"], memory.shapes, queries, boxes[i], start)
-              for i in decoder]
+    shown = boxes[-1, queries]                                            # (q, 4)
+    order = scores.argsort(descending=True)[:20]
+    layers, listen = [], []
+    for i in range(model.decoder_layers):
+        cross = recorded[f"decoder.{i}.cross"]
+        layers.append(plots.look(cross, memory.shapes, queries, boxes[i], start))
+        listen.append(recorded[f"decoder.{i}.self"].weights[0])
 
     # The image is encoded once more, to record these tokens only: a large image has 17,000.
     centres = pixels(models.token_centres(memory.shapes, memory.valid_ratios)[0])         # (S, 2)
@@ -98,8 +101,7 @@ def watch(model, image, picture, best=4, layer=None, wanted=None, what="look"):
             "iou": box_iou(wanted["boxes"], shown).diagonal(),
             "layers": layers, "look": layers[-1 if layer is None else layer],
             "tokens": [plots.look(r, memory.shapes) | spots for r in by_tokens.values()],
-            "listen": [recorded[f"decoder.{i}.self"].weights[0] for i in decoder],
-            "order": order, "ranks": list(zip(labels[order], scores[order])),
+            "listen": listen, "order": order, "ranks": list(zip(labels[order], scores[order])),
             "grid": memory.shapes[0], "side": tuple(side.tolist())}
 
 
@@ -112,24 +114,27 @@ def pictures(name, picture, watched, classes):
     """{picture: figure} of one detector, called `name`; watched: what `watch` returned."""
     rows = row_names(watched, classes)
     best = rows[0].split("\n")[0]                                         # without "query 7"
-    ranks, tokens, total = watched["ranks"][:20], watched["tokens"], len(watched["order"])
-    # These are whole images: no more than three fit beside each other.
-    depth = len(tokens)
+    layers, listen = ({f"layer {i}": of_layer for i, of_layer in enumerate(watched[kind])}
+                      for kind in ("layers", "listen"))
+    # The encoder's pictures are whole images: no more than three fit beside each other.
+    depth = len(watched["tokens"])
     depths = sorted({0, depth // 2, depth - 1}) if depth else []
+    tokens = {f"encoder layer {i}": watched["tokens"][i] for i in depths}
+    ranks = [f"{classes[label]} {score:.2f}" for label, score in watched["ranks"]]
+    queries = watched["listen"][0].shape[-1]
     return {
         "layers": plots.query_attention(
-            picture, {f"layer {i}": look for i, look in enumerate(watched["layers"])}, rows,
+            picture, layers, rows,
             title=f"{name}: where each detection's query looks, decoder layer by layer"),
         "heads": plots.query_attention(
             picture, plots.heads_apart(watched["look"], 0),
             title=f"{name}: where the query of its best detection looks ({best}), head by head"),
         "tokens": plots.query_attention(
-            picture, {f"encoder layer {i}": tokens[i] for i in depths}, rows, context=None,
+            picture, tokens, rows, context=None,
             title=f"{name}: where the encoder's token in the middle (+) of each detection looks"),
         "self": plots.self_attention(
-            {f"layer {i}": weights for i, weights in enumerate(watched["listen"])},
-            watched["order"][:20], [f"{classes[label]} {score:.2f}" for label, score in ranks],
-            title=f"{name}: which queries listen to which, the {len(ranks)} best of {total}")}
+            listen, watched["order"], ranks,
+            title=f"{name}: which queries listen to which, the {len(ranks)} best of {queries}")}
 
 
 def compare(detectors):
@@ -142,19 +147,17 @@ def compare(detectors):
     which becomes everyone's "grid". See plots.agreement.
     """
     grid = min((watched["grid"] for watched in detectors.values()), key=math.prod)
-    compared = {}
-    for name, watched in detectors.items():
-        look = watched["look"]
-        mass = plots.attention_mass(look["places"], look["weights"], *grid).cpu()        # (q, H, W)
-        if not compared:
-            first = mass
-            even = plots.even_mass(watched["boxes"], watched["side"], *grid)
-            numbers = {"even": plots.agreement(first, even)}
-        else:
-            pairs = plots.agreement(first[:, None], mass)                 # (q, q)
-            same = pairs.diagonal()
-            numbers = {"agreement": same, "elsewhere": (pairs.sum(1) - same) / (len(pairs) - 1)}
-        compared[name] = watched | {"grid": grid} | numbers
+    mass = {name: plots.attention_mass(watched["look"]["places"], watched["look"]["weights"],
+                                       *grid).cpu()                       # (q, H, W)
+            for name, watched in detectors.items()}
+    (name, first), *others = detectors.items()
+    even = plots.even_mass(first["boxes"], first["side"], *grid)
+    compared = {name: first | {"grid": grid, "even": plots.agreement(mass[name], even)}}
+    for other, watched in others:
+        pairs = plots.agreement(mass[name][:, None], mass[other])         # (q, q)
+        same = pairs.diagonal()
+        elsewhere = (pairs.sum(1) - same) / (len(pairs) - 1)
+        compared[other] = watched | {"grid": grid, "agreement": same, "elsewhere": elsewhere}
     return compared
 
 
@@ -193,14 +196,14 @@ def summary(objects, first, others):
 
     lines = []
     for name in others:
-        same = [by[name]["agreement"] for by in objects if by[name]["iou"] >= 0.5]
-        elsewhere = mean([by[name]["elsewhere"] for by in objects])
-        even = mean([by[first]["even"] for by in objects])
+        ours = [found[name] for found in objects]
+        same = [detection["agreement"] for detection in ours if detection["iou"] >= 0.5]
         lines += [f"{name} finds {len(same)} of the {len(objects)} objects shown of {first}; "
                   "agreement of their attention, from 0 (apart) to 1 (alike):",
                   f"  {mean(same)} on the same object",
-                  f"  {elsewhere} on different objects",
-                  f"  {even} with uniform attention over the box"]
+                  f"  {mean(detection['elsewhere'] for detection in ours)} on different objects",
+                  f"  {mean(found[first]['even'] for found in objects)} with uniform attention "
+                  "over the box"]
     return lines
 
 
@@ -219,18 +222,19 @@ def reading(teacher, method, embedding, batches, seed=0):
     generator = torch.Generator().manual_seed(seed)
     right, asked = {"own": 0, "another's": 0, "noise": 0}, 0
     for batch in batches:
-        queries = method.queries(batch.labels, batch.boxes, embedding, generator=generator)
+        content, boxes, attend, valid = method.queries(batch.labels, batch.boxes, embedding,
+                                                       generator=generator)
         own = teacher.encode(batch.images, batch.padding)
         tokens = own.tokens                                               # (B, S, D)
         noise = torch.randn(tokens.shape, generator=generator).to(tokens)
         noise = tokens.mean((0, 1)) + tokens.std((0, 1)) * noise
-        wanted, valid = pad_sequence(batch.labels, batch_first=True), queries[3]          # (B, K)
+        wanted = pad_sequence(batch.labels, batch_first=True)             # (B, K)
         asked += int(valid.sum())
         memories = {"own": tokens, "another's": tokens.roll(1, 0), "noise": noise}
         for name, tokens in memories.items():
             memory = dataclasses.replace(own, tokens=tokens)
-            answers = teacher.decode(memory, *queries[:3]).logits[-1].argmax(-1)          # (B, K)
-            right[name] += int((answers == wanted)[valid].sum())
+            logits = teacher.decode(memory, content, boxes, attend).logits[-1]   # (B, K, C)
+            right[name] += int((logits.argmax(-1) == wanted)[valid].sum())
     return {name: count / max(asked, 1) for name, count in right.items()}
 
 
@@ -254,9 +258,12 @@ def add_options(parser):
                         help=train.PRECISION_HELP)
 
 
-def open_detectors(paths, layer, device):
-    """{name of the file or the run: (model, payload)} of checkpoints that know the same classes."""
-    detectors = {}
+def open_detectors(paths, layer, size, device):
+    """Checkpoints that know the same classes -> ({name: (model, size of its images)}, classes).
+
+    They are called after their file, or their run's folder.
+    """
+    detectors, classes = {}, None
     for path in paths:
         model, payload = train.load_model(path)
         file = payload["path"].resolve()
@@ -267,12 +274,13 @@ def open_detectors(paths, layer, device):
         if layer is not None and not 0 <= layer < model.decoder_layers:
             raise ValueError(f"--layer {layer}: the decoder layers of {name} are 0 to "
                              f"{model.decoder_layers - 1}")
-        detectors[name] = model.to(device), payload
-        _, first = next(iter(detectors.values()))
-        if payload["classes"] != first["classes"]:
+        classes = classes or payload["classes"]
+        if payload["classes"] != classes:
             raise ValueError(f"{path} knows other classes than {paths[0]}: compare detectors of "
                              "the same classes")
-    return detectors
+        sides = train.parse_size(size or payload["settings"]["size"])
+        detectors[name] = model.to(device), sides or data.DEFAULT_SIZE[payload["data"]]
+    return detectors, classes
 
 
 def run(checkpoint, images, out, best, layer, size, device, precision):
@@ -283,9 +291,8 @@ def run(checkpoint, images, out, best, layer, size, device, precision):
     if best < 1:
         raise ValueError(f"--best {best}: want at least 1")
     device, out, files = train.pick_device(device), Path(out), train.image_files(images)
-    detectors = open_detectors(checkpoint, layer, device)
+    detectors, classes = open_detectors(checkpoint, layer, size, device)
     first, *others = detectors
-    classes = detectors[first][1]["classes"]
     written = plots.readable(classes)
     out.mkdir(parents=True, exist_ok=True)
     entries, broken = [], []
@@ -296,9 +303,7 @@ def run(checkpoint, images, out, best, layer, size, device, precision):
             broken.append(str(error))
             continue
         watched, figures = {}, {}
-        for name, (model, payload) in detectors.items():
-            sides = train.parse_size(size or payload["settings"]["size"])
-            sides = sides or data.DEFAULT_SIZE[payload["data"]]
+        for name, (model, sides) in detectors.items():
             image = data.prepare(picture, sides)[None].to(device)         # (1, 3, h, w)
             with train.autocast(device, precision):
                 watched[name] = watch(model, image, picture, best, layer, watched.get(first),
@@ -313,8 +318,8 @@ def run(checkpoint, images, out, best, layer, size, device, precision):
         entries.append({"image": str(file), "detections": listed(watched, classes)})
     checkpoints.write_json(out / "look.json", entries)
     objects = [detection for entry in entries for detection in entry["detections"]]
-    print(*summary(objects, first, others),
-          f"{len(entries)} images: pictures, and look.json with the detections shown, in {out}/",
-          sep="\n")
+    for line in summary(objects, first, others):
+        print(line)
+    print(f"{len(entries)} images: pictures, and look.json with the detections shown, in {out}/")
     if broken:
         raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")
