@@ -41,10 +41,11 @@ import train
 from checkpoints import locked, read_json, write_json, write_text
 from clockdistill import CLoCKDistill
 from experiments import bench, look, plots
+from experiments.baselines import BASELINES
 from experiments.demo import shipped_teacher
 from train import HERE, PRESETS
 
-RIVALS = tuple(method for method in train.METHODS if method != "clockdistill")
+RIVALS = tuple(BASELINES)
 TRAIN = HERE / "train.py"
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
