@@ -230,7 +230,7 @@ def is_detection(name):
 
 
 def gradients_of(loss, parameters):
-    """One per parameter: None where the loss does not reach it, or is a constant, a part that is off."""
+    """One per parameter: None where the loss does not reach it, or is off, a constant."""
     if not loss.requires_grad:
         return [None] * len(parameters)
     return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -381,7 +381,8 @@ class TrainingRun:
         self.run, self.device, self.out = run, device, Path(run.out)
         self.rank, self.world = process_rank(), process_count()
         self.last = self.out / "last.pt"
-        kept = [name for name in ("last.pt", "best.pt", "result.json") if (self.out / name).exists()]
+        names = ("last.pt", "best.pt", "result.json")
+        kept = [name for name in names if (self.out / name).exists()]
         if kept and not run.resume:
             raise ValueError(f"{run.out} already holds a run ({kept[0]}): add --resume to continue "
                              "it, or choose another --out")
@@ -480,9 +481,9 @@ class TrainingRun:
             say(f"resume     at step {self.start} of {steps}")
         say(f"data       {train_set.summary}\n           {self.val_set.summary}")
         height, width = train_set[0][0].shape[1:]
-        say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} "
-            f"steps of {cfg.batch_size} x {self.world} images, the first of {height} x {width} "
-            f"pixels, lr {cfg.lr:g} (a total batch of {cfg.batch_size * self.world}), on "
+        say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; "
+            f"{steps} steps of {cfg.batch_size} x {self.world} images, the first of {height} x "
+            f"{width} pixels, lr {cfg.lr:g} (a total batch of {cfg.batch_size * self.world}), on "
             f"{self.device}")
 
         # What would be noticed only after hours: (whether it is so, what to say).
@@ -721,9 +722,9 @@ def open_teacher(cfg, run, dataset, device):
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
     # Its stored AP counts when it was measured on the same data; otherwise it is measured now.
-    theirs = {name: payload["settings"].get(name) for name in ("data", "class_map", "limit", "size")}
-    differ = [f"{flag(name)} {value}" for name, value in theirs.items()
-              if value != getattr(cfg, name)]
+    theirs = payload["settings"]
+    differ = [f"{flag(name)} {theirs.get(name)}" for name in ("data", "class_map", "limit", "size")
+              if theirs.get(name) != getattr(cfg, name)]
     ap, source = payload["metrics"].get("AP"), "stored in its checkpoint"
     if differ or ap is None:
         found = detect(teacher, dataset, run, run.eval_batch)
@@ -1014,8 +1015,8 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
         for name, values in {"all classes": scores, **scores["per_class"]}.items():
             columns = (f"{k} {v:.4f}" for k, v in values.items() if k != "per_class")
             say(f"  {name:<20} " + "  ".join(columns))
-        say(f"{seconds:.3f} s per image with loading, peak memory {memory:.2f} GB, {cfg.precision}, "
-            f"{machine(device)}")
+        say(f"{seconds:.3f} s per image with loading, peak memory {memory:.2f} GB, "
+            f"{cfg.precision}, {machine(device)}")
         if out and process_rank() == 0:
             write_json(out, scores | {
                 "seconds_per_image": seconds, "peak_memory_gb": memory, "images": len(dataset),
@@ -1077,8 +1078,8 @@ def entries_of(payload):
 def rebuild(payload):
     """The detector of what `load_payload` returned, in eval mode, on the CPU.
 
-    Raises ValueError when its weights are not those of its configuration, or when its backbone was a
-    module of one's own.
+    Raises ValueError when its weights are not those of its configuration, or when its backbone was
+    a module of one's own.
     """
     # A checkpoint never names a file to open.
     path, config = payload["path"], payload["config"] | {"pretrained_backbone": False}
@@ -1159,7 +1160,7 @@ class Settings:
     epochs: float | None = option(None, "passes over the images, where --steps is not given")
     batch_size: int | None = option(None, "images per step and process, whatever --accumulate is")
     accumulate: int = option(1, "backward in N parts of a batch: less memory, the same step")
-    lr: float | None = option(None, "AdamW rate for the TOTAL batch, which is never scaled silently")
+    lr: float | None = option(None, "AdamW rate for the TOTAL batch; it is never scaled silently")
     backbone_lr: float | None = option(None, "learning rate of the backbone")
     weight_decay: float = option(1e-4, "AdamW weight decay")
     warmup: int = option(0, "steps of linear warm-up")
@@ -1168,11 +1169,11 @@ class Settings:
     drop_at: float | None = option(None, "where the drop happens, as a fraction of all steps")
     clip: float = option(0.1, "largest gradient norm")
     ema: float = option(0.0, "decay of the weights' moving average, which is evaluated; 0 = off")
-    fit_to_data: bool = option(False, "where not given, or 0: three --num-queries for each object "
-                               "of the fullest image, --ema over the last twentieth of the steps")
+    fit_to_data: bool = option(False, "three --num-queries for each object of the fullest image, "
+                               "--ema over a twentieth of the steps, where not given or 0")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
-                            "fp32. Detecting in bf16 takes 0.6 of fp32's time on large images where "
-                            "the processor has it, more on the toy's", choices=tuple(PRECISIONS))
+                            "fp32. Detecting in bf16 takes 0.6 of fp32's time on large images, "
+                            "where the processor has it, and more on the toy's", choices=tuple(PRECISIONS))
     seed: int = option(0, "initial weights, order of the images, augmentation, noise")
     # --- distillation (`distill` only)
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
@@ -1221,8 +1222,8 @@ class Run:
     workers: int = option(2, "processes that load images")
     eval_every: int = option(1000, "steps between evaluations, 0 = none but the one at the end")
     eval_batch: int = option(1, "images at once in evaluation; 1 is exact, padding moves boxes")
-    teacher_cache: float = option(0.0, "GB for the teacher's memories of images it has seen: a "
-                                  "third faster with a few hundred images, only flipped; 0 = none")
+    teacher_cache: float = option(0.0, "GB to keep the teacher's memories of images: faster by a "
+                                  "third with a few hundred images that are only flipped; 0 = none")
     probe_every: int = option(200, "steps between reports of each loss's gradient norm, 0 = none")
     save_minutes: float = option(2.0, "minutes between checkpoints")
 
@@ -1230,8 +1231,8 @@ class Run:
         check_limits(self)
 
 
-# The ranges of numbers, (least, the first too much), where they are not from 0 on. Upper ends keep a
-# forged checkpoint from asking for more memory than there is.
+# The ranges of numbers, (least, the first too much), where they are not from 0 on. Upper ends keep
+# a forged checkpoint from asking for more memory than there is.
 LIMITS = {
     "limit": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf),
     "eval_batch": (1, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31), "workers": (0, 1024),
@@ -1708,9 +1709,7 @@ def parse(arguments):
     """The words of a command line -> {option: value}, "command" and "debug" among them."""
     asked = arguments[0] if arguments else None
     # What follows -- is for the runs of a table.
-    end = len(arguments)
-    if asked == "table" and "--" in arguments:
-        end = arguments.index("--")
+    end = arguments.index("--") if asked == "table" and "--" in arguments else len(arguments)
     given = vars(command_line(asked).parse_args(arguments[:end]))
     return given | ({"changes": arguments[end + 1:]} if asked == "table" else {})
 
@@ -1731,8 +1730,8 @@ def main(arguments=None):
             return open_experiment(command).run(**given) or 0
         return 0
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"{str(stop) or 'stopped at once'}; the same command (fit and distill: with --resume) "
-              "goes on from the last checkpoint", file=sys.stderr)
+        print(f"{str(stop) or 'stopped at once'}; the same command (fit and distill: with "
+              "--resume) goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         # What a user can mend is said in one line; of torch's errors only that a worker died.

@@ -30,7 +30,8 @@ def add_options(parser):
             ("image", "the picture to check it on (default: the toy's)")):
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"of .onnx: {text}")
     parser.add_argument("--padding", action="store_true", default=argparse.SUPPRESS,
-                        help="of .onnx: a second input, B x H x W, True outside of smaller pictures")
+                        help="of .onnx: a second input, B x H x W, True outside of smaller "
+                             "pictures")
 
 
 def run(checkpoint, out, **of_program):

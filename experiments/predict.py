@@ -35,7 +35,7 @@ def image_files(names):
 
 
 def read_images(files, title, broken):
-    """Yield (position, file, picture (3, H, W) uint8); the error of a broken file joins `broken`."""
+    """Yield (position, file, picture (3, H, W) uint8). Errors of broken files join `broken`."""
     for index, file in enumerate(tqdm(files, title, mininterval=train.quiet_interval())):
         try:
             picture = data.read_image(file)
