@@ -29,6 +29,7 @@ import inspect
 import json
 import math
 import platform
+import re
 import subprocess
 import textwrap
 import threading
@@ -41,7 +42,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
 import checkpoints
@@ -98,16 +98,6 @@ def plain_step(student, teacher, batch, method, generator=None):
     return student.weighted_losses(output, batch.targets)
 
 
-def step_of(method):
-    """The step that belongs to a distillation method, or to None."""
-    if method is None:
-        return plain_step
-    if isinstance(method, CLoCKDistill):
-        return clockdistill_step
-    from experiments.baselines import rival_step
-    return rival_step
-
-
 class Learner(nn.Module):
     """Student and method as one module, so that DDP wraps one forward and averages both's gradients.
 
@@ -116,7 +106,13 @@ class Learner(nn.Module):
     def __init__(self, student, method=None):
         super().__init__()
         self.student, self.method = student, method
-        self.step = step_of(method)
+        if method is None:
+            self.step = plain_step
+        elif isinstance(method, CLoCKDistill):
+            self.step = clockdistill_step
+        else:
+            from experiments.baselines import rival_step
+            self.step = rival_step
 
     def forward(self, teacher, batch, generator=None):
         """-> {name: weighted scalar}, see the steps above."""
@@ -142,11 +138,10 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
     """
     # `inner` holds the modules; with several processes `learner` is DDP's wrapper around it.
     inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    trainable = [p for p in inner.parameters() if p.requires_grad]
-    device = trainable[0].device
-    # A disabled scaler leaves everything as it is, so that one backward path serves all precisions.
+    everything, of_student = trainable(inner), trainable(inner.student)
+    device = everything[0].device
     generator = torch.Generator(device)
+    # A disabled scaler leaves everything as it is, so that one backward path serves all precisions.
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     for step, batch in enumerate(batches, start):
         for group in optimizer.param_groups:
@@ -154,35 +149,33 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         # Noise is a function of (seed, step, process), so that a resumed run draws the same. The
         # queries' noise has its own generator: a student draws the same denoising noise with and
         # without a teacher.
-        noise = (cfg.seed * 1_000_003 + step) * 4096 + rank
+        noise = (cfg.seed * 1_000_003 + step) * 4096 + process_rank()
         torch.manual_seed(noise)
         generator.manual_seed(noise + 2 ** 40)
 
         # Forward and backward, part by part; only the last part's backward has to talk to the
         # other processes.
-        log, parts = {}, batch.split(cfg.accumulate)
+        sums, rare, parts = {}, {}, batch.split(cfg.accumulate)
         for part in parts:
-            silent = contextlib.nullcontext()
-            if learner is not inner and part is not parts[-1]:
-                silent = learner.no_sync()
-            with silent:
+            first = part is parts[0]
+            talks = learner is inner or part is parts[-1]
+            with contextlib.nullcontext() if talks else learner.no_sync():
                 with autocast(device, cfg.precision):
                     losses = losses_of(learner, teacher, part, generator, step)
                 if balance is not None:
-                    if part is parts[0]:
-                        own = [p for p in inner.student.parameters() if p.requires_grad]
-                        balance.measure(losses, step, own)
+                    if first:
+                        balance.measure(losses, step, of_student)
                     losses = balance(losses, step)
                 values = numbers(losses, step, part)
-                if probe_every and step % probe_every == 0 and teacher and part is parts[0]:
-                    log["report"] = gradient_report(losses, inner.student)
+                if probe_every and step % probe_every == 0 and teacher and first:
+                    rare["report"] = gradient_report(losses, of_student)
                 scaler.scale(sum(losses.values()) / len(parts)).backward()
             for name, value in values.items():
-                log[name] = log.get(name, 0) + value / len(parts)
+                sums[name] = sums.get(name, 0) + value / len(parts)
 
         # Clip and update. With fp16 the scaler itself leaves out a step that overflows.
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trainable, cfg.clip)
+        norm = nn.utils.clip_grad_norm_(everything, cfg.clip)
         if not scaler.is_enabled() and not norm.isfinite():
             raise FloatingPointError(f"step {step}: the gradient is not finite, images "
                                      f"{batch.image_ids}: lower --lr")
@@ -191,18 +184,19 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
         optimizer.zero_grad(set_to_none=True)
 
         # One line per step: the sum first, then every loss by name.
-        report = log.pop("report", None)
-        log = {"loss": sum(log.values()), **log,
-               "grad_norm": norm.item() if norm.isfinite() else None,
-               "lr": optimizer.param_groups[0]["lr"], "images": batch.image_ids}
         if balance is not None and step == len(balance.measured):
-            log["balance"] = balance.factors(step)
-        yield step, log | ({"report": report} if report else {})
+            rare["balance"] = balance.factors(step)
+        yield step, {"loss": sum(sums.values()), **sums,
+                     "grad_norm": norm.item() if norm.isfinite() else None,
+                     "lr": optimizer.param_groups[0]["lr"], "images": batch.image_ids, **rare}
+
+
+def trainable(module):
+    """The parameters that have a gradient."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISION_HELP = ("bf16 takes 0.6 of fp32's time on large images where the processor has it, and more "
-                  "on the toy's (default: %(default)s)")
 
 
 def autocast(device, precision):
@@ -220,7 +214,6 @@ def losses_of(learner, teacher, batch, generator, step):
 
 def numbers(losses, step, batch):
     """{name: float}, with one wait for the GPU. Raises FloatingPointError with the first bad one."""
-    # One tensor, so that the GPU is waited for once and not once per loss.
     stacked = torch.stack([value.detach().float() for value in losses.values()])
     values = dict(zip(losses, stacked.tolist()))
     for name, value in values.items():
@@ -236,26 +229,31 @@ def is_detection(name):
     return name.startswith("loss_")
 
 
-def gradient_report(losses, student):
+def gradients_of(loss, parameters):
+    """One per parameter: None where the loss does not reach it, or is off, a constant."""
+    if not loss.requires_grad:
+        return [None] * len(parameters)
+    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+
+def length(gradients):
+    """The norm of all of them together."""
+    return math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
+
+
+def gradient_report(losses, parameters):
     """How much each part of the loss asks of the student: {part: (share of the total, gradient norm)}.
 
     It answers at once whether distillation is active, and how strong. A part without gradient is off.
     One far above detection leads what it reaches: memory leads backbone and encoder, and never
-    reaches the decoder.
+    reaches the decoder.  parameters: the student's.
     """
     # Detection counts as one part, each of the method's losses as another.
     parts = {"detection": sum(value for name, value in losses.items() if is_detection(name))}
     parts |= {name: value for name, value in losses.items() if not is_detection(name)}
-    total = sum(value.item() for value in parts.values())
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    report = {}
-    for name, value in parts.items():
-        gradients = ()                           # a part that is off is a constant without a graph
-        if value.requires_grad:
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        squares = sum(g.pow(2).sum().item() for g in gradients if g is not None)
-        report[name] = (value.item() / max(total, 1e-12), math.sqrt(squares))
-    return report
+    total = max(sum(value.item() for value in parts.values()), 1e-12)
+    return {name: (value.item() / total, length(gradients_of(value, parameters)))
+            for name, value in parts.items()}
 
 
 def gradient_ratio(losses, names, parameters):
@@ -265,17 +263,12 @@ def gradient_ratio(losses, names, parameters):
     parameters: the student's; those count that both reach (memory does not reach the decoder).
     NaN where the part has no gradient.
     """
-    part = [losses[name] for name in names]
-    if not any(value.requires_grad for value in part):
-        return math.nan
-    detection = [value for name, value in losses.items() if is_detection(name)]
-    gradients = [torch.autograd.grad(sum(side), parameters, retain_graph=True, allow_unused=True)
-                 for side in (part, detection)]
-    both = [pair for pair in zip(*gradients) if pair[0] is not None and pair[1] is not None]
-    if not both:
-        return math.nan
-    lengths = [math.sqrt(sum(g.square().sum().item() for g in side)) for side in zip(*both)]
-    return lengths[0] / lengths[1] if all(lengths) else math.nan
+    part = gradients_of(sum(losses[name] for name in names), parameters)
+    detection = gradients_of(
+        sum(value for name, value in losses.items() if is_detection(name)), parameters)
+    both = [pair for pair in zip(part, detection) if all(g is not None for g in pair)]
+    part, detection = map(length, zip(*both)) if both else (0, 0)
+    return part / detection if part and detection else math.nan
 
 
 class Balance(nn.Module):
@@ -286,9 +279,8 @@ class Balance(nn.Module):
     the first 8 steps measure each part's `gradient_ratio` without using the part; from then on the
     part is multiplied with (wanted ratio) / (geometric mean of the 8).
 
-    Why so early: measured there, the lambdas tuned on the toy are ratios of 56, 19 and 129 (DINO,
-    Deformable DETR, DAB-DETR) for memory, and of 0.91, 0.87 and 1.17 for the answers. At the end of
-    the warm-up memory's are 57, 14 and 450.
+    Why so early: there, the lambdas tuned on the toy are ratios of 56, 19 and 129 for memory (DINO,
+    Deformable DETR, DAB-DETR), about 1 for the answers; after the warm-up 57, 14 and 450 for memory.
 
     ratios: {"memory": 50.0, "cls+l1+giou": 1.0}: a part is named by its losses.
     What was measured is a buffer: a resumed run goes on with the same factors.
@@ -305,57 +297,46 @@ class Balance(nn.Module):
             row = torch.tensor(row, device=self.measured.device)             # (parts,)
             if dist.is_initialized():                    # the same factors in all processes
                 dist.all_reduce(row)
-                row /= dist.get_world_size()
-            self.measured[step] = row
+            self.measured[step] = row / process_count()
 
     def factors(self, step):
         """{part: its factor at this step}. Raises ValueError when a part never had a gradient."""
         if step < len(self.measured):
             return dict.fromkeys(self.ratios, 0.0)
         usual = self.measured.log().nanmean(0).exp().tolist()    # NaN: a batch without objects
-        for part, value in zip(self.ratios, usual):
+        factors = {}
+        for (part, wanted), value in zip(self.ratios.items(), usual):
             if not math.isfinite(value):
                 raise ValueError(f"--balance {part}: this part of the method has no gradient: "
                                  "leave it out")
-        return {part: wanted / value for (part, wanted), value in zip(self.ratios.items(), usual)}
+            factors[part] = wanted / value
+        return factors
 
     def forward(self, losses, step):
         """The losses with the factors of this step."""
-        factor = {name: value for part, value in self.factors(step).items()
-                  for name in part.split("+")}
-        return {name: value * factor.get(name, 1.0) for name, value in losses.items()}
+        losses = dict(losses)
+        for part, factor in self.factors(step).items():
+            for name in part.split("+"):
+                losses[name] = losses[name] * factor
+        return losses
 
 
 def open_balance(cfg, method, steps):
     """The Balance of `--balance`, or None. Raises ValueError when the run is too short to measure."""
-    if not cfg.balance or method is None:
-        return None
     # A part of CLoCKDistill whose weight is 0 is off, and nothing to balance.
     off = set()
-    if isinstance(method, CLoCKDistill):
-        off |= {"memory"} if method.lambda_mem == 0 else set()
-        off |= {"cls", "l1", "giou"} if method.lambda_log == 0 else set()
-    balance = Balance({part: ratio for part, ratio in cfg.balance.items()
-                       if not set(part.split("+")) <= off})
+    if getattr(method, "lambda_mem", 1) == 0:
+        off |= {"memory"}
+    if getattr(method, "lambda_log", 1) == 0:
+        off |= {"cls", "l1", "giou"}
+    ratios = {part: ratio for part, ratio in cfg.balance.items() if not set(part.split("+")) <= off}
+    if method is None or not ratios:
+        return None
+    balance = Balance(ratios)
     if steps <= len(balance.measured):
         raise ValueError(f"--balance measures in the first {len(balance.measured)} steps, and this "
                          f"run has {steps} in all: more --steps, or weights in --method-options")
-    if not balance.ratios:
-        return None
     return balance.to(next(method.parameters(), torch.zeros(())).device)
-
-
-def check_balance(cfg):
-    """Raises ValueError for a loss that the method lacks, one named twice, a ratio that is none."""
-    if not cfg.balance or cfg.method is None:
-        return
-    known = method_class(cfg.method).terms
-    named = [name for part in cfg.balance for name in part.split("+")]
-    if unknown := sorted(set(named) - set(known)):
-        raise ValueError(f"--balance: {cfg.method} has no loss {', '.join(unknown)}, only "
-                         f"{', '.join(known)}")
-    if len(named) > len(set(named)) or not all(0 < x < math.inf for x in cfg.balance.values()):
-        raise ValueError(f"--balance {cfg.balance}: want each loss once, and ratios above 0")
 
 
 def lr_factor(cfg, step, steps):
@@ -383,12 +364,12 @@ def fit(cfg, run):
     numbers it would have had without the stop.
     """
     device = pick_device(run.device)
-    with processes(device) as (rank, world):
-        if rank > 0:
-            return TrainingRun(cfg, run, device, rank, world).finish()
+    with processes(device):
         Path(run.out).mkdir(parents=True, exist_ok=True)
-        with checkpoints.locked(run.out):         # of two runs into one folder, one would be lost
-            return TrainingRun(cfg, run, device, rank, world).finish()
+        # Of two runs into one folder, one would be lost. The first process keeps others out.
+        lock = checkpoints.locked(run.out) if process_rank() == 0 else contextlib.nullcontext()
+        with lock:
+            return TrainingRun(cfg, run, device).finish()
 
 
 class TrainingRun:
@@ -396,20 +377,22 @@ class TrainingRun:
 
     Built with everything that can fail before the first step; `finish` trains to the end.
     """
-    def __init__(self, cfg, run, device, rank, world):
-        self.run, self.device, self.rank, self.world = run, device, rank, world
-        self.out = out = Path(run.out)
-        self.last = out / "last.pt"
-        if not run.resume and (held := [name for name in KEPT if (out / name).exists()]):
-            raise ValueError(f"{out} already holds a run ({held[0]}): add --resume to continue it, "
-                             "or choose another --out")
+    def __init__(self, cfg, run, device):
+        self.run, self.device, self.out = run, device, Path(run.out)
+        self.rank, self.world = process_rank(), process_count()
+        self.last = self.out / "last.pt"
+        names = ("last.pt", "best.pt", "result.json")
+        kept = [name for name in names if (self.out / name).exists()]
+        if kept and not run.resume:
+            raise ValueError(f"{run.out} already holds a run ({kept[0]}): add --resume to continue "
+                             "it, or choose another --out")
 
         # Data first: whatever is wrong with it is said before a model is built.
         self.train_set, self.val_set = open_data(cfg)
         self.steps = cfg.steps
         if self.steps is None:
             images = cfg.epochs * len(self.train_set)
-            self.steps = math.ceil(images / (cfg.batch_size * world))
+            self.steps = math.ceil(images / (cfg.batch_size * self.world))
         self.cfg = cfg = fit_to_data(cfg, self.train_set, self.steps)
 
         # The models, and the method between them.
@@ -426,11 +409,11 @@ class TrainingRun:
         self.learner = Learner(self.student, method).train()
         self.optimizer = make_optimizer(cfg, self.student, method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-        self.average = None
+        self.average, self.evaluated = None, self.student
         if cfg.ema:
             self.average = AveragedModel(
                 self.student, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-        self.evaluated = self.average.module if cfg.ema else self.student
+            self.evaluated = self.average.module
 
         # All that the next step depends on, in addition to its number: a checkpoint has to hold it.
         stateful = {"student": self.student, "optimizer": self.optimizer, "scaler": self.scaler,
@@ -438,7 +421,7 @@ class TrainingRun:
         self.stateful = {name: part for name, part in stateful.items() if part is not None}
         self.provenance = {
             "settings": plain(cfg), "seed": cfg.seed, "commit": commit(),
-            "machine": machine(device), "world": world, "taught_by": taught_by,
+            "machine": machine(device), "world": self.world, "taught_by": taught_by,
             "images": [self.train_set.fingerprint, self.val_set.fingerprint]}
 
         # Where to begin: at step 0, or where the checkpoint stands.
@@ -450,7 +433,7 @@ class TrainingRun:
         elif run.resume:
             say(f"note       {self.last}: no checkpoint there yet, so --resume begins at step 0")
         self.began = time.monotonic()
-        if world > 1:
+        if self.world > 1:
             self.learner = DistributedDataParallel(self.learner)
 
     def minutes(self):
@@ -464,12 +447,10 @@ class TrainingRun:
         if self.rank == 0:
             for leftover in out.glob(".*.*.*"):   # of a kill in the middle of a save
                 leftover.unlink()
-            command = " ".join(sys.argv)
             write_json(out / "config.json",
-                       {**self.provenance, "command": command, "steps": self.steps})
+                       {**self.provenance, "command": " ".join(sys.argv), "steps": self.steps})
             trim_log(out / "log.jsonl", self.start)
-        announce(cfg, self.train_set, self.val_set, self.student, self.start, self.steps,
-                 self.world, self.device)
+        self.announce()
         self.train()
 
         # Save before evaluating, so that a Ctrl-C meanwhile loses no step, and after it, with the
@@ -477,7 +458,10 @@ class TrainingRun:
         self.save(self.steps, self.last)
         scores = self.evaluate(self.steps)
         self.save(self.steps, self.last)
-        size = reference_size(cfg, self.val_set)
+        # GFLOPs are counted where the run has its images, on real data by default at 800 x 1333.
+        size = 800, 1333
+        if cfg.data == "toy" or cfg.size:
+            size = self.val_set[0][0].shape[1:]
         result = {**scores, "params": count_parameters(self.student),
                   "gflops": models.gflops(self.evaluated, *size), "gflops_at": list(size),
                   "minutes": self.minutes(), "steps": self.steps,
@@ -489,43 +473,74 @@ class TrainingRun:
         say(f"written    {out}/result.json, last.pt, best.pt, log.jsonl")
         return result
 
+    def announce(self):
+        """Say what is about to run, before the progress bar: data, model, length, rates, and whatever
+        a user would rather know now than after hours."""
+        cfg, student, train_set, steps = self.cfg, self.student, self.train_set, self.steps
+        if self.start:
+            say(f"resume     at step {self.start} of {steps}")
+        say(f"data       {train_set.summary}\n           {self.val_set.summary}")
+        height, width = train_set[0][0].shape[1:]
+        say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; "
+            f"{steps} steps of {cfg.batch_size} x {self.world} images, the first of {height} x "
+            f"{width} pixels, lr {cfg.lr:g} (a total batch of {cfg.batch_size * self.world}), on "
+            f"{self.device}")
+
+        # What would be noticed only after hours: (whether it is so, what to say).
+        from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
+        notes = [
+            (train_set.fingerprint == self.val_set.fingerprint,
+             "training and validation images are the same: AP says what was remembered"),
+            (student.num_queries < train_set.most_objects,
+             f"an image has {train_set.most_objects} objects, more than the model's "
+             f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
+             "times as many as objects"),
+            (cfg.method not in (None, "clockdistill") and not (cfg.balance or cfg.method_options),
+             f"{cfg.method} has its default weights, which are tuned for no data: --balance sets "
+             "them by gradients"),
+            (cfg.ema and steps and steps * (1 - cfg.ema) < 3,
+             f"--ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run has "
+             f"{steps}: the average that is evaluated lags behind"),
+            (cfg.data != "toy" and from_scratch and len(train_set) < 10_000,
+             f"{len(train_set)} images and no pretrained weights: to do well on images it has not "
+             "seen, a DETR needs some 10,000, or --init-from"),
+        ]
+        for holds, text in notes:
+            if holds:
+                say(f"note       {text}")
+
     def train(self):
         """The loop: after each step the average, the log, the bar; now and then a checkpoint."""
         cfg, run, steps = self.cfg, self.run, self.steps
         batches = data.loader(self.train_set, cfg.batch_size, steps=steps, start=self.start,
                               seed=cfg.seed, workers=run.workers, rank=self.rank, world=self.world)
         on_device = (batch.to(self.device) for batch in batches)
+        # The first process alone writes and draws.
         bar = tqdm(total=steps, initial=self.start, desc=self.out.name, disable=self.rank > 0,
                    mininterval=quiet_interval(), dynamic_ncols=True)
-        log_file = open(self.out / "log.jsonl", "a") if self.rank == 0 else None
-        try:
-            with finish_step_on_signal() as asked_to_stop:
-                clock = saved_at = time.monotonic()
-                for step, log in train_steps(
-                        self.learner, self.teacher, self.optimizer, on_device, cfg, steps,
-                        self.start, self.scaler, run.probe_every, self.balance):
-                    if self.average is not None:
-                        self.average.update_parameters(self.student)
-                    if self.rank == 0:
-                        line = {"step": step, **log, "seconds": round(time.monotonic() - clock, 4)}
-                        print(json.dumps(line), file=log_file, flush=True)
-                        bar.update()
-                        bar.set_postfix_str(short(log), refresh=False)
-                    self.remark(step, log)
-                    done = step + 1
-                    if run.eval_every and done % run.eval_every == 0 and done < steps:
-                        self.evaluate(done)
-                    if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
-                        self.save(done, self.last)
-                        saved_at = time.monotonic()
-                    if anyone(asked_to_stop, self.device):    # Ctrl-C: this step is done, and kept
-                        self.save(done, self.last)
-                        raise Interrupted(f"stopped after step {done} of {steps}")
-                    clock = time.monotonic()
-        finally:
-            bar.close()
-            if log_file:
-                log_file.close()
+        log_path = os.devnull if self.rank > 0 else self.out / "log.jsonl"
+        with open(log_path, "a") as log_file, bar, finish_step_on_signal() as asked_to_stop:
+            clock = saved_at = time.monotonic()
+            for step, log in train_steps(
+                    self.learner, self.teacher, self.optimizer, on_device, cfg, steps,
+                    self.start, self.scaler, run.probe_every, self.balance):
+                if self.average is not None:
+                    self.average.update_parameters(self.student)
+                line = {"step": step, **log, "seconds": round(time.monotonic() - clock, 4)}
+                print(json.dumps(line), file=log_file, flush=True)
+                bar.update()
+                bar.set_postfix_str(short(log), refresh=False)
+                self.remark(step, log)
+                done = step + 1
+                if run.eval_every and done % run.eval_every == 0 and done < steps:
+                    self.evaluate(done)
+                if time.monotonic() - saved_at > 60 * run.save_minutes and done < steps:
+                    self.save(done, self.last)
+                    saved_at = time.monotonic()
+                if anyone(asked_to_stop, self.device):    # Ctrl-C: this step is done, and kept
+                    self.save(done, self.last)
+                    raise Interrupted(f"stopped after step {done} of {steps}")
+                clock = time.monotonic()
 
     def remark(self, step, log):
         """Print what a step's log has now and then: the balance, and the gradients of the parts."""
@@ -535,9 +550,9 @@ class TrainingRun:
                 + ", ".join(factors))
         measuring = self.balance is not None and step < len(self.balance.measured)
         if "report" in log and step % (5 * self.run.probe_every) == 0 and not measuring:
-            say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(
-                f"{name} {share:.0%} {norm:.2g}"
-                for name, (share, norm) in log["report"].items()))
+            parts = (f"{name} {share:.0%} {norm:.2g}"
+                     for name, (share, norm) in log["report"].items())
+            say(f"step {step:6d}  share of the loss, gradient norm: " + ", ".join(parts))
 
     def evaluate(self, step):
         """AP of the averaged weights, into the history; the best so far are kept in best.pt."""
@@ -583,9 +598,8 @@ def open_data(cfg):
     Raises ValueError when their classes differ, naming the difference: labels are numbers, so a model
     trained on one list would be judged by another.
     """
-    with first_process_first():                   # it may have to draw the toy
-        train_set = build_data(cfg, cfg.train_split, augment=cfg.augment)
-        val_set = build_data(cfg, cfg.val_split)
+    train_set = build_data(cfg, cfg.train_split, augment=cfg.augment)
+    val_set = build_data(cfg, cfg.val_split)
     if train_set.classes != val_set.classes:
         differ = sorted({*train_set.classes} ^ {*val_set.classes}) or "another order"
         raise ValueError(f"the training and validation splits of {cfg.root} have different classes "
@@ -606,10 +620,9 @@ def fit_to_data(cfg, train_set, steps):
         return cfg
     queries = cfg.num_queries or max(30, 3 * train_set.most_objects)
     ema = cfg.ema or min(round(max(0.0, 1 - 20 / max(steps, 1)), 4), 0.9999)
-    if (queries, ema) == (cfg.num_queries, cfg.ema):
-        return cfg
-    say(f"fitted     {queries} queries, for at most {train_set.most_objects} objects an image; "
-        f"--ema {ema}, for {steps} steps")
+    if (queries, ema) != (cfg.num_queries, cfg.ema):
+        say(f"fitted     {queries} queries, for at most {train_set.most_objects} objects an image; "
+            f"--ema {ema}, for {steps} steps")
     return dataclasses.replace(cfg, num_queries=queries, ema=ema)
 
 
@@ -633,9 +646,6 @@ def open_student(cfg, train_set):
     return student
 
 
-KEPT = ("last.pt", "best.pt", "result.json")            # of a run's folder; not overwritten unasked
-
-
 def make_optimizer(cfg, student, method):
     """AdamW over the student's groups of rates, and the method's own linear maps.
 
@@ -657,14 +667,13 @@ def restore(path, stateful, provenance):
     Raises ValueError when it was made with other settings, naming them, or holds no state to
     continue from.
     """
-    def identity(facts):      # the teacher is known by its weights, wherever their file lies now
-        return facts["settings"] | {"teacher": facts.get("taught_by"),
-                                    "number of processes": facts.get("world"),
-                                    "images, classes or boxes": facts.get("images")}
     saved = load_payload(path)
-    then = identity(saved)
-    differ = [name for name, value in identity(provenance).items()
-              if then.get(name, value) != value]
+    # The teacher is known by its weights, wherever their file lies now.
+    facts = {"teacher": "taught_by", "number of processes": "world",
+             "images, classes or boxes": "images"}
+    then, now = (side["settings"] | {name: side.get(key) for name, key in facts.items()}
+                 for side in (saved, provenance))
+    differ = [name for name, value in now.items() if then.get(name, value) != value]
     if differ:
         longer = ", or go on from its weights in a new run with --init-from"
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its "
@@ -690,12 +699,10 @@ def trim_log(path, steps):
     kept, lost = [], 0
     for line in path.read_text(errors="replace").splitlines():
         try:
-            number = json.loads(line)["step"]
+            if json.loads(line)["step"] < steps:
+                kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             lost += 1
-            continue
-        if number < steps:
-            kept.append(line + "\n")
     write_text(path, "".join(kept))
     if lost > 1 or len(kept) < steps:                     # one line may be cut off by a kill
         say(f"note       {path} could not be read in {lost} lines; it holds {len(kept)} of {steps} "
@@ -715,75 +722,34 @@ def open_teacher(cfg, run, dataset, device):
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
     # Its stored AP counts when it was measured on the same data; otherwise it is measured now.
-    theirs, ours = payload["settings"], plain(cfg)
-    differ = [k for k in EVALUATION if k not in ("root", "val_split") and theirs.get(k) != ours[k]]
+    theirs = payload["settings"]
+    differ = [f"{flag(name)} {theirs.get(name)}" for name in ("data", "class_map", "limit", "size")
+              if theirs.get(name) != getattr(cfg, name)]
     ap, source = payload["metrics"].get("AP"), "stored in its checkpoint"
     if differ or ap is None:
         found = detect(teacher, dataset, run, run.eval_batch)
         ap, source = data.evaluate(found, dataset)["AP"], "measured now"
     if cfg.teacher_floor > 0 and not ap >= cfg.teacher_floor:
-        other = "".join(f"; it was trained with --{k.replace('_', '-')} {theirs.get(k)}, this run "
-                        f"has {ours[k]}" for k in differ)
+        other = f"; it was trained with {', '.join(differ)}, unlike this run" if differ else ""
         raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor "
                          f"of {cfg.teacher_floor}{other}: was it trained, on this data? "
                          "--teacher-floor 0 uses it all the same")
     say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source})")
     if run.teacher_cache:
+        from experiments.cache import EncodeOnce
         teacher.encode = EncodeOnce(teacher.encode, run.teacher_cache * 1e9)
     return teacher
-
-
-class EncodeOnce:
-    """A frozen teacher's `encode` that keeps what it computes: each padded image is encoded once.
-
-    Worth its room where images are few and augmentation only flips them. Images are encoded one by
-    one, so that beyond its padding a memory does not depend on the batch, not even in rounding.
-
-    encode: the teacher's own.  room: bytes to fill; images that come later are encoded each time.
-    """
-    def __init__(self, encode, room):
-        self.encode, self.room = encode, room
-        self.tokens, self.places = {}, {}
-
-    def __call__(self, images, padding):
-        """images (B, 3, H, W), padding (B, H, W) -> models.Memory of the batch."""
-        single = [self.of_one(image, mask) for image, mask in zip(images.split(1), padding.split(1))]
-        tensors = ((m.tokens, m.padding, m.valid_ratios, m.position) for m in single)
-        tokens, padding, valid_ratios, position = map(torch.cat, zip(*tensors))
-        return models.Memory(tokens, padding, single[0].shapes, valid_ratios, position)
-
-    def of_one(self, image, padding):
-        """The memory of one image, padded as its batch needs it."""
-        # Positions follow from the padding, so images that are padded alike share them.
-        place = key_of(padding)
-        name = place, key_of(image)
-        if name in self.tokens:
-            return dataclasses.replace(self.places[place], tokens=self.tokens[name])
-        memory = self.encode(image, padding)
-        new = [memory.tokens] if place in self.places else [memory.tokens, memory.position]
-        size = sum(x.nbytes for x in new)
-        if size <= self.room:
-            self.room -= size
-            self.tokens[name] = memory.tokens
-            self.places.setdefault(place, memory)
-        return memory
-
-
-def key_of(tensor):
-    """A short name for a tensor's shape and numbers."""
-    numbers = tensor.cpu().contiguous().numpy()
-    return tuple(tensor.shape), hashlib.blake2b(numbers, digest_size=16).digest()
 
 
 def open_method(cfg, teacher, student):
     """The distillation method of `--method`, with its `--method-options`, on the student's device."""
     # The models say their widths, levels and classes, as far as the method asks for them.
-    cls = method_class(cfg.method)
-    known = inspect.signature(cls).parameters
+    kind = methods()[cfg.method]
     given = {"student_dim": student.config["hidden_dim"],
              "teacher_dim": teacher.config["hidden_dim"], "num_classes": student.num_classes,
              "levels": student.config.get("feature_levels", 1)}
-    method = cls(**{k: v for k, v in given.items() if k in known}, **cfg.method_options)
+    wanted = inspect.signature(kind).parameters.keys() & given.keys()
+    method = kind(**{name: given[name] for name in wanted}, **cfg.method_options)
     return method.to(next(student.parameters()).device)
 
 
@@ -791,48 +757,15 @@ def check_pair(teacher, student, dataset):
     """One image through both encoders: their memories must have the same tokens."""
     image = dataset[0][0][None].to(next(student.parameters()).device)      # (1, 3, H, W)
     nothing = torch.zeros_like(image[:, 0], dtype=torch.bool)              # no padding
-    training = student.training
-    student.eval()
+    student.eval()                                                         # until it is trained
     with torch.no_grad():
-        of_teacher, of_student = (list(map(tuple, model.encode(image, nothing).shapes))
-                                  for model in (teacher, student))
-    student.train(training)
-    if of_teacher != of_student:
+        theirs, ours = (model.encode(image, nothing).shapes for model in (teacher, student))
+    if theirs != ours:
         advice = "give both the same --feature-levels and strides"
         if teacher.detector != student.detector:
             advice = f"a {teacher.detector} teaches a {student.detector} only where they are alike"
         raise ValueError("teacher and student do not fit: their memories have levels of "
-                         f"{of_teacher} and {of_student} cells; {advice}")
-
-
-def announce(cfg, train_set, val_set, student, start, steps, world, device):
-    """Say what is about to run, before the progress bar: data, model, length, rates, and whatever a
-    user would rather know now than after hours."""
-    # What is read, and what learns from it.
-    if start:
-        say(f"resume     at step {start} of {steps}")
-    say(f"data       {train_set.summary}\n           {val_set.summary}")
-    height, width = train_set[0][0].shape[1:]
-    say(f"model      {cfg.detector}, {count_parameters(student) / 1e6:.2f} M parameters; {steps} "
-        f"steps of {cfg.batch_size} x {world} images, the first of {height} x {width} pixels, lr "
-        f"{cfg.lr:g} (a total batch of {cfg.batch_size * world}), on {device}")
-    # What would be noticed only after hours.
-    if train_set.fingerprint == val_set.fingerprint:
-        say("note       training and validation images are the same: AP says what was remembered")
-    if student.num_queries < train_set.most_objects:
-        say(f"note       an image has {train_set.most_objects} objects, more than the model's "
-            f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
-            "times as many as objects")
-    if cfg.method not in (None, "clockdistill") and not (cfg.balance or cfg.method_options):
-        say(f"note       {cfg.method} has its default weights, which are tuned for no data: "
-            "--balance sets them by gradients")
-    if cfg.ema and steps and steps * (1 - cfg.ema) < 3:
-        say(f"note       --ema {cfg.ema} averages over some {1 / (1 - cfg.ema):.0f} steps, the run "
-            f"has {steps}: the average that is evaluated lags behind")
-    from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
-    if cfg.data != "toy" and from_scratch and len(train_set) < 10_000:
-        say(f"note       {len(train_set)} images and no pretrained weights: to do well on images "
-            "it has not seen, a DETR needs some 10,000, or --init-from")
+                         f"{theirs} and {ours} cells; {advice}")
 
 
 class Interrupted(Exception):
@@ -841,23 +774,21 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def finish_step_on_signal():
-    """Yield a list that fills up when the user asks to stop. A second Ctrl-C stops at once.
-
-    Only a process's main thread may listen to signals; elsewhere nobody asks.
-    """
+    """Yield a list that fills up when the user asks to stop. A second Ctrl-C stops at once."""
     asked = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     def ask(number, frame):
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # A terminal that is closed asks too, but for a run that nohup keeps alive.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+
+    # Only a process's main thread may listen to signals; elsewhere nobody asks.
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # A terminal that is closed asks too, but for a run that nohup keeps alive.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
@@ -897,7 +828,7 @@ def quiet_interval():
 
 def say(text):
     """Print a line above the progress bar, from the first process only."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if process_rank() == 0:
         tqdm.write(text)
 
 
@@ -915,34 +846,33 @@ def pick_device(name="auto"):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
 
 
 @contextlib.contextmanager
 def processes(device):
-    """Join the other processes when started by torchrun; otherwise do nothing. Yields (rank, world)."""
-    if "RANK" not in os.environ:
-        yield 0, 1
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Join the other processes when started by torchrun; otherwise do nothing."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield dist.get_rank(), dist.get_world_size()
+        yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """The other processes enter when the first one has left."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if several and dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if several and dist.get_rank() == 0:
-        dist.barrier()
+def process_rank():
+    """The number of this process: 0 is the first, the one that writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def machine(device):
@@ -952,9 +882,8 @@ def machine(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                    name)
+        stated = re.search(r"^model name\s*: (.*\S)", Path("/proc/cpuinfo").read_text(), re.M)
+        name = stated[1] if stated else name
     return (f"{name}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}")
 
@@ -1012,13 +941,6 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def reference_size(cfg, dataset):
-    """Where GFLOPs are counted: where the run has its images, on real data by default at 800 x 1333."""
-    if cfg.data == "toy" or cfg.size:
-        return tuple(dataset[0][0].shape[1:])
-    return 800, 1333
-
-
 def speed_of(model, dataset):
     """Images per second, one by one, on the device where the model is; see bench.images_per_second."""
     from experiments import bench
@@ -1032,7 +954,7 @@ def plain(cfg):
 
 
 # ----------------------------------------------------------------------------------------------
-# Evaluation, prediction and export of a finished checkpoint
+# Evaluation: of a run, and of a finished checkpoint
 # ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -1042,13 +964,13 @@ def answer(model, batch, precision="fp32"):
     On the CPU, boxes xyxy in original pixels, best first.
     Raises FloatingPointError, naming the image, when a detection is not finite.
     """
-    training, results = model.training, []
+    training = model.training
     with autocast(batch.images.device, precision):
         output = model.eval()(batch.images, batch.padding)
     model.train(training)
     sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])     # (B, 2): h, w
-    detections = models.postprocess(output.detections, sizes, 100)
-    for image_id, found in zip(batch.image_ids, detections):
+    results = []
+    for image_id, found in zip(batch.image_ids, models.postprocess(output.detections, sizes, 100)):
         results.append({"image_id": image_id, **{k: v.cpu() for k, v in found.items()}})
         data.check_finite(results[-1], f"image {image_id}")
     return results
@@ -1059,144 +981,53 @@ def detect(model, dataset, run, batch_size=1, progress=True, precision="fp32"):
 
     Each of several processes does its share and gets everybody's.
     """
-    device, results = next(model.parameters()).device, []
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, rank, world = next(model.parameters()).device, process_rank(), process_count()
     batches = data.eval_loader(dataset, batch_size, workers=run.workers, rank=rank, world=world)
+    results = []
     for batch in tqdm(batches, "evaluate", leave=False, disable=not progress or rank > 0,
                       mininterval=quiet_interval()):
         results += answer(model, batch.to(device), precision)
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, results)
-        results = [result for share in shares for result in share]
+        results = sum(shares, [])
     return results
 
 
 def evaluate_checkpoint(checkpoint, out=None, **given):
-    """AP of a checkpoint on a split -> dict; also says seconds per image and peak memory.
+    """Print AP of a checkpoint on a split, seconds per image and peak memory; also to the JSON `out`.
 
     Options that are not given are those that the checkpoint was trained with, but for the folder of
     the data: a checkpoint never says which files are opened.
     """
-    # The options that the checkpoint was trained with, and over them those that are given.
     payload = load_payload(checkpoint)
-    stored = {name: payload["settings"][name] for name in ("data", "class_map", "size")
-              if name in payload["settings"]}
-    name, there = given.get("data", stored["data"]), payload["settings"].get("root")
-    if "root" not in given and (name != "toy" or there not in (None, Config.root)):
-        raise ValueError(f"eval needs --root, the folder of the {name} images"
+    settings = payload["settings"]
+    given = {name: settings.get(name) for name in ("data", "class_map", "size")} | given
+    there = settings.get("root")                         # published weights do not tell
+    if "root" not in given and (given["data"], there or Config.root) != ("toy", Config.root):
+        raise ValueError(f"eval needs --root, the folder of the {given['data']} images"
                          + (f"; {checkpoint} was trained on {there}" if there else ""))
-    cfg, run = configure("fit", **stored | given)
+    cfg, run = configure("fit", **given)
     device = pick_device(run.device)
-    with processes(device) as (rank, world):
-        with first_process_first():
-            dataset = build_data(cfg, cfg.val_split)
+    with processes(device):
+        dataset = build_data(cfg, cfg.val_split)
         same_classes(payload, dataset, checkpoint)
         model = rebuild(payload).to(device)
-        # Detect, judge, tell.
         start = time.monotonic()
         results = detect(model, dataset, run, run.eval_batch, precision=cfg.precision)
         seconds = (time.monotonic() - start) / max(1, len(dataset))
-        scores = data.evaluate(results, dataset)
-        memory = peak_memory_gb(device)
-        told = scores | {"seconds_per_image": seconds, "peak_memory_gb": memory,
-                         "images": len(dataset), "checkpoint": str(checkpoint),
-                         "precision": cfg.precision, "machine": machine(device)}
-        if rank == 0:
-            print(dataset.summary)
-            print("  ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "per_class"))
-            for name, values in scores["per_class"].items():
-                print(f"  {name:<20} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            print(f"{seconds:.3f} s per image with loading, peak memory {memory:.2f} GB, "
-                  f"{cfg.precision}, {told['machine']}")
-            if out:
-                write_json(out, told)
-    return told
-
-
-def predict(checkpoint, images, out, min_score, size, device, precision):
-    """Detections of image files: drawn to OUT/000_NAME.png, 001_.., all listed in predictions.json.
-
-    images: files, or folders of images. Raises ValueError after the last one when files could not be
-    read; those are left out.
-    """
-    from experiments import plots
-    if not 0 <= min_score <= 1:
-        raise ValueError(f"--min-score {min_score}: want 0 to 1")
-    model, payload = load_model(checkpoint)
-    device, out = pick_device(device), Path(out)
-    model = model.to(device)
-    size = parse_size(size or payload["settings"].get("size")) or data.DEFAULT_SIZE[payload["data"]]
-    out.mkdir(parents=True, exist_ok=True)
-    files, listed, broken = image_files(images), [], []
-    for index, name in enumerate(tqdm(files, "predict", mininterval=quiet_interval())):
-        try:
-            picture = data.read_image(name)                              # (3, H, W) uint8
-        except data.BrokenImage as error:
-            broken.append(str(error))
-            continue
-        # One image is a batch without padding.
-        image, sides = data.prepare(picture, size), torch.tensor(picture.shape[1:])
-        batch = data.collate([(image, {"image_id": index, "orig_size": sides})]).to(device)
-        result, = answer(model, batch, precision)
-        result["boxes"] = clip_boxes_to_image(result["boxes"], tuple(picture.shape[1:]))
-        # Pictures are numbered: never the input itself, nor one name twice.
-        drawn = out / f"{index:03d}_{Path(name).stem}.png"
-        plots.predictions(picture, result, payload["classes"], min_score).savefig(drawn)
-        # The JSON lists what is drawn: what is sure enough.
-        keep = result["scores"] >= min_score
-        columns = (result[k][keep].tolist() for k in ("labels", "scores", "boxes"))
-        listed.append({"image": str(name), "drawn": drawn.name, "detections": [
-            {"class": payload["classes"][label], "score": round(score, 4),
-             "box": [round(x, 1) for x in box]} for label, score, box in zip(*columns)]})
-    write_json(out / "predictions.json", listed)
-    if listed:
-        print(f"{len(listed)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and "
-              "pictures beside it")
-    if broken:
-        raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")
-
-
-def image_files(names):
-    """Files as they are given, and the images of folders in the order of their names."""
-    files = []
-    for name in map(Path, names):
-        if name.is_dir():
-            inside = sorted(p for p in name.iterdir() if p.suffix.lower() in data.IMAGE_SUFFIXES
-                            and not p.name.startswith("._"))          # macOS's shadows of files
-            if not inside:
-                raise ValueError(f"{name}: holds no image ({', '.join(data.IMAGE_SUFFIXES)})")
-            files += inside
-        elif not name.exists():
-            raise FileNotFoundError(f"no image at {name}: check the path")
-        else:
-            files.append(name)
-    return files
-
-
-def export(checkpoint, out, **of_program):
-    """A checkpoint's weights alone in half the bytes: fp16 safetensors, classes and figures beside.
-
-    A name ending in .onnx makes a program instead; experiments.deploy has its options, `of_program`.
-    """
-    if Path(out).suffix == ".onnx":
-        from experiments import deploy
-        return deploy.export(checkpoint, out, **of_program)
-    if Path(out).suffix != ".safetensors":
-        raise ValueError(f"--out {out}: want a name ending in .safetensors or .onnx")
-    if of_program:
-        raise ValueError(f"--{next(iter(of_program))} is an option of .onnx, not of {out}")
-    # Published weights do not tell where files lay on the machine that made them.
-    model, payload = load_model(checkpoint)
-    payload["settings"] = {k: v for k, v in payload["settings"].items() if k not in PLACES}
-    keep = ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes", "step",
-            "seed", "commit", "machine", "settings")
-    kept = {name: payload[name] for name in keep if name in payload}
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(out, {"model": model.state_dict(), **kept}, half=True)
-    ap = payload["metrics"].get("AP")
-    ap = math.nan if ap is None else ap
-    print(f"{out}: {Path(out).stat().st_size / 1e6:.2f} MB, AP {ap:.3f} before rounding to fp16")
+        scores, memory = data.evaluate(results, dataset), peak_memory_gb(device)
+        say(dataset.summary)
+        for name, values in {"all classes": scores, **scores["per_class"]}.items():
+            columns = (f"{k} {v:.4f}" for k, v in values.items() if k != "per_class")
+            say(f"  {name:<20} " + "  ".join(columns))
+        say(f"{seconds:.3f} s per image with loading, peak memory {memory:.2f} GB, "
+            f"{cfg.precision}, {machine(device)}")
+        if out and process_rank() == 0:
+            write_json(out, scores | {
+                "seconds_per_image": seconds, "peak_memory_gb": memory, "images": len(dataset),
+                "checkpoint": str(checkpoint), "precision": cfg.precision,
+                "machine": machine(device)})
 
 
 PLACES = ("root", "teacher", "init_from")       # settings that only say where a file lies
@@ -1208,35 +1039,39 @@ def load_payload(path):
     if path.is_dir():                                    # a run's folder
         path = path / "last.pt"
     payload = checkpoints.load(path)
-    kinds = {"model": dict, "detector": str, "config": dict, "classes": list, "category_ids": list,
-             "data": str, "settings": dict, "metrics": dict}
-    if not isinstance(payload, dict) or not kinds.keys() <= payload.keys():
+    if not isinstance(payload, dict) or not CHECKPOINT.keys() <= payload.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: give a last.pt or best.pt "
                          "that `fit` or `distill` wrote, or an exported .safetensors")
-    wrong = [name for name, kind in kinds.items() if not isinstance(payload[name], kind)]
-    wrong = wrong or [place for place, right in entries_of(payload) if not right]
-    if wrong:
-        raise ValueError(f"{path}: its {wrong[0]!r} is not what a checkpoint of this project "
-                         "holds: make it again")
+    for place, right in entries_of(payload):
+        if not right:
+            raise ValueError(f"{path}: its {place!r} is not what a checkpoint of this project "
+                             "holds: make it again")
     return payload | {"path": path}
+
+
+# What a model and its evaluation need of a checkpoint; what was written beside it is for people.
+CHECKPOINT = {"model": dict, "detector": str, "config": dict, "classes": list,
+              "category_ids": list, "data": str, "settings": dict, "metrics": dict}
 
 
 def entries_of(payload):
     """Yield (place in a checkpoint, whether its value is one that a checkpoint may hold).
 
     A file may be safe to read and still absurd: options have the types and ranges that they have on
-    the command line.
+    the command line. Later lines rely on what earlier ones say.
     """
-    config, settings, classes = payload["config"], payload["settings"], payload["classes"]
-    weights, ids = payload["model"], payload["category_ids"]
-    for part in ("model", "config", "settings", "metrics"):
-        yield part, all(isinstance(key, str) for key in payload[part])
-    yield "model", all(isinstance(value, torch.Tensor) for value in weights.values())
+    for part, kind in CHECKPOINT.items():
+        yield part, isinstance(payload[part], kind)
+        if kind is dict:
+            yield part, all(isinstance(key, str) for key in payload[part])
+    config, settings = payload["config"], payload["settings"]
+    classes, ids = payload["classes"], payload["category_ids"]
+    yield "model", all(isinstance(value, torch.Tensor) for value in payload["model"].values())
     yield "classes", classes and all(isinstance(name, str) for name in classes)
     yield "category_ids", len(ids) == len(classes) and all(type(number) is int for number in ids)
     yield "detector", payload["detector"] in models.DETECTORS
     yield "metrics.AP", type(payload["metrics"].get("AP")) in (float, int, type(None))
-    # The model's options, and the settings that evaluation reads.
+    # The settings that evaluation reads, and the model's options.
     yield "data", payload["data"] == settings.get("data") in data.DEFAULT_SIZE
     yield "settings.class_map", fits("class_map", settings.get("class_map"), str | None)
     yield "settings.size", fits("size", settings.get("size"), str | None)
@@ -1247,10 +1082,10 @@ def entries_of(payload):
 
 
 def rebuild(payload):
-    """The detector of a checkpoint -> in eval mode, on the CPU.
+    """The detector of what `load_payload` returned, in eval mode, on the CPU.
 
-    payload: what `load_payload` returned. Raises ValueError when its weights are not those of its
-    configuration, or when its backbone was a module of one's own.
+    Raises ValueError when its weights are not those of its configuration, or when its backbone was
+    a module of one's own.
     """
     # A checkpoint never names a file to open.
     path, config = payload["path"], payload["config"] | {"pretrained_backbone": False}
@@ -1292,30 +1127,28 @@ SCHEDULES = {
     "deformable_detr": dict(epochs=50, batch_size=32, lr=2e-4, backbone_lr=2e-5, drop_at=40 / 50),
     "dino": dict(epochs=12, batch_size=16, lr=1e-4, backbone_lr=1e-5, drop_at=11 / 12),
 }
-METHODS = ("clockdistill", "fitnets", "hinton", "fgd", "mgd", "gkd", "kd_detr", "detrdistill",
-           "d3etr")
 
 
-# One line per option, which is its documentation too: `--help` is made of it.
-def option(default, text, **extra):
-    """A field of a configuration: its default, and what `--help` says of it."""
-    if default == {}:
-        extra["default_factory"] = dict
-    else:
-        extra["default"] = default
-    choices = {"choices": extra.pop("choices")} if "choices" in extra else {}
-    return dataclasses.field(metadata={"help": text, **choices}, **extra)
+def methods():
+    """{name on the command line: class} of all distillation methods, the rivals among them."""
+    from experiments.baselines import BASELINES
+    return {"clockdistill": CLoCKDistill} | BASELINES
+
+
+def option(default, text, choices=None):
+    """A field of a configuration, documented by what `--help` says of it."""
+    start = {"default_factory": dict} if default == {} else {"default": default}
+    return dataclasses.field(metadata={"help": text, "choices": choices}, **start)
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that decides what a run computes, but for the model's options, which `Config` adds.
-
     It is written beside the results, and `--resume` insists on the same.
     """
     # --- data
-    data: str = option("toy", "which reader: toy (procedural road scenes, made on first use), "
-                       "kitti, coco", choices=("toy", "kitti", "coco"))
+    data: str = option("toy", "which reader; toy: road scenes, drawn on first use",
+                       choices=("toy", "kitti", "coco"))
     root: str = option("datasets/toy", "folder of the data set, in KITTI's or COCO's own layout")
     train_split: str = option("train", "train | val | all | a file with one image id per line (toy "
                               "also: tune; COCO also: test, an annotation file)")
@@ -1323,23 +1156,17 @@ class Settings:
     class_map: str | None = option(None, "KITTI layout: kitti3 | kitti8 | kitti3_merged | your own "
                                    "names, Car,Dog,...")
     limit: int | None = option(None, "use only the first N images of each split")
-    size: str | None = option(None, "resize to SHORT,MAX pixels, keeping the ratio; default: the "
-                              "reader's own")
-    augment: bool = option(True, "training augmentation: flips, resizes, crops (--no-augment to "
-                           "overfit a few images)")
+    size: str | None = option(None, "resize to SHORT,MAX pixels, keeping the ratio; default: a "
+                              "checkpoint's own, otherwise the reader's")
+    augment: bool = option(True, "flips, resizes, crops (--no-augment to overfit a few images)")
     # --- the detector; its options are fields of `Config`
     detector: str = option("dino", "which detection transformer", choices=models.DETECTORS)
     # --- optimisation
-    steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the "
-                               "untrained checkpoint")
-    epochs: float | None = option(None, "passes over the training images, when --steps is not "
-                                        "given")
-    batch_size: int | None = option(None, "images per step in each process, whatever --accumulate "
-                                          "is")
-    accumulate: int = option(1, "split each batch into N parts, one backward each: less memory, "
-                             "same step size")
-    lr: float | None = option(None, "AdamW learning rate; it belongs to the TOTAL batch and is "
-                              "never scaled silently")
+    steps: int | None = option(None, "optimizer steps, in place of --epochs; 0 writes it untrained")
+    epochs: float | None = option(None, "passes over the images, where --steps is not given")
+    batch_size: int | None = option(None, "images per step and process, whatever --accumulate is")
+    accumulate: int = option(1, "backward in N parts of a batch: less memory, the same step")
+    lr: float | None = option(None, "AdamW rate for the TOTAL batch; it is never scaled silently")
     backbone_lr: float | None = option(None, "learning rate of the backbone")
     weight_decay: float = option(1e-4, "AdamW weight decay")
     warmup: int = option(0, "steps of linear warm-up")
@@ -1347,41 +1174,40 @@ class Settings:
                            "to 2 %%", choices=("drop", "cosine"))
     drop_at: float | None = option(None, "where the drop happens, as a fraction of all steps")
     clip: float = option(0.1, "largest gradient norm")
-    ema: float = option(0.0, "decay of the moving average of the weights that is evaluated; 0 = "
-                             "off")
-    fit_to_data: bool = option(False, "where --num-queries and --ema are not given or 0: three "
-                               "queries for each object of the fullest training image, and an average over "
-                               "the last twentieth of the steps")
+    ema: float = option(0.0, "decay of the weights' moving average, which is evaluated; 0 = off")
+    fit_to_data: bool = option(False, "three --num-queries for each object of the fullest image, "
+                               "--ema over a twentieth of the steps, where not given or 0")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
-                            "fp32", choices=("fp32", "bf16", "fp16"))
+                            "fp32. Detecting in bf16 takes 0.6 of fp32's time on large images, "
+                            "where the processor has it, and more on the toy's", choices=tuple(PRECISIONS))
     seed: int = option(0, "initial weights, order of the images, augmentation, noise")
     # --- distillation (`distill` only)
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
     method: str | None = option(None, "distillation method; `distill` takes clockdistill",
-                                choices=METHODS)
-    method_options: dict = option({}, "options of the method, listed below; they replace all of "
-                                  "the recipe's")
+                                choices=methods)
+    method_options: dict = option({}, "listed below; they replace all of the recipe's")
     balance: dict = option({}, "weigh the parts of the method by their gradients in the first 8 "
                            "steps: memory=50 cls+l1+giou=1 wants memory's 50 times as long as "
                            "detection's; none: the weights of --method-options")
-    teacher_floor: float = option(0.05, "refuse a teacher of lower AP, it was hardly loaded; 0 = "
-                                  "never refuse")
+    teacher_floor: float = option(0.05, "refuse a teacher of lower AP (hardly loaded); 0 = never")
     # --- where the first weights come from
-    init_from: str | None = option(None, "start from these weights, of any known program, or "
-                                   "hf:ORGANISATION/MODEL, or the folder of a run (fine-tuning; "
-                                   "--resume continues a run instead)")
+    init_from: str | None = option(None, "start from the weights of any known program, of hf:"
+                                   "ORGANISATION/MODEL, or of a run (to continue it: --resume)")
     init_classes: str | None = option(None, "classes of --init-from in the order of its rows, "
                                       "Car,Dog,..., where its file does not name them")
-    made_with: dict = option({}, "model options that --init-from was made with, where "
-                             "checkpoints.py assumes others")
+    made_with: dict = option({}, "model options of --init-from where checkpoints.py assumes others")
 
     def __post_init__(self):
         for name, value in SCHEDULES[self.detector].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)      # a frozen record may still finish itself
         check_limits(self)
-        check_balance(self)
         parse_size(self.size)
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"--accumulate {self.accumulate}: it splits each batch, want at most "
+                             f"--batch-size {self.batch_size}")
+        if self.method:
+            check_balance(self.method, self.balance)
 
 
 # The model's options as further fields, from the signatures of models.py. None is the detector's
@@ -1396,70 +1222,65 @@ Config.__doc__ = Settings.__doc__
 @dataclass(frozen=True)
 class Run:
     """Where and how a run happens; it changes no result (but for rounding, on another device)."""
-    out: str = option("runs/fit", "folder for log.jsonl, last.pt, best.pt, config.json, "
-                                  "result.json")
-    resume: bool = option(False, "continue the run in --out from its last checkpoint, bit for bit "
-                          "on CPU")
+    out: str = option("runs/fit", "folder for log.jsonl, last.pt, best.pt and the JSON files")
+    resume: bool = option(False, "continue the run in --out, on a CPU bit for bit")
     device: str = option("auto", "auto | cpu | cuda | mps")
     workers: int = option(2, "processes that load images")
-    eval_every: int = option(1000, "steps between evaluations, 0 = none; there is always one at "
-                             "the end")
-    eval_batch: int = option(1, "images per batch in evaluation; 1 is exact, padding moves boxes a "
-                             "little")
-    teacher_cache: float = option(0.0, "GB for the teacher's memories of images it has seen, which "
-                                       "are then not encoded again: a third faster with a few "
-                                       "hundred images that are only flipped; 0 = none")
-    probe_every: int = option(200, "steps (0 = never) between reports of each loss term's share "
-                                   "and gradient norm")
+    eval_every: int = option(1000, "steps between evaluations, 0 = none but the one at the end")
+    eval_batch: int = option(1, "images at once in evaluation; 1 is exact, padding moves boxes")
+    teacher_cache: float = option(0.0, "GB to keep the teacher's memories of images: faster by a "
+                                  "third with a few hundred images that are only flipped; 0 = none")
+    probe_every: int = option(200, "steps between reports of each loss's gradient norm, 0 = none")
     save_minutes: float = option(2.0, "minutes between checkpoints")
 
     def __post_init__(self):
         check_limits(self)
 
 
-# Every number that has a range: (least, and the first that is too much). The one place that checks
-# options, and what a checkpoint says of its model: the upper ends keep a forged file from asking for
-# more memory than there is.
+# The ranges of numbers, (least, the first too much), where they are not from 0 on. Upper ends keep
+# a forged checkpoint from asking for more memory than there is.
 LIMITS = {
-    "limit": (1, math.inf), "steps": (0, math.inf), "epochs": (0, math.inf),
-    "batch_size": (1, math.inf), "accumulate": (1, math.inf), "warmup": (0, math.inf),
-    "lr": (0, math.inf), "backbone_lr": (0, math.inf), "weight_decay": (0, math.inf),
-    "drop_at": (0, math.inf), "clip": (0, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31),
-    "teacher_floor": (-math.inf, math.inf),
+    "limit": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf),
+    "eval_batch": (1, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31), "workers": (0, 1024),
     "backbone_width": (1, 2 ** 10), "hidden_dim": (1, 2 ** 13), "heads": (1, 2 ** 10),
     "ffn_dim": (1, 2 ** 16), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
     "num_queries": (1, 2 ** 16), "feature_levels": (1, 10), "points": (1, 100), "dropout": (0, 1),
-    "num_patterns": (0, 2 ** 10), "denoising": (0, 2 ** 16), "denoising_box_noise": (0, math.inf),
-    "denoising_label_noise": (0, math.inf), "position_temperature": (0, math.inf),
-    "position_offset": (-100, 100), "feature_stride": (8, 33), "logit_eps": (0, 1),
-    "workers": (0, 1024), "eval_every": (0, math.inf), "eval_batch": (1, math.inf),
-    "teacher_cache": (0, math.inf), "probe_every": (0, math.inf), "save_minutes": (0, math.inf),
+    "num_patterns": (0, 2 ** 10), "denoising": (0, 2 ** 16), "position_offset": (-100, 100),
+    "feature_stride": (8, 33), "logit_eps": (0, 1),
 }
 
 
+def out_of_range(name, value):
+    """What an option's number should be instead, "" where it is right. NaN is in no range."""
+    least, end = LIMITS.get(name, (0, math.inf))
+    if not isinstance(value, (int, float)) or least <= value < end:
+        return ""
+    less = f" and less than {end}" if end < math.inf else ", a finite number"
+    return f"want at least {least}{less}"
+
+
 def check_limits(settings):
-    """Raises ValueError for a number out of its range, or none at all: NaN is in no range."""
-    for name, (least, end) in LIMITS.items():
-        value = getattr(settings, name, None)
-        if value is not None and not least <= value < end:
-            less = f" and less than {end}" if end < math.inf else ", a finite number"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: want at least {least}{less}")
-    if getattr(settings, "accumulate", 1) > (batch := getattr(settings, "batch_size", 1)):
-        raise ValueError(f"--accumulate {settings.accumulate}: it splits each batch, want at most "
-                         f"--batch-size {batch}")
+    """Raises ValueError for a number of a Config or a Run that is out of its range."""
+    for name, value in vars(settings).items():
+        if wrong := out_of_range(name, value):
+            raise ValueError(f"{flag(name)} {value}: {wrong}")
+
+
+def flag(name):
+    """An option's name on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def fits(name, value, kind):
     """Whether a value from a file is one of an option: of its type, in its range."""
-    kinds = getattr(kind, "__args__", (kind,))
+    kinds = getattr(kind, "__args__", (kind,))           # of str | None: both
     if type(value) not in kinds and not (type(value) is int and float in kinds):
         return False
     if name == "size":
         with contextlib.suppress(ValueError):
             return parse_size(value) or True
         return False
-    least, end = LIMITS.get(name, (-math.inf, math.inf))
-    return not isinstance(value, (int, float)) or least <= value < end
+    return not out_of_range(name, value)
 
 
 def parse_size(text):
@@ -1474,13 +1295,13 @@ def parse_sides(text, form):
     """Two numbers of pixels, as `form` names them -> (first, second); None stays None."""
     if text is None:
         return None
-    # isdigit takes no sign and no point, so what passes is a whole number above 0.
-    sides = text.split(",")
-    if len(sides) != 2 or not all(side.strip().isdigit() and int(side) for side in sides):
+    # No sign and no point, so what matches is a whole number.
+    if not re.fullmatch(r"\s*\d{1,5}\s*,\s*\d{1,5}\s*", text, re.ASCII):
         raise ValueError(f"--size {text}: want {form} in pixels, e.g. 800,1333")
-    if max(int(side) for side in sides) > 16384:
-        raise ValueError(f"--size {text}: want at most 16384 pixels")
-    return int(sides[0]), int(sides[1])
+    first, second = map(int, text.split(","))
+    if not (0 < first <= 16384 and 0 < second <= 16384):
+        raise ValueError(f"--size {text}: want 1 to 16384 pixels")
+    return first, second
 
 
 def build_data(cfg, split, augment=False):
@@ -1488,9 +1309,15 @@ def build_data(cfg, split, augment=False):
 
     augment: the training augmentation of that kind of data; without, as in evaluation.
     """
-    return data.build(cfg.data, cfg.root, split, augment="train" if augment else "eval",
-                      size=parse_size(cfg.size), limit=cfg.limit, class_map=cfg.class_map,
-                      seed=cfg.seed)
+    # The other processes wait for the first one, which may have to draw the toy.
+    if process_rank() > 0:
+        dist.barrier()
+    dataset = data.build(cfg.data, cfg.root, split, augment="train" if augment else "eval",
+                         size=parse_size(cfg.size), limit=cfg.limit, class_map=cfg.class_map,
+                         seed=cfg.seed)
+    if process_rank() == 0 and process_count() > 1:
+        dist.barrier()
+    return dataset
 
 
 def build_model(cfg, num_classes, **changes):
@@ -1518,24 +1345,11 @@ def build_model(cfg, num_classes, **changes):
         raise ValueError(text.replace(models.OTHER_WEIGHTS, advice)) from None
 
 
-def method_class(name):
-    """The class of a distillation method, by its name on the command line.
-
-    The rivals are opened when one is asked for: who reads the method need not read them.
-    """
-    if name == "clockdistill":
-        return CLoCKDistill
-    from experiments.baselines import BASELINES
-    return BASELINES[name]
-
-
-GIVEN = ("student_dim", "teacher_dim", "num_classes", "levels")       # the models say these
-
-
 def method_defaults(name):
     """{option: default} of a method's --method-options."""
-    parameters = inspect.signature(method_class(name)).parameters
-    return {key: p.default for key, p in parameters.items() if key not in GIVEN}
+    parameters = inspect.signature(methods()[name]).parameters
+    of_models = ("student_dim", "teacher_dim", "num_classes", "levels")     # they say these
+    return {key: p.default for key, p in parameters.items() if key not in of_models}
 
 
 def read_options(pairs, known, what):
@@ -1584,6 +1398,17 @@ def read_method_options(method, pairs):
     return PRESETS[preset] | options
 
 
+def check_balance(method, ratios):
+    """Raises ValueError for a loss that the method lacks, one named twice, a ratio that is none."""
+    known = methods()[method].terms
+    named = [name for part in ratios for name in part.split("+")]
+    if unknown := sorted(set(named) - set(known)):
+        raise ValueError(f"--balance: {method} has no loss {', '.join(unknown)}, only "
+                         f"{', '.join(known)}")
+    if len(named) > len(set(named)) or not all(0 < x < math.inf for x in ratios.values()):
+        raise ValueError(f"--balance {ratios}: want each loss once, and ratios above 0")
+
+
 def configure(command, recipe=None, **given):
     """Options given on the command line, over a recipe, over the defaults -> (Config, Run).
 
@@ -1595,9 +1420,11 @@ def configure(command, recipe=None, **given):
         recipe = "toy-student"
     detector = given.setdefault("detector", Config.detector)
     settings = dict(RECIPES[recipe][detector]) if recipe else {}
-    method = given.get("method", settings.get("method"))
+    method = given.setdefault("method", settings.get("method", "clockdistill"))
     if method != settings.get("method"):
         settings |= dict(method_options={}, balance={})  # the recipe's belong to its own method
+
+    # Words NAME=VALUE become values.
     if "method_options" in given:
         given["method_options"] = read_method_options(method, given["method_options"])
     if given.get("balance") == ["none"]:
@@ -1609,17 +1436,16 @@ def configure(command, recipe=None, **given):
         known = models.options_of(detector)
         given["made_with"] = read_options(given["made_with"], known, "--made-with")
     settings |= given
-    told = [name for name, value in given.get("method_options", {}).items()
-            if name in ("lambda_mem", "lambda_log") and value != 0]
-    if settings.get("balance") and told and command == "distill":
-        raise ValueError(f"--method-options {told[0]} has no effect beside --balance, which sets "
-                         "the weights: give the ratio there, or add --balance none")
 
     # `fit` knows no teacher, whatever the recipe says; `distill` cannot do without one.
     if command == "fit":
         settings |= dict(teacher=None, method=None, method_options={}, balance={})
-    if command == "distill" and not settings.get("teacher"):
+    elif not settings.get("teacher"):
         raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
+    for name in ("lambda_mem", "lambda_log"):
+        if settings.get("balance") and given.get("method_options", {}).get(name):
+            raise ValueError(f"--method-options {name} has no effect beside --balance, which sets "
+                             "the weights: give the ratio there, or add --balance none")
     of_run = {field.name: settings.pop(field.name) for field in dataclasses.fields(Run)
               if field.name in settings}
     return Config(**settings), Run(**of_run)
@@ -1689,41 +1515,38 @@ SMALL_TEACHER = SMALL | dict(
     pretrained_backbone="datasets/backbones/tf_efficientnet_lite2.pth", decoder_layers=3,
     steps=3200, lr=1e-3, backbone_lr=2e-4)
 
+# What toy and small models have of their own, by detector: three feature maps, or DAB-DETR's one.
+DINO = dict(feature_levels=3, points=2, denoising=50)
+DEFORMABLE = dict(feature_levels=3, points=2, box_refine=True, dropout=0.)
+TOY_DAB = dict(feature_stride=8, num_queries=60, lr=1e-3, backbone_lr=1e-3)
+
 # A recipe is a named change to the defaults, by detector. Students' recipes name their method, so that
 # `fit` with one trains the student alone and `distill` the same student with a teacher.
 RECIPES = {
     "small-student": {
-        "dino": SMALL_STUDENT | dict(
-            feature_levels=3, points=2, denoising=50, method_options=PRESETS["dino"]),
-        "deformable_detr": SMALL_STUDENT | dict(
-            feature_levels=3, points=2, box_refine=True, dropout=0.,
-            method_options=PRESETS["deformable_detr"]),
+        "dino": SMALL_STUDENT | DINO | dict(method_options=PRESETS["dino"]),
+        "deformable_detr":
+            SMALL_STUDENT | DEFORMABLE | dict(method_options=PRESETS["deformable_detr"]),
         "dab_detr": SMALL_STUDENT | dict(
             feature_stride=16, lr=1e-3, backbone_lr=2e-4, method_options=PRESETS["dab_detr"]),
     },
     "small-teacher": {
-        "dino": SMALL_TEACHER | dict(feature_levels=3, points=4, denoising=50),
-        "deformable_detr": SMALL_TEACHER | dict(
-            feature_levels=3, points=4, box_refine=True, dropout=0.),
+        "dino": SMALL_TEACHER | DINO | dict(points=4),
+        "deformable_detr": SMALL_TEACHER | DEFORMABLE | dict(points=4),
         "dab_detr": SMALL_TEACHER | dict(feature_stride=16),
     },
     "toy-student": {
-        "dino": TOY_STUDENT | dict(
-            feature_levels=3, points=2, denoising=50, method_options=toy_weights("dino", 960.)),
-        "deformable_detr": TOY_STUDENT | dict(
-            feature_levels=3, points=2, box_refine=True, dropout=0.,
-            method_options=toy_weights("deformable_detr", 240.)),
-        "dab_detr": TOY_STUDENT | dict(
-            feature_stride=8, num_queries=60, steps=2000, lr=1e-3, backbone_lr=1e-3,
-            method_options=toy_weights("dab_detr", 960.)),
+        "dino": TOY_STUDENT | DINO | dict(method_options=toy_weights("dino", 960.)),
+        "deformable_detr":
+            TOY_STUDENT | DEFORMABLE | dict(method_options=toy_weights("deformable_detr", 240.)),
+        "dab_detr": TOY_STUDENT | TOY_DAB | dict(
+            steps=2000, method_options=toy_weights("dab_detr", 960.)),
     },
     "toy-teacher": {
-        "dino": TOY_TEACHER | dict(feature_levels=3, points=4, denoising=50),
-        "deformable_detr": TOY_TEACHER | dict(
-            feature_levels=3, points=4, box_refine=True, dropout=0.),
-        "dab_detr": TOY_TEACHER | dict(
-            backbone="resnet34", backbone_width=32, feature_stride=8, num_queries=60, steps=6000,
-            lr=1e-3, backbone_lr=1e-3),
+        "dino": TOY_TEACHER | DINO | dict(points=4),
+        "deformable_detr": TOY_TEACHER | DEFORMABLE | dict(points=4),
+        "dab_detr": TOY_TEACHER | TOY_DAB | dict(
+            backbone="resnet34", backbone_width=32, steps=6000),
     },
     # The paper's data. Length, rates and batch are each detector's official ones (SCHEDULES), on
     # KITTI with the batch of the authors' earlier code [P], for which rates meant for 16 or 32 images
@@ -1748,10 +1571,16 @@ SHIPPED_TEACHERS = {name: HERE / "weights" / f"toy_teacher_{name}.safetensors"
 # Command line
 # ----------------------------------------------------------------------------------------------
 
+CHECKPOINT_HELP = "last.pt, best.pt, exported safetensors, or a run's folder"
 DISTILLATION = ("teacher", "method", "method_options", "balance", "teacher_floor")
-EVALUATION = ("data", "root", "val_split", "class_map", "limit", "size")
 # Commands with a file of their own in experiments/, opened when asked for.
-EXPERIMENTS = {
+# All commands, in the order of `--help`. From "predict" on each has a file in experiments/.
+COMMANDS = {
+    "fit": "train a detector",
+    "distill": "train a student with a teacher",
+    "eval": "COCO AP of a checkpoint on a split",
+    "predict": "draw and list the detections of image files",
+    "export": "weights alone as fp16 safetensors, or a program for ONNX Runtime",
     "demo": "teacher, student, distilled student on the toy KITTI",
     "table": "many runs, one table",
     "evidence": "of a table's finished students: other images, near and far, per class",
@@ -1759,55 +1588,61 @@ EXPERIMENTS = {
     "bench": "speed, memory, parameters and GFLOPs of the detectors",
     "deploy": "AP, latency, size and memory of teacher and students, in PyTorch and as ONNX",
 }
+EXAMPLES = """
+examples:
+  python train.py demo                                     all of it, on generated images, in minutes
+  python train.py fit --data kitti --root DIR --out runs/teacher --backbone resnet50
+  python train.py distill --data kitti --root DIR --out runs/student --backbone resnet18 --teacher runs/teacher
+  python train.py eval --checkpoint runs/student/best.pt --data kitti --root DIR
+  torchrun --nproc_per_node 4 train.py fit ...             several GPUs: --batch-size is of each process
+AP values are fractions 0..1. Give --debug for the whole traceback of an error."""
 
 
 def official(name):
-    """The official value of a setting, for `--help`: of each detector, where they differ.
+    """The official value of a setting, for `--help`, of each detector where they differ; or None.
 
     It stands in the signatures of models.py, or in SCHEDULES, and nowhere else.
     """
-    if name == "pretrained_backbone":
-        return "imagenet"                                # the command line's word for True
-    builder = inspect.signature(models.build).parameters
-    if name in builder:
-        return builder[name].default
-    by_detector = {d: models.options_of(d) | SCHEDULES[d] for d in models.DETECTORS}
-    values = {d: options[name] for d, options in by_detector.items() if name in options}
-    if len(set(values.values())) == 1:
-        return next(iter(values.values()))
-    return ", ".join(f"{detector} {value:.4g}" for detector, value in values.items())
+    parameters = inspect.signature(models.build).parameters
+    backbone = {key: p.default for key, p in parameters.items()}
+    backbone["pretrained_backbone"] = "imagenet"         # the command line's word for True
+    values = {}
+    for detector in models.DETECTORS:
+        options = backbone | models.options_of(detector) | SCHEDULES[detector]
+        if name in options:
+            values[detector] = options[name]
+    if len(set(values.values())) > 1:
+        return ", ".join(f"{detector} {value:.4g}" for detector, value in values.items())
+    return next(iter(values.values()), None)
 
 
-def add_options(parser, cls, only=None, without=()):
+def add_options(parser, cls, only=None):
     """One option for each field of a configuration; those not given are left out of the result."""
-    with_official = (*models.described_options(), *SCHEDULES["dino"])
     for field in dataclasses.fields(cls):
-        if field.name in without or only is not None and field.name not in only:
+        if only is not None and field.name not in only:
             continue
-        # int | None stands for an int that may be missing.
-        kind = next(kind for kind in getattr(field.type, "__args__", (field.type,))
-                    if kind is not type(None))
-        text = field.metadata["help"]
-        if field.name in with_official:
-            text += f" (official: {official(field.name)})"
+        text, choices = field.metadata["help"], field.metadata["choices"]
+        if callable(choices):
+            choices = choices()
+        if (value := official(field.name)) is not None:
+            text += f" (official: {value})"
         elif field.default not in (None, dataclasses.MISSING):
             text += f" (default: {field.default})"
-        extra = {"default": argparse.SUPPRESS, "help": text}
+        # int | None stands for an int that may be missing.
+        kind = getattr(field.type, "__args__", (field.type,))[0]
         if kind is bool:
-            extra["action"] = argparse.BooleanOptionalAction
+            form = {"action": argparse.BooleanOptionalAction}
         elif kind is dict:
-            extra |= {"nargs": "+", "metavar": "NAME=VALUE"}
-        elif "choices" in field.metadata:
-            extra |= {"type": kind, "choices": field.metadata["choices"]}
+            form = {"nargs": "+", "metavar": "NAME=VALUE"}
         else:
-            extra |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), **extra)
+            form = {"type": kind, "choices": choices,
+                    "metavar": None if choices else kind.__name__.upper()}
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **form)
 
 
 def describe_recipes():
     """Every recipe, option by option, for `fit --help`."""
-    lines = ["recipes (given options override them; without --recipe --data toy takes "
-             "toy-student):"]
+    lines = ["recipes (given options override them; --data toy alone takes toy-student):"]
     for name, by_detector in RECIPES.items():
         for detector, recipe in by_detector.items():
             settings = " ".join(f"{k}={v}" for k, v in recipe.items())
@@ -1817,92 +1652,61 @@ def describe_recipes():
 
 def describe_methods():
     """The options of each distillation method, for `distill --help`."""
-    lines = []
-    for name in METHODS:
-        where = "clockdistill.py" if name == "clockdistill" else "experiments/baselines.py"
-        lines.append(f"--method-options of {name}, with their defaults; {where} says what each "
-                     "does:")
-        lines.append("  " + " ".join(f"{k}={v}" for k, v in method_defaults(name).items()))
-    lines.append(f"clockdistill also takes preset={'|'.join(PRESETS)}, named sets of options.")
+    lines = ["--method-options, explained in clockdistill.py and experiments/baselines.py;\n"
+             f"clockdistill also takes preset={'|'.join(PRESETS)}, named sets of options:"]
+    for name in methods():
+        options = " ".join(f"{k}={v}" for k, v in method_defaults(name).items())
+        lines.append(f"  {name}: {options}")
     return "\n".join(lines)
 
 
-def command_line():
-    """The parser of all commands.
+def command_line(asked):
+    """The parser of all commands. `asked`, the one that is given, alone has its options.
 
-    Those of experiments/ have only their names here; `parse` opens them when they are asked for, so
-    that `fit` does not load what draws pictures.
+    So `fit` does not load what draws pictures.
     """
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=text, description=__doc__.split("\n\n")[0], epilog="""
-examples:
-  python train.py demo                                     all of it, on generated images, in minutes
-  python train.py fit --data kitti --root DIR --out runs/teacher --backbone resnet50
-  python train.py distill --data kitti --root DIR --out runs/student --backbone resnet18 --teacher runs/teacher
-  python train.py eval --checkpoint runs/student/best.pt --data kitti --root DIR
-  torchrun --nproc_per_node 4 train.py fit ...             several GPUs: --batch-size is of each process
-AP values are fractions 0..1. Give --debug for the whole traceback of an error.""")
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0],
+                                     epilog=EXAMPLES, **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, purpose, **extra):
-        """A parser of one command, with --debug."""
-        sub = commands.add_parser(name, help=purpose, formatter_class=text, **extra)
-        sub.add_argument("--debug", action="store_true",
-                         help="show the traceback of an error instead of one line")
-        return sub
-
-    # fit and distill differ in the options about a teacher alone.
-    for name, purpose, without in (("fit", "train a detector", DISTILLATION),
-                                   ("distill", "train a student with a teacher", ())):
-        methods = "\n\n" + describe_methods() if name == "distill" else ""
-        p = command(name, purpose, epilog=describe_recipes() + methods)
-        p.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
-        add_options(p, Config, without=without)
-        add_options(p, Run)
-        if name == "distill":
-            p.set_defaults(method="clockdistill")
-
-    # What is done with a finished checkpoint.
-    checkpoint = "last.pt, best.pt, exported safetensors, or a run's folder"
-    p = command("eval", "COCO AP of a checkpoint on a split",
-                epilog="--data, --class-map and --size are those of the training when not given")
-    p.add_argument("--checkpoint", required=True, help=checkpoint)
-    p.add_argument("--out", help="also write the figures to this JSON file")
-    add_options(p, Config, only=(*EVALUATION, "precision"))
-    add_options(p, Run, only=("device", "workers", "eval_batch"))
-
-    p = command("predict", "draw and list the detections of image files")
-    p.add_argument("--checkpoint", required=True, help=checkpoint)
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
-    p.add_argument("--out", default="runs/predict", help="folder (default: %(default)s)")
-    p.add_argument("--min-score", type=float, default=0.4,
-                   help="leave out detections of a lower score (default: %(default)s)")
-    p.add_argument("--size", help="resize to SHORT,MAX pixels; default: as the checkpoint was "
-                                  "trained")
-    p.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
-
-    p = command("export", "weights alone as fp16 safetensors, or a program for ONNX Runtime",
-                epilog="""
-.safetensors: small, safe to publish.
-.onnx: pictures in (uint8 RGB, B x H x W x 3, resized but not normalised), detections out (boxes
-x0 y0 x1 y1 in pixels of that picture, scores, labels), post-processing inside; class names and size
-are in its metadata. Written only if it agrees with PyTorch within 1e-4 on a picture.""")
-    p.add_argument("--checkpoint", required=True, help=checkpoint)
-    p.add_argument("--out", required=True, help="file ending in .safetensors or .onnx")
-    for name, what in (
-            ("size", "H,W in pixels of its pictures (default: what --image is resized to)"),
-            ("batch", "pictures per call, or dynamic (default: 1)"),
-            ("image", "the picture to check it on (default: the toy's)")):
-        p.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"of .onnx: {what}")
-    p.add_argument("--padding", action="store_true", default=argparse.SUPPRESS,
-                   help="of .onnx: a second input, B x H x W, True outside of smaller pictures")
-
-    # Named here for the list of commands; `parse` opens them with options of their own.
-    for name, purpose in EXPERIMENTS.items():
-        command(name, purpose, add_help=False)
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, **layout)
+        command.add_argument("--debug", action="store_true",
+                             help="show the traceback of an error instead of one line")
+        if name != asked:
+            continue
+        if name in ("fit", "distill"):
+            add_training_options(command, name)
+        elif name == "eval":
+            add_evaluation_options(command)
+        else:
+            room = open_experiment(name)
+            command.description = room.__doc__
+            room.add_options(command)
     return parser
+
+
+def add_training_options(parser, command):
+    """The options of `fit` and `distill`; they differ in those about a teacher alone."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    parser.epilog = describe_recipes()
+    if command == "fit":
+        names = [name for name in names if name not in DISTILLATION]
+    else:
+        parser.epilog += "\n\n" + describe_methods()
+    parser.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
+    add_options(parser, Config, names)
+    add_options(parser, Run)
+
+
+def add_evaluation_options(parser):
+    """The options of `eval`."""
+    parser.epilog = "--data, --class-map and --size are those of the training when not given"
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    parser.add_argument("--out", help="also write the figures to this JSON file")
+    names = ("data", "root", "val_split", "class_map", "limit", "size", "precision")
+    add_options(parser, Config, names)
+    add_options(parser, Run, only=("device", "workers", "eval_batch"))
 
 
 def open_experiment(name):
@@ -1912,37 +1716,11 @@ def open_experiment(name):
 
 def parse(arguments):
     """The words of a command line -> {option: value}, "command" and "debug" among them."""
-    if arguments[:1] and arguments[0] in EXPERIMENTS:
-        name = arguments[0]
-        room = open_experiment(name)
-        parser = argparse.ArgumentParser(prog=f"train.py {name}", description=room.__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--debug", action="store_true",
-                            help="show the traceback of an error instead of one line")
-        room.add_options(parser)
-        # What follows -- is for the runs of a table.
-        end = arguments.index("--") if "--" in arguments else len(arguments)
-        given = {"command": name} | vars(parser.parse_args(arguments[1:end]))
-        return given | ({"changes": arguments[end + 1:]} if name == "table" else {})
-    return vars(command_line().parse_args(arguments))
-
-
-def run_command(command, given):
-    """Do what a command line asks -> the exit status.
-
-    given: the options of that command, as `parse` returns them.
-    """
-    if command in ("fit", "distill"):
-        fit(*configure(command, **given))
-    elif command == "eval":
-        evaluate_checkpoint(**given)
-    elif command == "predict":
-        predict(**given)
-    elif command == "export":
-        export(**given)
-    else:
-        return open_experiment(command).run(**given) or 0
-    return 0
+    asked = arguments[0] if arguments else None
+    # What follows -- is for the runs of a table.
+    end = arguments.index("--") if asked == "table" and "--" in arguments else len(arguments)
+    given = vars(command_line(asked).parse_args(arguments[:end]))
+    return given | ({"changes": arguments[end + 1:]} if asked == "table" else {})
 
 
 def main(arguments=None):
@@ -1953,13 +1731,16 @@ def main(arguments=None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return run_command(command, given)
-    except Interrupted as stop:
-        print(f"{stop}; the same command (fit and distill: with --resume) goes on", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("stopped at once; the same command (fit and distill: with --resume) goes on from the "
-              "last checkpoint", file=sys.stderr)
+        if command in ("fit", "distill"):
+            fit(*configure(command, **given))
+        elif command == "eval":
+            evaluate_checkpoint(**given)
+        else:
+            return open_experiment(command).run(**given) or 0
+        return 0
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"{str(stop) or 'stopped at once'}; the same command (fit and distill: with "
+              "--resume) goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         # What a user can mend is said in one line; of torch's errors only that a worker died.

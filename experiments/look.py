@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, box_iou, nms
-from tqdm import tqdm
 
 import checkpoints
 import data
 import models
 import train
 from experiments import plots
+from experiments.predict import image_files, read_images
 
 FILES = """writes for each image and checkpoint, named after the file or the folder of its run:
   000_NAME_MODEL_layers.png   attention of the best detections' queries, by decoder layer
@@ -242,20 +242,16 @@ def add_options(parser):
     """The options of `train.py look`."""
     parser.description, parser.epilog = __doc__.split("\n\n")[0], FILES
     parser.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
-                        help="last.pt, best.pt, exported safetensors, or a run's folder; given "
-                             "several times, the first one (the teacher) says which objects are "
-                             "shown")
+                        help=f"{train.CHECKPOINT_HELP}; given several times, the first one (the "
+                             "teacher) says which objects are shown")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
     parser.add_argument("--out", default="runs/look", help="folder (default: %(default)s)")
     parser.add_argument("--best", type=int, default=4,
                         help="how many of the best detections (default: %(default)s)")
     parser.add_argument("--layer", type=int,
                         help="decoder layer of the heads and of the comparison; default: the last")
-    parser.add_argument("--size",
-                        help="resize to SHORT,MAX pixels; default: as each checkpoint was trained")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
-    parser.add_argument("--precision", choices=train.PRECISIONS, default="fp32",
-                        help=train.PRECISION_HELP)
+    train.add_options(parser, train.Config, only=("size", "precision"))
+    train.add_options(parser, train.Run, only=("device",))
 
 
 def open_detectors(paths, layer, size, device):
@@ -283,25 +279,20 @@ def open_detectors(paths, layer, size, device):
     return detectors, classes
 
 
-def run(checkpoint, images, out, best, layer, size, device, precision):
+def run(checkpoint, images, out, best, layer, size=None, device="auto", precision="fp32"):
     """Write OUT/000_NAME_MODEL_layers.png and so on: `look --help` names all files.
 
     Raises ValueError after the last image when some could not be read; those are left out.
     """
     if best < 1:
         raise ValueError(f"--best {best}: want at least 1")
-    device, out, files = train.pick_device(device), Path(out), train.image_files(images)
+    device, out, files = train.pick_device(device), Path(out), image_files(images)
     detectors, classes = open_detectors(checkpoint, layer, size, device)
     first, *others = detectors
     written = plots.readable(classes)
     out.mkdir(parents=True, exist_ok=True)
     entries, broken = [], []
-    for index, file in enumerate(tqdm(files, "look", mininterval=train.quiet_interval())):
-        try:
-            picture = data.read_image(file)                               # (3, H, W)
-        except data.BrokenImage as error:
-            broken.append(str(error))
-            continue
+    for index, file, picture in read_images(files, "look", broken):
         watched, figures = {}, {}
         for name, (model, sides) in detectors.items():
             image = data.prepare(picture, sides)[None].to(device)         # (1, 3, h, w)

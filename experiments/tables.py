@@ -35,9 +35,10 @@ import train
 from checkpoints import read_json, write_json, write_text
 from clockdistill import CLoCKDistill
 from experiments import bench, demo, look, plots
+from experiments.baselines import BASELINES
 from train import HERE, PRESETS
 
-RIVALS = tuple(method for method in train.METHODS if method != "clockdistill")
+RIVALS = tuple(BASELINES)
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 

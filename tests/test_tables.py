@@ -530,7 +530,7 @@ def test_on_real_images_every_method_is_tuned_by_the_ratio_of_its_gradients(tmp_
     # Every part that is weighed is one that its method has.
     for line in tuned:
         cfg = line.jobs[0].cfg
-        method = train.method_class(cfg.method)(**cfg.method_options)
+        method = train.methods()[cfg.method](**cfg.method_options)
         assert train.open_balance(cfg, method, cfg.steps) is not None
 
 

@@ -25,6 +25,7 @@ import data
 import models
 import train
 from experiments.baselines import BASELINES
+from experiments.cache import EncodeOnce
 from train import Config, Learner, Run
 
 HERE = Path(__file__).resolve().parent.parent
@@ -326,7 +327,7 @@ def test_a_teacher_that_encodes_each_image_once_has_the_same_memories(toy, detec
     def counted(*inputs):
         calls.append(len(inputs[0]))
         return encode(*inputs)
-    once = train.EncodeOnce(counted, room=1e6)
+    once = EncodeOnce(counted, room=1e6)
     with torch.no_grad():
         wanted = encode(images, padding)
         for _ in range(2):
@@ -340,7 +341,7 @@ def test_a_teacher_that_encodes_each_image_once_has_the_same_memories(toy, detec
         padded = padding.clone()
         padded[0, 64:] = True                         # the same pixels, padded otherwise
         assert not torch.equal(once(images, padded).tokens[0], memory.tokens[0]) and len(calls) == 4
-        full = train.EncodeOnce(counted, room=0)
+        full = EncodeOnce(counted, room=0)
         assert full(images, padding).tokens.equal(memory.tokens)
         full(images, padding)
         assert len(calls) == 10                       # no room: six more
@@ -498,7 +499,7 @@ def gradients(toy, indices, empty=()):
     for name, options in SPREAD.items():
         torch.manual_seed(0)
         student, teacher = make(), make().eval().requires_grad_(False)
-        learner = Learner(student, train.method_class(name)(16, 16, **options))
+        learner = Learner(student, train.methods()[name](16, 16, **options))
         if dist.is_initialized():
             learner = torch.nn.parallel.DistributedDataParallel(learner, find_unused_parameters=True)
         sum(learner(teacher, batch).values()).backward()
@@ -675,9 +676,16 @@ def test_every_option_is_checked_before_data_is_read(tmp_path, option, value, ca
 
 
 def test_every_number_on_the_command_line_has_a_range():
+    """From LIMITS, or from 0 on; a name in LIMITS that is no option would check nothing."""
+    numbers = set()
     for field in [*dataclasses.fields(Config), *dataclasses.fields(Run)]:
-        kinds = getattr(field.type, "__args__", (field.type,))
-        assert (int in kinds or float in kinds) == (field.name in train.LIMITS), field.name
+        if {int, float} & set(getattr(field.type, "__args__", (field.type,))):
+            numbers.add(field.name)
+            least, end = train.LIMITS.get(field.name, (0, math.inf))
+            assert not train.out_of_range(field.name, least)
+            for wrong in (math.nan, math.inf, least - 1, end):
+                assert "want at least" in train.out_of_range(field.name, wrong), (field.name, wrong)
+    assert train.LIMITS.keys() <= numbers and len(numbers) > 30
 
 
 @pytest.mark.parametrize("change, words", [
