@@ -6,6 +6,8 @@
     listed, summary          the same in numbers -> for JSON, lines of text
     reading                  does a teacher's answer come from the image? -> accuracies
     add_options, run         the command `train.py look`
+    memories, gaze, answers  of labelled images: what notebooks/2_attention_maps measures
+    interval, ratio          a statistic of images -> its value, half of its 95 % interval
 
 plots.py draws and models.record records; a notebook may use both alone.
 """
@@ -15,12 +17,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Subset
 from torchvision.ops import box_convert, box_iou, nms
 
 import checkpoints
 import data
 import models
 import train
+from clockdistill import location_mask
 from experiments import plots
 from experiments.predict import image_files, read_images
 
@@ -314,3 +318,92 @@ def run(checkpoint, images, out, best, layer, size=None, device="auto", precisio
     print(f"{len(entries)} images: pictures, and look.json with the detections shown, in {out}/")
     if broken:
         raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Labelled images: what notebooks/2_attention_maps measures
+# ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def memories(model, dataset, count):
+    """Memory of the first `count` images, all of one size -> tokens (count, S, D), and which of
+    them lie on an object (count, S)."""
+    tokens, inside = [], []
+    for batch in data.eval_loader(Subset(dataset, range(count)), 20):
+        memory = model.encode(batch.images, batch.padding)
+        tokens.append(memory.tokens)
+        for boxes in batch.boxes:
+            masks = [location_mask(boxes, *shape)[0].flatten() for shape in memory.shapes]
+            inside.append(torch.cat(masks))                               # (S,) bool
+    return torch.cat(tokens), torch.stack(inside)
+
+
+@torch.no_grad()
+def gaze(model, image, target, asked=None):
+    """What a decoder looks at for each of the K true objects of one image, and what it answers.
+
+    image: (3, h, w), prepared. target: its labels and boxes, K of them, at least 1. asked: the
+    target-aware queries of these objects, as CLoCKDistill.queries returns them; None: for each
+    object, the learned query whose answer fits it best.
+
+    Returns a dict:
+      looks    list, a plots.look of each decoder layer, of K queries
+      chances  (K, C); boxes (K, 4): what the last layer answers, xyxy in pixels of the image
+      labels   (K,); truth (K, 4): what is right
+    """
+    count, size = len(target["labels"]), torch.tensor(image.shape[:0:-1]).repeat(2)   # W, H, W, H
+    padding = torch.zeros_like(image[None, 0], dtype=torch.bool)          # nothing is padded
+    # In a joint pass the target-aware queries are the last ones.
+    with models.record(model, None if asked is None else slice(-count, None)) as recorded:
+        output = model(image[None], padding, extra=asked)
+    answer = output.detections if asked is None else output.extra
+    truth, boxes = (box_convert(boxes, "cxcywh", "xyxy") * size
+                    for boxes in (target["boxes"], answer.boxes[-1, 0]))  # (K, 4), (Q, 4)
+    chances = answer.logits[-1, 0].sigmoid()                              # (Q, C)
+    if asked is None:
+        fit = box_iou(truth, boxes) * chances[:, target["labels"]].T      # (K, Q)
+        queries = fit.argmax(1)
+    else:
+        queries = torch.arange(count)
+    looks = [plots.look(recorded[f"decoder.{layer}.cross"], output.memory.shapes, queries)
+             for layer in range(model.decoder_layers)]
+    return {"looks": looks, "chances": chances[queries], "boxes": boxes[queries],
+            "labels": target["labels"], "truth": truth}
+
+
+def answers(gazes):
+    """A detector's answers about all objects: columns of N answers, from what `gaze` returned.
+
+    gazes: list, one per image. Returns a dict: image (N,), its place in the list; label, said (N,),
+    the class asked about and the answer's; w (N,), the answer's chance; box, truth (N, 4); iou (N,)
+    of the two; wrong (N,), 1 where the class is another or the IoU is below 0.5, else 0.
+    """
+    image = [torch.full_like(one["labels"], index) for index, one in enumerate(gazes)]
+    label, chances, box, truth = (torch.cat([one[key] for one in gazes])
+                                  for key in ("labels", "chances", "boxes", "truth"))
+    w, said = chances.max(1)                                              # (N,) each
+    iou = torch.cat([box_iou(one["truth"], one["boxes"]).diagonal() for one in gazes])    # (N,)
+    wrong = ((said != label) | (iou < 0.5)).float()
+    return {"image": torch.cat(image), "label": label, "said": said, "w": w, "box": box,
+            "truth": truth, "iou": iou, "wrong": wrong}
+
+
+def interval(statistic, *columns):
+    """A statistic of N images -> its value, half of its 95 % interval, as floats.
+
+    columns: numbers (N,) of the images, of whose sums the statistic is a function. The interval is
+    1.96 deviations of the statistic when N images are drawn with replacement, 1000 times; the same
+    ones in every call.
+    """
+    count = len(columns[0])
+    draws = torch.randint(count, (1000, count), generator=torch.Generator().manual_seed(0))
+    value = statistic(*(column.sum() for column in columns))
+    drawn = statistic(*(column[draws].sum(1) for column in columns))      # (1000,)
+    return value.item(), 1.96 * drawn.std().item()
+
+
+def ratio(above, below=None):
+    """Numbers (N,) of images -> sum of above / sum of below (or N), half of its 95 % interval."""
+    above = torch.as_tensor(above, dtype=torch.float)
+    below = torch.ones_like(above) if below is None else below
+    return interval(torch.div, above, below)

@@ -620,6 +620,48 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     return _legible(figure)
 
 
+def around_object(panels, title):
+    """What lies around one object in each panel, and where a model looks or what it answers there.
+
+    panels: dict name -> dict(image, truth (4,)): the true box is dotted. Optional entries:
+      heat     (H, W), attention on cells over the whole image. The colour is the attention of a
+               cell times an even spread, logarithmic, one scale; less than an even spread is bare
+      answer   (4,), the box that a model answers, in the colour of the role in the panel's name
+    """
+    heat = {}
+    for name, panel in panels.items():
+        if "heat" in panel:
+            mass = _array(panel["heat"])
+            heat[name] = mass * mass.size
+    norm = LogNorm(1, _highest(heat, 2))
+    columns = 2 if len(panels) in (2, 4) else 3
+    lines = max(math.ceil(len(panels) / columns), 1)
+    shape = 0.6                                                           # height / width
+    titles = 0.15 * (1 + max([0, *(name.count("\n") for name in panels)]))
+    row_inches = PAGE_INCHES / columns * shape + 0.1 + titles
+    figure = _figure(row_inches * lines + 0.55 + 0.5 * bool(heat))
+    grid = _grid(figure, lines, columns, len(panels))
+    for axes, (name, panel) in zip(grid.flat, panels.items()):
+        pixels, truth = _pixels(panel["image"]), panel["truth"]
+        _show(axes, pixels, gray=name in heat)
+        if name in heat:
+            drawn = _heat(axes, heat[name], norm)
+        if "answer" in panel:
+            _boxes(axes, panel["answer"], model_style(name)["color"], width=1.8)
+        _boxes(axes, truth, TRUTH, REFERENCE, 1.4)
+        spot = {"boxes": truth[None], "references": None}
+        left, top, right, bottom = _window([spot], 0, pixels.shape[1::-1], shape, 1.8)
+        axes.set(xlim=(left, right), ylim=(bottom, top))
+        _title(axes, name, 8.5, pad=3)
+    if heat:
+        _bar(figure, grid, drawn, "attention of a cell, times an even spread over the image")
+    answered = any("answer" in panel for panel in panels.values())
+    keys = [_key("true box", linestyle=REFERENCE)] + [_key("answered box")] * answered
+    _keys(figure, keys)
+    _heading(figure, title)
+    return _legible(figure)
+
+
 def _tensors(look):
     """A look on the CPU, in 32 bits; what it lacks is None."""
     here = {name: value.detach().cpu().float() if isinstance(value, torch.Tensor) else value
@@ -875,22 +917,24 @@ def sensitivity(switches, student=(), title=None):
     return figure
 
 
-def dots(panels, title, marks=None):
+def dots(panels, title, marks=None, one_scale=False):
     """Numbers that stand for the same thing, compared: a row per thing, a dot per name.
 
     panels: dict xlabel -> dict block -> dict row -> dict name -> number, or (number, half of its
     interval), drawn as a bar; then the dots of a row lie one beneath the other. Blocks and rows are
     those of the first panel. A block is a bold line over its rows; "" has none. The scale has 0 on
     it. marks: dict name -> what differs from `model_style`, as matplotlib's keywords.
+    one_scale: of all panels. Where numbers are negative, a bold line stands at 0.
     """
     blocks = next(iter(panels.values()), {})
     every = [numbers for panel in panels.values() for rows in panel.values()
              for numbers in rows.values()]
     bars = any(isinstance(number, tuple) for numbers in every for number in numbers.values())
+    negative = any(np.ravel(number)[0] < 0 for numbers in every for number in numbers.values())
     apart = 0.7 / max(map(len, every)) if bars else 0                     # between dots of a row
     lines = sum(len(rows) + bool(block) for block, rows in blocks.items())
     height = 1 + (0.75 if bars else 0.22) * lines
-    figure, grid = _panels(title, height, panels, sharey=True)
+    figure, grid = _panels(title, height, panels, sharey=True, sharex=one_scale)
     styles = _styles(itertools.chain(*every))
     for name, style in styles.items():
         style |= {"markersize": 5.5, "linestyle": "none"} | (marks or {}).get(name, {})
@@ -911,6 +955,8 @@ def dots(panels, title, marks=None):
                 axes.plot(number, level, **styles[name])
         axes.margins(x=0.04)
         axes.update_datalim([(0, 0)])
+        if negative:
+            axes.axvline(0, color=INK, linewidth=1.8, zorder=1)
     _style_keys(figure, styles)
     return figure
 

@@ -10,7 +10,7 @@ import data
 from experiments import look
 import models
 import train
-from clockdistill import CLoCKDistill
+from clockdistill import CLoCKDistill, location_mask
 
 TINY = dict(backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=16,
             heads=2, ffn_dim=16,
@@ -216,3 +216,79 @@ def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
         assert found[content]["own"] > 0.8
         assert found[content]["own"] > found[content]["another's"] + 0.1
     assert found["label"]["noise"] > 0.55 > 0.45 > found["own"]["noise"]
+
+
+LABELLED = {"labels": torch.tensor([2, 0]),
+            "boxes": torch.tensor([[.5, .5, .25, .5], [.25, .5, .125, .25]])}
+
+
+@pytest.mark.parametrize("detector", models.DETECTORS)
+def test_gaze_of_target_aware_queries_is_that_of_the_last_ones(detector):
+    model = tiny(detector)
+    method = CLoCKDistill(16, 16, content="own")
+    asked = method.queries([LABELLED["labels"]], [LABELLED["boxes"]], model.learned_content)
+    with torch.no_grad(), models.record(model) as recorded:
+        output = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool), extra=asked)
+    gaze = look.gaze(model, picture(), LABELLED, asked)
+    assert torch.equal(gaze["chances"], output.extra.logits[-1, 0].sigmoid())
+    weights = recorded["decoder.1.cross"].weights[0]
+    if detector == "dab_detr":
+        # (heads, queries, keys): queries first
+        weights = weights.transpose(0, 1)
+    assert len(weights) == 12 + 2 and len(gaze["looks"]) == 2
+    assert torch.equal(gaze["looks"][1]["weights"], weights[-2:])
+    # The middle half of the height, a quarter of the width: x 60..100, y 12..36 of 160 x 48.
+    assert gaze["truth"][0].tolist() == [60, 12, 100, 36]
+
+
+@pytest.mark.parametrize("detector", models.DETECTORS)
+def test_gaze_without_queries_is_that_of_the_learned_ones_that_fit(detector):
+    """Asked for what queries 7 and 3 answer, with the class that each is surest of."""
+    model = tiny(detector)
+    with torch.no_grad(), models.record(model) as recorded:
+        found = model(picture()[None], torch.zeros(1, 48, 160, dtype=torch.bool)).detections
+    labels = found.logits[-1, 0].argmax(1)                                # (12,)
+    gaze = look.gaze(model, picture(), {"labels": labels, "boxes": found.boxes[-1, 0]})
+    fit = look.box_iou(gaze["truth"], gaze["truth"]) * (
+        found.logits[-1, 0].sigmoid()[:, labels].T)                       # (12, 12)
+    best = fit.argmax(1)
+    torch.testing.assert_close(gaze["boxes"], gaze["truth"][best])
+    weights = recorded["decoder.0.cross"].weights[0]
+    if detector == "dab_detr":
+        weights = weights.transpose(0, 1)
+    torch.testing.assert_close(gaze["looks"][0]["weights"], weights[best])
+
+
+def test_answers_are_wrong_by_class_or_by_box():
+    """Of three answers one is right, one names another class, one has an IoU of 1/4."""
+    box = torch.tensor([[0., 0, 8, 8]])
+    first = {"labels": torch.tensor([0, 1]), "chances": torch.tensor([[.75, .5], [.25, .125]]),
+             "boxes": box.expand(2, 4), "truth": box.expand(2, 4)}
+    second = {"labels": torch.tensor([1]), "chances": torch.tensor([[0., .5]]),
+              "boxes": torch.tensor([[0., 0, 4, 4]]), "truth": box}
+    found = look.answers([first, second])
+    assert found["image"].tolist() == [0, 0, 1] and found["said"].tolist() == [0, 0, 1]
+    assert found["w"].tolist() == [.75, .25, .5] and found["iou"].tolist() == [1, 1, .25]
+    assert found["wrong"].tolist() == [0, 1, 1]
+
+
+def test_intervals_by_hand():
+    """1000 numbers of deviation 1 have a mean within 1.96 / sqrt(1000). A ratio that is the same in
+    every image has no interval."""
+    values = torch.tensor([2., 4.]).repeat(500)                           # mean 3, deviation 1
+    mean, half = look.ratio(values)
+    assert mean == 3 and half == pytest.approx(1.96 / 1000 ** .5, rel=0.1)
+    assert look.ratio(values, 2 * values) == (0.5, 0)
+    assert look.interval(lambda a, b: a - b, values, values) == (0, 0)
+
+
+def test_memories_are_those_of_the_first_images(tmp_path):
+    data.make_toy(tmp_path, counts=dict(train=1, val=3, tune=1))
+    dataset, model = data.build("toy", tmp_path, "val"), tiny("dino")
+    tokens, inside = look.memories(model, dataset, 2)
+    image, target = dataset[1]
+    with torch.no_grad():
+        memory = model.encode(image[None], torch.zeros(1, 48, 160, dtype=torch.bool))
+    torch.testing.assert_close(tokens[1], memory.tokens[0])
+    finest, _ = location_mask(target["boxes"], *memory.shapes[0])
+    assert torch.equal(inside[1, :finest.numel()], finest.flatten())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import font_manager
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from PIL import Image
@@ -92,6 +93,10 @@ def pictures(objects, found):
                                                             "chance", "Title")),
             "query_attention": (2 * max(objects, 1) + (objects > 0),
                                 (image, looks, ["a", "b", "c"], (6, 20))),
+            "around_object": (3 + (objects > 0), (
+                {f"student {i}": {"image": image, "truth": box, "answer": box + 1,
+                                  "heat": torch.rand(6, 20)} for i, box in enumerate(boxes)},
+                "Title")),
             "self_attention": (6 + 1, (among, None, ["a", "", "c"][:objects] if found else ())),
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
@@ -346,6 +351,25 @@ def test_query_attention_says_how_far_the_columns_agree():
     assert figure.axes[0].get_ylabel() == "Car" and "uniform attention" in figure.get_suptitle()
 
 
+def test_heat_around_an_object_is_bare_where_attention_is_even():
+    """Of 2 x 4 cells one has half of the attention, 4 times an even spread, the others 4/7."""
+    image, truth, _ = scene(1)
+    box = truth["boxes"][0]
+    heat = torch.full((2, 4), .5 / 7)
+    heat[1, 2] = .5
+    figure = plots.around_object({"the scene": {"image": image, "truth": box},
+                                  "student": {"image": image, "truth": box, "heat": heat,
+                                              "answer": box}}, "Title")
+    scene_, student = figure.axes[:2]
+    drawn = student.images[1]
+    assert drawn.get_array()[1, 2] == 4 and drawn.get_alpha()[1, 2] == pytest.approx(0.9)
+    assert (drawn.get_alpha() > 0).sum() == 1
+    assert len(scene_.images) == 1 and len(student.patches) == 2           # true and answered box
+    assert to_hex(student.patches[0].get_edgecolor()).upper() == plots.STUDENT
+    (left, right), (bottom, top) = student.get_xlim(), student.get_ylim()
+    assert left <= box[0] and box[2] <= right and top <= box[1] and box[3] <= bottom
+
+
 def test_windows_lie_in_the_image_and_show_boxes_and_references():
     image, truth, _ = scene(3)
     one = sampled(3, truth["boxes"], torch.tensor([[0., 0], [65., 25], [150., 47]]))
@@ -539,6 +563,16 @@ def test_dots_with_intervals_lie_one_beneath_the_other():
     assert len(bars) == 1 and np.allclose(bars[0], [.1, .3])
     assert {line.get_marker() for line in axes.lines} == {"None", "^", "|"}
     assert legend(figure) == ["student", "floor"]
+
+
+def test_dots_on_one_scale_with_a_line_at_zero_as_one_is_negative():
+    panels = {name: {"": {"a": {"x": (number, .1)}}} for name, number in (("b", .5), ("c", -.2))}
+    left, right = plots.dots(panels, "Title", one_scale=True).axes
+    assert left.get_xlim() == right.get_xlim()
+    for axes in (left, right):
+        assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
+    (alone,) = plots.dots({"b": panels["b"]}, "Title").axes
+    assert not any(list(line.get_xdata()) == [0, 0] for line in alone.lines)
 
 
 def test_pairs_are_those_of_the_seeds_that_both_have():
