@@ -86,3 +86,20 @@ def test_rows_called_label_of_a_detector_without_label_embedding_are_random():
         contents = {line["options"]["content"] for (detector, label), line in lines_of(table).items()
                     if detector == "deformable_detr" and "content: label" in label}
         assert contents == {"random_label"}
+
+
+def test_where_real_kitti_gains():
+    """The gains by size and class in results/kitti/README.md, from its runs; those by distance are evidence.md's."""
+    lines = {line["method"]: line for line in json.loads((ROOT / "results/kitti/tables.json").read_text())["main"]}
+    runs = [[json.loads((ROOT / f"results/kitti/runs/{name}.json").read_text()) for name in lines[role]["runs"]]
+            for role in ("student", "clockdistill")]
+    keys = {"small": "APs", "medium": "APm", "large": "APl"}
+    for row in rows_of("results/kitti/README.md", "| | gain in AP, three seeds"):
+        for name, cell in (row[:2], row[2:]):
+            if "two seeds" not in name:
+                key = keys.get(name, name)
+                alone, distilled = (dict(enumerate(run[key] if key in run else run["per_class"][key]["AP"]
+                                                   for run in each)) for each in runs)
+                gain = tables.gain(distilled, alone)
+                assert cell.startswith("{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain)), (name, gain)
+                assert cell.endswith("undecided") == (gain["low"] < 0 < gain["high"]), name
