@@ -298,7 +298,7 @@ def draw(out, distilled, networks, results, dataset, device):
     weight = weight[0, :inside.numel()].view_as(inside)
 
     pictures = {
-        "detections": plots.detections(images, truths, answers, dataset.classes, min_score=0.3),
+        "detections": plots.detections(images, truths, answers, dataset.classes),
         "location_masks": plots.location_masks(images[0], truths[0]["boxes"], masks),
         "query_attention": query_attention(scene, images[0], truths[0], networks, method,
                                            dataset.classes),
@@ -307,7 +307,7 @@ def draw(out, distilled, networks, results, dataset, device):
              for name, result in results.items()}, "AP on the toy's val split"),
         "losses": losses(distilled / "log.jsonl"),
         "first": plots.first(images[0], truths[0], (inside, weight), answers["student"][0],
-                             answers["distilled"][0], dataset.classes, min_score=0.3),
+                             answers["distilled"][0], dataset.classes),
     }
     for name, figure in pictures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
