@@ -439,8 +439,12 @@ def training_bytes(model, batch, height, width):
     return 16 * train.count_parameters(model) + hooks.bytes
 
 
-def untrained(cfg):
-    """The model of a run, without weights to download."""
+def untrained(cfg, images):
+    """The model of a run on these images, without weights to download.
+
+    images: what has .most_objects, to which a recipe may fit its queries (train.fit_to_data).
+    """
+    cfg = train.fit_to_data(cfg, images, cfg.steps or 0)
     return train.build_model(cfg, 80 if cfg.data == "coco" else 3, pretrained_backbone="none",
                              frozen_backbone=cfg.pretrained_backbone != "none")
 
@@ -450,20 +454,20 @@ def untrained(cfg):
 TFLOPS = {"GPU": 20., "core": 0.02}
 
 
-def print_costs(jobs, images, image_size, machine, tflops=None):
+def print_costs(jobs, scope, tflops=None):
     """Print every run with its command, and what it would take.
 
-    jobs: tables.Job, teachers before students.  images: of the training split.
-    image_size: (height, width).  machine: one of TFLOPS.  tflops: what it does, if not that.
+    jobs: tables.Job, teachers before students.  scope: tables.Scale, its images and its machine.
+    tflops: useful work per second of that machine, by default as in TFLOPS.
     """
-    tflops, costs, total = tflops or TFLOPS[machine], {}, 0.
+    tflops, costs, total = tflops or TFLOPS[scope.machine], {}, 0.
     for job in jobs:
         cfg, key = job.cfg, (job.cfg.detector, job.role)
         # Models of one role are alike: they are counted once.
         if key not in costs:
-            model = untrained(cfg)
-            costs[key] = (models.gflops(model, *image_size),
-                          training_bytes(model, cfg.batch_size, *image_size),
+            model = untrained(cfg, scope)
+            costs[key] = (models.gflops(model, *scope.image_size),
+                          training_bytes(model, cfg.batch_size, *scope.image_size),
                           4 * train.count_parameters(model))
         forward, memory, _ = costs[key]
         gflops = 3 * forward                           # backward costs two forward passes
@@ -472,16 +476,16 @@ def print_costs(jobs, images, image_size, machine, tflops=None):
             gflops, memory = gflops + teacher, memory + frozen
 
         # Images times multiply-adds, two floating-point operations each.
-        count = cfg.epochs * images if cfg.steps is None else cfg.steps * cfg.batch_size
+        count = cfg.epochs * scope.images if cfg.steps is None else cfg.steps * cfg.batch_size
         hours = count * gflops * 2e9 / (tflops * 1e12) / 3600
         total += hours
-        print(f"{job.name}: about {hours:.2f} {machine}-hours, {memory / 1e9:.1f} GB\n"
+        print(f"{job.name}: about {hours:.2f} {scope.machine}-hours, {memory / 1e9:.1f} GB\n"
               f"  python {shlex.join(['train.py', *job.arguments])}")
-    height, width = image_size
-    print(f"\n{len(jobs)} runs, {total:.0f} {machine}-hours at {tflops:g} TFLOP/s of useful work "
-          "(--tflops: of a GPU the peak times what training reaches of it, a fifth to a third), a "
-          "step being three forward passes and one of the teacher. Memory: weights (also the "
-          f"teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
+    height, width = scope.image_size
+    print(f"\n{len(jobs)} runs, {total:.0f} {scope.machine}-hours at {tflops:g} TFLOP/s of useful "
+          "work (--tflops: of a GPU the peak times what training reaches of it, a fifth to a "
+          "third), a step being three forward passes and one of the teacher. Memory: weights (also "
+          f"the teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
 
 
 # ----------------------------------------------------------------------------------------------

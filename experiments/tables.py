@@ -236,6 +236,7 @@ class Scale:
     teachers: str = ""                                   # weights/TEACHERS_DETECTOR.safetensors
     results: str = ""                                    # its folder in results/, if not its name
     machine: str = "GPU"                                 # what it is for, one of bench.TFLOPS
+    most_objects: int = 0                                # of an image, for train.fit_to_data
 
 
 SCALES = {
@@ -251,7 +252,7 @@ SCALES = {
     "kitti-small": Scale(
         "small", SMALL, seeds=(0, 1, 2), steps=1, images=703, image_size=(128, 424),
         seeds_of={"main": (0, 1, 2, 3, 4), "ablation": (0, 1, 2, 3, 4)},
-        teachers="kitti_teacher", results="kitti", machine="core",
+        teachers="kitti_teacher", results="kitti", machine="core", most_objects=22,
         options={"train_split": "splits/kitti_cyclists_train.txt", "eval_every": 0,
                  "eval_batch": 10, "workers": 1, "teacher_cache": 2.0},
         splits={name: f"splits/kitti_cyclists_{name}.txt" for name in ("tune", "val")},
@@ -797,7 +798,7 @@ def images_per_second(study):
     device, networks = train.pick_device(), {}
     for detector in study.scope.detectors.values():
         for role in ("teacher", "student"):
-            model = bench.untrained(make_job(study, detector, role).cfg)
+            model = bench.untrained(make_job(study, detector, role).cfg, study.scope)
             networks[detector, role] = model.to(device)
     image = torch.zeros(1, 3, *study.scope.image_size, device=device)
     speed = {"machine": train.machine(device)}
@@ -883,8 +884,7 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
     if dry_run:
         lines = trials(study, only, detectors) + plan(study, only, detectors)
         needed = [*teachers_of(study, lines), *jobs_of(lines)]
-        images, image_size = images_of(study)
-        bench.print_costs(needed, images, image_size, study.scope.machine, tflops)
+        bench.print_costs(needed, measured(study), tflops)
         return 0
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
@@ -918,19 +918,20 @@ def open_study(scale, root=None, work=None, results=None, teachers="shipped", ch
         done=read_results(results / "runs"))
 
 
-def images_of(study):
-    """How many images the runs train on, and their (height, width): of --root, where it is given.
+def measured(study):
+    """The study's Scale, with number, size and objects of the images in --root, where it is given.
 
     Prints the summary of these images, or what has to be downloaded.
     """
     if study.scale == "toy" or study.root == "ROOT":
         print(f"To download: {study.scope.download}.\n")
-        return study.scope.images, study.scope.image_size
+        return study.scope
     cfg = make_job(study, "dino", "student").cfg       # the images are the same for all
     dataset = data.build(cfg.data, cfg.root, cfg.train_split, class_map=cfg.class_map,
                          limit=cfg.limit, size=train.parse_size(cfg.size), check=False)
     print(f"{dataset.summary}\n")
-    return len(dataset), tuple(dataset[0][0].shape[1:])
+    return dataclasses.replace(study.scope, images=len(dataset), most_objects=dataset.most_objects,
+                               image_size=tuple(dataset[0][0].shape[1:]))
 
 
 def jobs_of(lines):

@@ -115,19 +115,27 @@ def test_a_run_s_model_without_its_weights_freezes_what_they_would_freeze():
     tiny = dict(backbone="resnet18", backbone_width=8, hidden_dim=16, heads=2, ffn_dim=16,
                 encoder_layers=1, decoder_layers=1, num_queries=4)
     for word, trains in (("imagenet", False), ("none", True)):
-        model = bench.untrained(train.Config(pretrained_backbone=word, **tiny))
+        model = bench.untrained(train.Config(pretrained_backbone=word, **tiny), None)
         assert model.backbone.conv1.weight.requires_grad == trains
+
+
+def test_a_run_s_model_has_the_queries_that_the_run_fits_to_its_images():
+    """Three for each of 22 objects."""
+    tiny = dict(backbone="resnet18", backbone_width=8, hidden_dim=16, heads=2, ffn_dim=16,
+                encoder_layers=1, decoder_layers=1, fit_to_data=True, steps=100)
+    assert bench.untrained(train.Config(**tiny), SimpleNamespace(most_objects=22)).num_queries == 66
 
 
 def test_costs_are_hours_of_the_machine_that_a_recipe_is_for(monkeypatch, capsys):
     """100 steps of 8 images, 3 GFLOPs each: 4.8e12 operations, 240 s of a core's 0.02 TFLOP/s."""
-    monkeypatch.setattr(bench, "untrained", lambda cfg: nn.Linear(1, 1))
+    monkeypatch.setattr(bench, "untrained", lambda *_: nn.Linear(1, 1))
     monkeypatch.setattr(bench, "training_bytes", lambda *_: 1e9)
     monkeypatch.setattr(models, "gflops", lambda *_: 1.)
     job = SimpleNamespace(name="a", role="student", arguments=("fit",),
                           cfg=train.Config(steps=100, batch_size=8))
-    bench.print_costs([job], 0, (48, 160), "core")
-    bench.print_costs([job], 0, (48, 160), "GPU", tflops=0.002)
+    for machine, tflops in (("core", None), ("GPU", 0.002)):
+        scope = SimpleNamespace(images=0, image_size=(48, 160), machine=machine)
+        bench.print_costs([job], scope, tflops)
     said = capsys.readouterr().out
     assert "a: about 0.07 core-hours, 1.0 GB" in said and "a: about 0.67 GPU-hours" in said
 

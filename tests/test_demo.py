@@ -103,7 +103,7 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(
     plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2),
                 length=small, eval_every=2)
     monkeypatch.setitem(demo.SCALES, "quick", plan)
-    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 2)         # the students have one each
+    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 2)      # the students have one each
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert list(summary)[:3] == ["teacher", "student", "distilled"]
