@@ -1158,15 +1158,18 @@ class Settings:
     limit: int | None = option(None, "use only the first N images of each split")
     size: str | None = option(None, "resize to SHORT,MAX pixels, keeping the ratio; default: a "
                               "checkpoint's own, otherwise the reader's")
-    augment: bool = option(True, "flips, resizes, crops (--no-augment to overfit a few images)")
-    # --- the detector; its options are fields of `Config`
+    augment: bool = option(True, "flips, resizes, crops in training (off: to overfit a few images)")
+    # --- the detector, whose options `Config` adds
     detector: str = option("dino", "which detection transformer", choices=models.DETECTORS)
     # --- optimisation
-    steps: int | None = option(None, "optimizer steps, in place of --epochs; 0 writes it untrained")
+    steps: int | None = option(None, "optimizer steps; default: from --epochs. 0 writes the "
+                               "untrained checkpoint")
     epochs: float | None = option(None, "passes over the images, where --steps is not given")
     batch_size: int | None = option(None, "images per step and process, whatever --accumulate is")
-    accumulate: int = option(1, "backward in N parts of a batch: less memory, the same step")
-    lr: float | None = option(None, "AdamW rate for the TOTAL batch; it is never scaled silently")
+    accumulate: int = option(1, "split each batch into N parts, one backward each: less memory, "
+                             "same step size")
+    lr: float | None = option(None, "AdamW learning rate; it belongs to the TOTAL batch and is "
+                              "never scaled silently")
     backbone_lr: float | None = option(None, "learning rate of the backbone")
     weight_decay: float = option(1e-4, "AdamW weight decay")
     warmup: int = option(0, "steps of linear warm-up")
@@ -1175,8 +1178,9 @@ class Settings:
     drop_at: float | None = option(None, "where the drop happens, as a fraction of all steps")
     clip: float = option(0.1, "largest gradient norm")
     ema: float = option(0.0, "decay of the weights' moving average, which is evaluated; 0 = off")
-    fit_to_data: bool = option(False, "three --num-queries for each object of the fullest image, "
-                               "--ema over a twentieth of the steps, where not given or 0")
+    fit_to_data: bool = option(False, "where --num-queries and --ema are not given or 0: three "
+                               "queries for each object of the fullest training image, and an "
+                               "average over the last twentieth of the steps")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
                             "fp32. Detecting in bf16 takes 0.6 of fp32's time on large images, "
                             "where the processor has it, and more on the toy's", choices=tuple(PRECISIONS))
@@ -1185,7 +1189,8 @@ class Settings:
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
     method: str | None = option(None, "distillation method; `distill` takes clockdistill",
                                 choices=methods)
-    method_options: dict = option({}, "listed below; they replace all of the recipe's")
+    method_options: dict = option({}, "options of the method, listed below; they replace all of "
+                                  "the recipe's")
     balance: dict = option({}, "weigh the parts of the method by their gradients in the first 8 "
                            "steps: memory=50 cls+l1+giou=1 wants memory's 50 times as long as "
                            "detection's; none: the weights of --method-options")
@@ -1222,15 +1227,16 @@ Config.__doc__ = Settings.__doc__
 @dataclass(frozen=True)
 class Run:
     """Where and how a run happens; it changes no result (but for rounding, on another device)."""
-    out: str = option("runs/fit", "folder for log.jsonl, last.pt, best.pt and the JSON files")
-    resume: bool = option(False, "continue the run in --out, on a CPU bit for bit")
+    out: str = option("runs/fit", "folder for the log, checkpoints, config.json and result.json")
+    resume: bool = option(False, "go on from the last checkpoint in --out, on a CPU bit for bit")
     device: str = option("auto", "auto | cpu | cuda | mps")
     workers: int = option(2, "processes that load images")
     eval_every: int = option(1000, "steps between evaluations, 0 = none but the one at the end")
-    eval_batch: int = option(1, "images at once in evaluation; 1 is exact, padding moves boxes")
+    eval_batch: int = option(1, "images per batch in evaluation; 1 is exact, padding moves boxes a "
+                             "little")
     teacher_cache: float = option(0.0, "GB to keep the teacher's memories of images: faster by a "
                                   "third with a few hundred images that are only flipped; 0 = none")
-    probe_every: int = option(200, "steps between reports of each loss's gradient norm, 0 = none")
+    probe_every: int = option(200, "steps between reports of losses' shares and gradients; 0: none")
     save_minutes: float = option(2.0, "minutes between checkpoints")
 
     def __post_init__(self):
@@ -1642,7 +1648,7 @@ def add_options(parser, cls, only=None):
 
 def describe_recipes():
     """Every recipe, option by option, for `fit --help`."""
-    lines = ["recipes (given options override them; --data toy alone takes toy-student):"]
+    lines = ["recipes (given options override them; --data toy takes toy-student by default):"]
     for name, by_detector in RECIPES.items():
         for detector, recipe in by_detector.items():
             settings = " ".join(f"{k}={v}" for k, v in recipe.items())
@@ -1678,7 +1684,12 @@ def command_line(asked):
         if name in ("fit", "distill"):
             add_training_options(command, name)
         elif name == "eval":
-            add_evaluation_options(command)
+            command.epilog = "--data and --class-map are those of the training when not given"
+            command.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
+            command.add_argument("--out", help="also write the figures to this JSON file")
+            add_options(command, Config, only=(
+                "data", "root", "val_split", "class_map", "limit", "size", "precision"))
+            add_options(command, Run, only=("device", "workers", "eval_batch"))
         else:
             room = open_experiment(name)
             command.description = room.__doc__
@@ -1697,16 +1708,6 @@ def add_training_options(parser, command):
     parser.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
     add_options(parser, Config, names)
     add_options(parser, Run)
-
-
-def add_evaluation_options(parser):
-    """The options of `eval`."""
-    parser.epilog = "--data, --class-map and --size are those of the training when not given"
-    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
-    parser.add_argument("--out", help="also write the figures to this JSON file")
-    names = ("data", "root", "val_split", "class_map", "limit", "size", "precision")
-    add_options(parser, Config, names)
-    add_options(parser, Run, only=("device", "workers", "eval_batch"))
 
 
 def open_experiment(name):
