@@ -840,6 +840,7 @@ def curves_and_gains(panels, ylabel, title):
         leftmost = above is grid[0, 0]
         plain(above, "", ylabel * leftmost)
         plain(below, "training step", "gain, 95 % interval" * leftmost)
+        above.margins(x=0.05)
         below.margins(x=0.05)
     keys, _ = grid[0, 0].get_legend_handles_labels()
     _keys(figure, keys)
@@ -847,27 +848,39 @@ def curves_and_gains(panels, ylabel, title):
     return figure
 
 
-def gains(rows, title=None):
-    """Paired gains over the student alone, with their 95 % intervals, in blocks of rows.
+def verdict(gain):
+    """What an interval says of the sign: "more", "less", or "undecided" where it holds 0.
+
+    One seed (low and high are None) decides nothing.
+    """
+    if gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
+        return "undecided"
+    return "more" if gain["mean"] > 0 else "less"
+
+
+def gains(rows, title=None, xlabel="gain over the student alone (bar: 95 % interval)"):
+    """Paired gains with their 95 % intervals, in blocks of rows; the colour is the verdict.
 
     rows: list of (block, label, {"mean", "low", "high"}), a label once in a block; low and high are
-    None of one seed: no interval is drawn. A label that `model_style` knows as distilled has that
-    colour.
+    None of one seed: no interval is drawn. The mean stands at the right.
     """
     blocks = {}
     for block, label, gain in rows:
         blocks.setdefault(block, {})[label] = gain
-    figure = _figure(0.6 + 0.24 * (len(rows) + len(blocks)), 7)
+    figure = _figure(0.8 + 0.24 * (len(rows) + len(blocks)), 7)
     axes = figure.subplots()
-    plain(axes, "gain over the student alone (bar: 95 % interval)", "")
+    plain(axes, xlabel, "")
     axes.margins(x=0.03)
-    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=1.2)
     lines = [line for block in blocks.values() for line in block.items()]
-    for place, (label, gain) in zip(_rows(axes, blocks), lines):
-        distilled = model_style(label)["color"] == DISTILLED
-        axes.errorbar(gain["mean"], place, xerr=_interval(gain), linewidth=1.3,
-                      color=DISTILLED if distilled else INK, **INTERVAL)
+    for place, (_, gain) in zip(_rows(axes, blocks), lines):
+        color = VERDICTS[verdict(gain)]
+        axes.errorbar(gain["mean"], place, xerr=_interval(gain), linewidth=1.3, color=color,
+                      **INTERVAL)
+        axes.text(1.01, place, f"{gain['mean']:+.3f}", transform=axes.get_yaxis_transform(),
+                  fontsize=8, va="center", color=color)
     _title(axes, title or "What distillation adds", 10, loc="left")
+    _keys(figure, [_key(name, color=color, marker="o") for name, color in VERDICTS.items()])
     return figure
 
 
@@ -1122,6 +1135,8 @@ def losses(history):
 
 # The dot and the caps of an interval.
 INTERVAL = {"fmt": "o", "capsize": 3, "markersize": 4}
+# Of a difference, by its interval.
+VERDICTS = {"more": DISTILLED, "less": "#D55E00", "undecided": "#777777"}
 
 
 def _interval(gain):

@@ -3,8 +3,8 @@
 #
 # Does distillation help a small detector? Which part of it? How sure is that? Notebooks 1 and 2
 # explain the method; this one is about *evidence*. It trains nothing. It reads the runs in
-# [results/toy](../results/toy), made by `python train.py table toy`, and computes the toy's numbers
-# from them, and the same from those of real KITTI in [results/kitti](../results/kitti).
+# [results/toy](../results/toy), made by `python train.py table toy`, and those of real KITTI in
+# [results/kitti](../results/kitti), and computes its numbers from them.
 #
 # Two words to begin with. **The toy** is small generated street scenes, 160 x 48 pixels, and
 # detectors of less than 2 M parameters. **Alone** is a student trained without a teacher.
@@ -51,20 +51,11 @@ def difference(row, base, metric="AP"):
     return tables.gain(*(dict(zip(side["seeds"], side[metric])) for side in (row, base)))
 
 
-def verdict(gain):
-    """The sign, if the interval settles it."""
-    return "more" if gain["low"] > 0 else "less" if gain["high"] < 0 else "undecided"
-
-
 def forest(groups, title):
-    """A picture of differences, {block: {label: difference}}, and a line of text for each."""
+    """A picture of differences, {block: {label: difference}}."""
     lines = [(block, label, gain) for block, group in groups.items()
              for label, gain in group.items()]
-    for block, label, gain in lines:
-        print(f"{block + ': ' + label:66} {tables.interval(gain):27} {verdict(gain)}")
-    figure = plots.gains(lines, title)
-    figure.axes[0].set_xlabel("difference in AP, paired by seed (bar: 95 % interval)")
-    return figure
+    return plots.gains(lines, title, "difference in AP, paired by seed (bar: 95 % interval)")
 
 
 MAIN = {detector: rows("main", detector) for detector in DETECTORS}
@@ -77,13 +68,14 @@ RIVALS, SCHEDULE = (rows(table, "deformable_detr") for table in ("rivals", "sche
 # Each line below is a question: one kind of run minus another. A dot is the mean difference in AP,
 # a bar its 95 % interval.
 #
-# - **more**, **less**: the bar does not touch 0. The sign is settled, for this teacher and these
-#   images.
-# - **undecided**: the bar holds 0. That is *not* "no effect". It means that these few seeds cannot
-#   tell.
+# - **more** (green), **less** (red): the bar does not touch 0. The sign is known, as surely as one
+#   interval can tell, for this teacher and these images.
+# - **undecided** (grey): the bar holds 0. That is *not* "no effect". It means that these few seeds
+#   cannot tell.
 #
-# **Look for** the bars that cross the vertical line: nine of the twenty-two questions are
-# undecided.
+# **Look for** the grey bars: nine of the twenty-two questions are undecided. Where no detector is
+# named it is Deformable DETR. *Full length* means 1,200 steps (2,000 for DAB-DETR) and five seeds,
+# as in the first block; the others, unless they say so, have half of the steps and three seeds.
 
 # %%
 BOTH, BOTH_S = "both parts: clockdistill", "both parts: clockdistill with the scale mask"
@@ -133,15 +125,12 @@ answers = {
         "with a teacher, minus twice the steps without": difference(
             SCHEDULE["distilled, 1 x the steps"], SCHEDULE["student, 2 x the steps"])}}
 every = [gain for group in answers.values() for gain in group.values()]
-assert [verdict(gain) for gain in every].count("undecided") == 9 and len(every) == 22
-forest(answers, "Twenty-two questions, and how sure the answers are")
+assert [plots.verdict(gain) for gain in every].count("undecided") == 9 and len(every) == 22
+overview = forest(answers, "Twenty-two questions, and how sure the answers are")
+overview
 
 # %% [markdown]
-# So, on the toy: the whole method gains with all three detectors. In the two that were taken apart,
-# the memory part alone gains nearly as much; what the logit part adds, up to about .04 either way,
-# these seeds cannot tell. The rest of this notebook opens these lines one by one. Where no detector is named it is Deformable DETR. Full length
-# means 1,200 steps (2,000 for DAB-DETR) and five seeds; the other questions were asked with half of
-# the steps and three seeds.
+# The rest of this notebook opens these lines one by one.
 #
 # ## What a paired interval is
 #
@@ -160,7 +149,7 @@ forest(answers, "Twenty-two questions, and how sure the answers are")
 #
 # $$s = \sqrt{\frac{1}{n-1}\sum_i (d_i-\bar d)^2} = \sqrt{\frac{1713\cdot 10^{-6}}{4}} = .0207
 # \qquad\quad
-# \bar d \pm t_{n-1}\,\frac{s}{\sqrt n} = .1318 \pm 2.776\cdot\frac{.0207}{\sqrt 5}
+# \bar d \pm t_{n-1} \frac{s}{\sqrt n} = .1318 \pm 2.776\cdot\frac{.0207}{\sqrt 5}
 # = .1318 \pm .0257$$
 #
 # $s$ is the standard deviation of the differences. $t_{n-1}$ is Student's $t$: 1.96 would be right
@@ -207,8 +196,8 @@ for n in (3, 5, 10):
 assert all(0.045 < t < 0.055 for t, _ in missed.values()) and missed[3][1] > 0.15
 
 # %% [markdown]
-# One in twenty: of the twenty-two intervals above, about one is expected to miss, however honest
-# each of them is, and nothing tells which. Nothing in this repository is corrected for that.
+# One in twenty: of twenty-two such intervals about one is expected to miss, however honest each of
+# them is, and nothing tells which. Nothing in this repository is corrected for that.
 #
 # ### Does pairing help?
 #
@@ -245,7 +234,7 @@ for key, name in DETECTORS.items():
 # settings were equally good, the best would still lead the mean of 15 by 1.74 standard deviations
 # of a seed; so its lead shrinks when it is run again (the winner's curse).
 #
-# **Look for** a setting that stands clearly to the right of all others.
+# **Look for** a setting that stands clearly to the right of all others. (The axes begin at .08.)
 
 # %%
 seeds_sd = {key: math.sqrt(np.mean([np.var(MAIN[key][role]["AP"], ddof=1)
@@ -264,29 +253,24 @@ for key in ("dino", "deformable_detr"):
     panels[f"AP of {DETECTORS[key]} on tune, one seed"] = {
         "": {label.replace("content: label", "content: label (*)"):
              {"student alone": lone, "distilled": score} for label, score in scores.items()}}
-plots.dots(panels, "Choices, not results: 15 settings of the logit part alone, one seed each")
+without = RIVALS["clockdistill without random queries"]
+worth = difference(RIVALS["clockdistill"], without)
+print("the 24 random queries in the whole method, on val:", tables.interval(worth))
+assert plots.verdict(worth) == "undecided"
+figure = plots.dots(panels, "Choices, not results: 15 settings of the logit part alone")
+for axes in figure.axes:
+    axes.set_xlim(left=0.08)
+figure
 
 # %% [markdown]
-# None does. With DINO the lead is smaller than luck's. (*) Deformable DETR has no embedding of
-# labels: its rows called "label" ask with a frozen random row for each class.
+# With DINO none does: the best leads by less than luck alone would give. With Deformable DETR "and
+# 24 random queries" leads the next by .013, and was taken into the recipe. Measured again, on `val`
+# and in the whole method, they are worth nothing that three seeds can see. (*) Deformable DETR has
+# no embedding of labels: its rows called "label" ask with a frozen random row for each class.
 #
-# The same for the scale mask S: four pairs of $\lambda_{mem}$, $\lambda_{log}$ with it, four
-# without.
-
-# %%
-for key, name in DETECTORS.items():
-    tried = {what: [trial["AP"] for trial in TUNING
-                    if (trial["detector"], trial["what"]) == (key, what)]
-             for what in ("with_scale", "without_scale")}
-    print(f"{name:15} on tune: " + "; ".join(
-        f"{what.replace('_scale', ' S')} {min(aps):.3f} to {max(aps):.3f}"
-        for what, aps in tried.items()) + f"; seeds spread by {seeds_sd[key]:.3f} on val")
-    assert max(tried["without_scale"]) > max(tried["with_scale"])
-
-# %% [markdown]
-# The best trial without S is above the best with it for all three detectors, so all three recipes
-# go without. Only for Deformable DETR does every trial without S beat every trial with it; for the
-# others the ranges overlap. That was the *choice*. The *result*, on `val`, follows below.
+# The scale mask S went out in the same way: for all three detectors the best of four trials without
+# S was above the best of four with it ([numbers](../results/README.md)). That was the *choice*. The
+# *result*, on `val`, follows below.
 #
 # ## The whole method gains
 #
@@ -305,18 +289,21 @@ METRICS = {"AP": "AP", "APs": "APs: small objects", "APm": "APm: medium objects"
 groups = {name: {METRICS[metric]: difference(MAIN[key]["clockdistill"], MAIN[key]["student"],
                                              metric) for metric in METRICS}
           for key, name in DETECTORS.items()}
-closed = {name: groups[name]["AP"]["mean"] / (MAIN[key]["teacher"]["AP"][0]
-                                              - np.mean(MAIN[key]["student"]["AP"]))
-          for key, name in DETECTORS.items()}
-figure = forest(groups, "Distilled minus alone, full length, five seeds")
-print("part of the gap to the teacher that is closed:",
-      ", ".join(f"{name} {part:.0%}" for name, part in closed.items()))
+for key, name in DETECTORS.items():
+    student, distilled = ({metric: np.mean(MAIN[key][role][metric]) for metric in METRICS}
+                          for role in ("student", "clockdistill"))
+    closed = groups[name]["AP"]["mean"] / (MAIN[key]["teacher"]["AP"][0] - student["AP"])
+    before, after = (scores["AP75"] / scores["AP50"] for scores in (student, distilled))
+    print(f"{name:15} closes {closed:.0%} of the gap; AP75 is {before:.2f} of AP50 alone, "
+          f"{after:.2f} distilled")
+    assert 0.25 < closed < 0.5 and after > before + 0.05
 assert all(gain["low"] > 0 for group in groups.values() for gain in group.values())
-figure
+forest(groups, "Distilled minus alone, full length, five seeds")
 
 # %% [markdown]
-# More objects are found (AP50), and boxes are placed better (AP75). Which of the two gains more
-# depends on the yardstick: exercise 1.
+# More objects are found (AP50). A larger part of them also counts at the strict overlap (AP75 over
+# AP50), so boxes are placed better too. Which of the two gains *more* depends on the yardstick:
+# exercise 1.
 #
 # ## Which part does it?
 #
@@ -325,7 +312,7 @@ figure
 # toy's recipes take it out again, and here is what that is worth. Each piece was tuned by itself,
 # since a mask changes the size of the sum.
 #
-# **Look at** the first three bars, and then at where the green ones stand.
+# **Look at** the first three bars, and then at the rows called "both parts".
 
 # %%
 labels = {PLAIN: "memory: plain copy of every token", M_ONLY: "memory: M",
@@ -347,21 +334,14 @@ plots.gains(pieces, "One piece at a time, minus alone: half the steps, three see
 
 # %% [markdown]
 # A row's distance from 0 is its gain. Whether one row beats *another* needs their own paired
-# difference, printed in the first section. Said in words, with those intervals:
+# difference: those are in the first picture. Three remarks on it.
 #
-# - **The memory part does it.** Alone it gains with both detectors. What the logit part adds to it
-#   is undecided, with both.
-# - **The logit part alone** gains with Deformable DETR. With DINO, whose denoising queries teach
-#   something similar already, it is undecided.
-# - **The plain copy is hard to beat.** M minus the plain copy is undecided (+.003). M and S minus
-#   the plain copy is *settled, and less* (-.021): with S the memory part is worse than with no mask
-#   at all. Of the three, S is the only one that a verdict was reached on.
-# - **S costs AP on the toy**, also with both parts at half the steps, and at full length for DINO;
-#   at full length for Deformable DETR this is undecided. A likely reason, not tested: S gives each
-#   of the three levels the same weight, and the coarsest has ten cells, where objects are
-#   neighbours.
-# - **Queries.** Target-aware queries alone teach Deformable DETR less than random ones. Why is not
-#   shown.
+# - **The logit part** adds nothing visible to the memory part, in either detector: that part alone
+#   gains nearly as much as both. DINO's denoising queries may already teach what the logit part
+#   would.
+# - **S costs AP on the toy**: with it the memory part is worse than a plain copy, with no mask at
+#   all. A likely reason, not tested: S gives each of the three levels the same weight, and the
+#   coarsest has ten cells, where objects are neighbours.
 # - **Contents.** The teacher's learned contents teach more than a frozen random row for each class.
 #   Against one frozen random row for all queries they are *undecided* (+.029, but the interval
 #   holds 0): "learned ones teach, frozen ones do not" would be saying too much.
@@ -387,8 +367,8 @@ plots.reading({name: READING[key] for key, name in DETECTORS.items()},
               "How often the teacher names the right class, by what its decoder reads")
 
 # %% [markdown]
-# Only DINO's label embedding is often answered without looking: its denoising queries were trained with
-# it. From noise the other contents are right about as often as a guess among three classes.
+# Only DINO's label embedding is often answered without looking: its denoising queries were trained
+# with it. From noise the other contents are right about as often as a guess among three classes.
 # DAB-DETR's teacher is wrong more often than right even with the right memory, so there the class
 # term has little to teach.
 #
@@ -403,7 +383,7 @@ plots.reading({name: READING[key] for key, name in DETECTORS.items()},
 # [KD-DETR](https://arxiv.org/abs/2211.08071), [DETRDistill](https://arxiv.org/abs/2211.10156) and
 # [D3ETR](https://arxiv.org/abs/2211.09768). A bar right of 0 is in CLoCKDistill's favour.
 #
-# **Look at** the two bars that cross 0.
+# **Look at** the grey bars.
 
 # %%
 names = {"fitnets": "FitNets", "fgd": "FGD", "mgd": "MGD", "gkd": "GKD", "hinton": "Hinton",
@@ -413,25 +393,25 @@ of = {block: {names[key]: difference(RIVALS["clockdistill"], RIVALS[key]) for ke
                           "They teach the decoder": ("hinton", "kd_detr", "detrdistill", "d3etr"),
                           }.items()}
 masked = RIVALS["clockdistill with the scale mask"]
-of["CLoCKDistill itself"] = {"with the scale mask": difference(RIVALS["clockdistill"], masked)}
-figure = forest(of, "CLoCKDistill (without S) minus each rival")
-print("with the scale mask, as the method is described, it is behind "
-      + ", ".join(f"{names[key]} by {-difference(masked, RIVALS[key])['mean']:.3f} "
-                  f"({verdict(difference(masked, RIVALS[key]))})"
-                  for key in ("fitnets", "fgd", "mgd")))
+of["CLoCKDistill itself"] = {"without S minus with S": difference(RIVALS["clockdistill"], masked)}
+of["With S, minus a rival"] = {names[key]: difference(masked, RIVALS[key])
+                               for key in ("fitnets", "fgd", "mgd")}
 assert all(gain["low"] > 0 for gain in of["They teach the decoder"].values())
-figure
+assert all(plots.verdict(gain) == "undecided" and gain["mean"] < 0
+           for gain in of["With S, minus a rival"].values())
+forest(of, "CLoCKDistill without S minus each rival; in the last block with S")
 
 # %% [markdown]
 # It is ahead of all four that teach the decoder, and of GKD and MGD. Against FitNets, a plain
-# squared error, and FGD it is undecided. Most rivals were made for other students and larger
-# images: this ranks methods on the toy, and nowhere else.
+# squared error of the memory, and FGD it is undecided. With S it is behind three of those that copy
+# the memory on average, each undecided. Most rivals were made for other students and larger images:
+# this ranks methods on the toy, and nowhere else.
 #
 # ## How much care do the settings need?
 #
 # One setting of Deformable DETR's at a time, minus the chosen one.
 #
-# **Look at** the axis: it is a third as wide as in the first picture.
+# **Look at** how near to 0 all bars stay: the axis is the first picture's.
 
 # %%
 sensitivity = rows("sensitivity", "deformable_detr")
@@ -439,18 +419,21 @@ chosen = sensitivity["lambda_mem chosen"]
 moved = {label: difference(row, chosen) for label, row in sensitivity.items()
          if label != "student" and row["options"] != chosen["options"]}
 assert all(abs(gain["mean"]) < 0.015 for gain in moved.values())
-forest({"Changed value, minus the chosen one": moved},
-       "Deformable DETR, one setting changed at a time")
+assert [plots.verdict(gain) for gain in moved.values()].count("undecided") == len(moved) - 2 == 7
+figure = forest({"Changed value, minus the chosen one": moved},
+                "Deformable DETR, one setting changed at a time")
+figure.axes[0].set_xlim(overview.axes[0].get_xlim())
+figure
 
 # %% [markdown]
-# Times or over four, no setting matters as much as having a teacher at all. Two verdicts are
-# settled and small: a quarter of $\lambda_{mem}$ is worse, and a background weight of a fifth of
-# the objects' ($\alpha:\beta$ = 5 : 1) is better than the 500 : 1 that was chosen.
+# Within these ranges (lambdas times or over four) no setting of *this* detector matters as much as
+# having a teacher at all. Two of the nine bars do not touch 0: a quarter of $\lambda_{mem}$ is
+# worse (-.010), a background weight of a fifth of the objects' ($\alpha:\beta$ = 5 : 1) better than
+# the chosen 500 : 1 (+.009). Of nine such bars, half a one does so by luck, so both are hints to
+# try again, not results.
 #
-# On other images these lambdas mean nothing. **One rule for choosing weights**: set each part's
-# weight so that its gradient norm has a wanted ratio to detection's, as `--balance` does
-# (`train.Balance`); `train.gradient_report` shows the ratios. Notebook 5 has the ten lines for your
-# own model.
+# On other images these lambdas mean nothing. How to choose weights there is told in
+# [notebook 1](1_the_method.ipynb), part 3.
 #
 # ## A higher ceiling, or only more speed?
 #
@@ -471,14 +454,8 @@ panels = {}
 for key, name in DETECTORS.items():
     plain, taught = (history(MAIN[key][role]) for role in ("student", "clockdistill"))
     at = {step: tables.gain(seeds, plain[step]) for step, seeds in taught.items()}
-    goal, last = np.mean(list(plain[max(plain)].values())), max(taught)
-    needed = np.interp(goal, [np.mean(list(seeds.values())) for seeds in taught.values()],
-                       [*taught]) / last                  # between evaluations: a straight line
-    dearer = np.divide(*(np.median(MAIN[key][role]["minutes"])
-                         for role in ("clockdistill", "student")))
-    print(f"{name}: reaches the lone student's last AP after {needed:.0%} of the steps; a step "
-          f"costs {dearer:.2f} times as much, so after {needed * dearer:.0%} of the minutes")
-    assert needed < 0.6 and all(gain["low"] > 0 for step, gain in at.items() if step > last / 2)
+    half = max(taught) / 2
+    assert all(gain["low"] > 0 for step, gain in at.items() if step > half)
     panels[name] = {"student": {step: [*seeds.values()] for step, seeds in plain.items()},
                     "distilled": {step: [*seeds.values()] for step, seeds in taught.items()},
                     "teacher": MAIN[key]["teacher"]["AP"][0], "gain": at}
@@ -490,26 +467,30 @@ plots.curves_and_gains(panels, "AP on val", "AP while training (bands: one stand
 # so every curve flattens at its end, whatever its ceiling. A fair test trains each length anew,
 # with its own cosine: half, once and twice the steps.
 #
-# **Look at** the gap between the two lines.
+# **Look at** the three gains in the upper block: does the gain go on growing?
 
 # %%
-lengths = {x: tables.gain(by_length(x), dict.fromkeys(by_length(x), 0.)) for x in ("0.5", 1, 2)}
-for x, gain in lengths.items():
-    print(f"gain at {x} x the steps: {tables.interval(gain)} {verdict(gain)}")
-for one, other in ((1, "0.5"), (2, 1)):
-    gain = tables.gain(by_length(one), by_length(other))
-    print(f"gain at {one} x minus gain at {other} x: {tables.interval(gain)} {verdict(gain)}")
-assert gain["high"] < 0                                   # the last of them: it shrinks
-plots.curves(tables.final_scores(TABLES["schedule"], RUNS), "AP on val",
-             "Deformable DETR, each point a finished run")
+lengths = {"half the steps": "0.5", "once the steps": 1, "twice the steps": 2}
+gained = {name: by_length(times) for name, times in lengths.items()}
+half, once, twice = gained.values()
+longer = {"once, minus half": tables.gain(once, half),
+          "twice, minus once": tables.gain(twice, once)}
+assert longer["once, minus half"]["low"] > 0 > longer["twice, minus once"]["high"]
+spent = {name: np.median(SCHEDULE[name]["minutes"])
+         for name in ("distilled, 1 x the steps", "student, 2 x the steps")}
+print("minutes:", ", ".join(f"{name} {minutes:.1f}" for name, minutes in spent.items()))
+nothing = dict.fromkeys(once, 0.)
+forest({"Distilled minus alone": {name: tables.gain(gain, nothing)
+                                  for name, gain in gained.items()},
+        "How the gain changes": longer},
+       "Deformable DETR: the gain of three lengths, three seeds each")
 
 # %% [markdown]
-# From half to once the steps the gain *grows* (+.014, +.001 to +.026). From once to twice **it
-# shrinks**: -.031, and the interval (-.059 to -.004) does not hold 0. At twice the steps the gain itself is undecided. If distillation only saved time, this
-# is what one would see; if it also raised the ceiling, the gap would stop shrinking at some length.
-# All runs are far from converged, so which of the two it is has not been shown. And a student alone
-# with twice the steps costs about as many minutes as the distilled one with once: which is better
-# is undecided too.
+# From half to once the steps the gain *grows* (+.014). From once to twice **it shrinks** (-.031),
+# and then it is itself undecided. If distillation only saved time, this is what one would see; if
+# it also raised the ceiling, the gain would stop shrinking at some length. All runs are far from
+# converged, so which of the two it is has not been shown. And a student alone with twice the steps
+# costs about as many minutes as the distilled one with once: which is better is undecided too.
 #
 # ## What the toy can show, and what it cannot
 #
@@ -541,72 +522,88 @@ print("cells that touch an object, mean of 200 images, finest level first:",
 #
 # [results/kitti](../results/kitti/README.md) repeats the main question on 991 frames of
 # [KITTI](https://www.cvlibs.net/datasets/kitti): real photographs, students that start from an
-# ImageNet backbone, the mask S on, as the method is described. The
-# [plan](../results/kitti/PLAN.md) was written before any student met `val`. Five seeds are planned,
-# **two are made**, of DINO alone.
+# ImageNet backbone, DINO alone. The students use the scale mask S, and otherwise the toy's switches
+# (contents of the teacher's own, noise on boxes, three groups): that is *not* the nearest reading
+# of the paper. The [plan](../results/kitti/PLAN.md) was written before any student met `val`. It
+# asks for five seeds; the picture has those that are made.
 #
-# **Look at** the two tables beside each other: where does the teacher stand above the student, and
-# how much of that gap is closed?
+# **Look at** the two panels: where does the teacher stand above the student, and how much of that
+# gap is closed?
 
 # %%
-KITTI = json.loads(Path("results/kitti/tables.json").read_text())["main"]
-KITTI = {row["method"]: row for row in KITTI if row["detector"] == "dino"}
+KITTI, IMAGES = (json.loads(Path(f"results/kitti/{name}.json").read_text())
+                 for name in ("tables", "evidence"))
+KITTI = {row["method"]: row for row in KITTI["main"] if row["detector"] == "dino"}
+panels, closed = {}, {}
 for name, table in (("toy", MAIN["dino"]), ("real KITTI", KITTI)):
-    teacher, alone, taught = (table[role] for role in ("teacher", "student", "clockdistill"))
-    gain = difference(taught, alone)
-    print(f"{name}, {len(taught['seeds'])} seeds: teacher {teacher['AP'][0]:.3f}, alone "
-          f"{np.mean(alone['AP']):.3f}, distilled {np.mean(taught['AP']):.3f}")
-    print(f"   gain {tables.interval(gain)}, {gain['mean'] / np.mean(alone['AP']):.0%} of the lone "
-          f"student's AP, {gain['mean'] / (teacher['AP'][0] - np.mean(alone['AP'])):.0%} of the gap")
-    print("   each seed", *(f"{x - y:+.3f}" for x, y in zip(taught["AP"], alone["AP"])))
-plots.paired({name: {"student": dict(zip(table["student"]["seeds"], table["student"]["AP"])),
-                     "distilled": dict(zip(table["clockdistill"]["seeds"],
-                                           table["clockdistill"]["AP"])),
-                     "teacher": table["teacher"]["AP"][0]}
-              for name, table in (("toy", MAIN["dino"]), ("real KITTI", KITTI))},
-             "AP on val", "DINO, pairs of one seed: the toy and real KITTI")
+    teacher, (alone, taught) = table["teacher"]["AP"][0], (
+        tables.scores_of(table[role]) for role in ("student", "clockdistill"))
+    gain, lone = tables.gain(taught, alone), np.mean(list(alone.values()))
+    closed[name] = gain["mean"] / (teacher - lone)
+    print(f"{name}: teacher {teacher:.3f}, alone {lone:.3f}, each seed's gain",
+          *(f"{taught[seed] - alone[seed]:+.3f}" for seed in taught if seed in alone))
+    print(f"    mean gain {tables.interval(gain)}: {plots.verdict(gain)}; "
+          f"{closed[name]:.0%} of the gap to the teacher")
+    panels[name] = {"student": alone, "distilled": taught, "teacher": teacher}
+    assert all(taught[seed] > alone[seed] for seed in taught if seed in alone)
+assert closed["real KITTI"] > closed["toy"]
+drawn = next(line for line in IMAGES if line["detector"] == "dino")
+print("real KITTI, the images drawn anew, these seeds:", tables.interval(drawn["other images"]))
+plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KITTI")
 
 # %% [markdown]
-# Both seeds gain, +.050 and +.069, and both distilled students are above both lone ones. The gain is
-# smaller than the toy's in AP, and closes three quarters of a gap that is smaller too: the lone
-# student is .079 below its teacher here, and .292 on the toy. **And the interval holds 0**: with two
-# seeds Student's $t$ is 12.7, and the interval is -.056 to +.175. By the rule of this notebook, the
-# gain on real KITTI is *undecided* until more of the five planned seeds are in, however clear it
-# looks. It also says nothing about other images: drawing the 198 images anew, as
-# [evidence.md](../results/kitti/evidence.md) does, is a second question with its own interval.
+# Every seed gains. The gain is smaller than the toy's, but so is the gap, and a larger part of it
+# is closed. Whether the sign is *known* is what the verdict above says, by the rule of this
+# notebook, however clear the picture looks. The number of seeds decides much of it: with two,
+# Student's $t$ is 12.7 and the interval reaches 9 standard deviations $s$ to each side; with five
+# 2.78, and 1.2.
 #
-# ### What the plan's tuning showed
+# The last line asks something else: would *these* students gain on other images? It draws the 198
+# images anew ([evidence.md](../results/kitti/evidence.md)), and says nothing of other seeds or of
+# new streets.
 #
-# Ratios of gradients were tried on `tune`, as `--balance` sets them (memory : answers). At 3 : 1/16,
-# 12 : 1/4 and 50 : 1 the AP is .200, .199 and .194; at 200 : 4 it is .128. One seed each, so the
-# first three are a tie, and the last is not: too heavy costs much more than too light. On the toy
-# the lambdas that won were ratios of 19 to 129 for memory, and neighbours a factor of four away
-# often tied there too.
+# ### What tuning showed
+#
+# DINO's trials on `tune`, one seed each, from light to heavy. On KITTI they set wanted ratios of
+# gradients, memory's and the answers' to detection's, with S; on the toy memory's weight by hand,
+# without S:
+#
+# | KITTI, memory : answers | 3.1 : 1/16 | 12.5 : 1/4 | 50 : 1 | 200 : 4 |
+# |---|---|---|---|---|
+# | AP | .200 | .199 | .194 | **.128** |
+#
+# | toy, $\lambda_{mem}$ | 240 | 960 | 3,840 |
+# |---|---|---|---|
+# | AP | **.163** | .222 | .203 |
+#
+# On KITTI the three lighter trials tie and the heaviest costs .07; a still lighter one was not
+# tried. On the toy it was the *light* side that cost more. So neither side is the safe one. What to
+# do with that is told in [notebook 1](1_the_method.ipynb), part 3.
 #
 # ### Where toy and KITTI disagree
 #
-# - *How close the student comes.* On the toy more than half of DINO's gap stays open; see above
-#   for KITTI. There the student's backbone knows ImageNet already, and the teacher is not far above.
+# - *The gap.* KITTI's student has a backbone that knows ImageNet already, and its teacher is not
+#   far above. The toy's student starts from random weights.
 # - *The scale mask.* The toy's recipes go without, since there S costs AP. KITTI's students have it
-#   and gain. That is no contradiction yet: nobody has run them without.
-# - *What a query gives away.* On the toy, DINO's label embedding is often answered right from noise,
-#   and other contents are not. On KITTI the teacher is right from noise in 50 to 67 % of the queries
-#   with any content: little more than who always says Car, which 57 % of the training objects are.
-#   From the image's own memory it is right in 96 to 98 %, on the toy in 85 to 98 %.
-#
-# What each part does on KITTI, and how rivals compare, is not measured: the same command makes it,
-# stage by stage.
+#   and gain. That is no contradiction: nobody has run them without.
+# - *What a query gives away.* On the toy, DINO's label embedding is often answered right from
+#   noise, and other contents are not. On KITTI the teacher is right from noise in 50 to 67 % of the
+#   queries with any content: little more than who always says Car, which 57 % of the training
+#   objects are. From the image's own memory it is right in 96 to 98 %, on the toy in 85 to 98 %.
 #
 # ## What you can say now
 #
-# - The whole method gains on the toy, with all three detectors.
-# - The memory part alone gains. What the logit part adds to it is undecided.
-# - The location mask against a plain copy: undecided. The scale mask: less, on the toy.
-# - Against FitNets and FGD: undecided. Against those that teach the decoder: ahead, on the toy. That
-#   is without S; with S, as the method is described, it is not ahead of FitNets, FGD or MGD either.
-# - The gain grows from half to once the steps and shrinks from once to twice. Speed or ceiling: not
-#   shown.
-# - Real KITTI, DINO: both of two seeds gain, by .050 and .069. By the interval undecided.
+# - **The whole method** gains on the toy, with all three detectors.
+# - **The memory part** alone gains, in the two detectors that were taken apart. What the logit part
+#   adds to it is undecided (up to .045 either way).
+# - **Masks.** The location mask against a plain copy: undecided. The scale mask costs AP on the toy
+#   (at full length: DINO; undecided with Deformable DETR).
+# - **Rivals.** On the toy ahead of those that teach the decoder; against FitNets and FGD undecided,
+#   and with S behind them on average.
+# - **Time.** The gain grows from half to once the steps and shrinks from once to twice. Speed or
+#   ceiling: not shown.
+# - **Real KITTI**, DINO: every seed made so far gains; the verdict stands above the picture. Parts,
+#   masks and rivals were not measured there.
 #
 # ## Exercises
 #

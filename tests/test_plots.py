@@ -503,14 +503,24 @@ def test_a_model_has_one_colour_and_memory_sizes_must_agree():
         plots.memory_error(torch.rand(3, 48, 160), torch.rand(5, 8), torch.rand(5, 8), SHAPES)
 
 
-def test_gains_have_the_colour_of_their_role():
-    gain = {"mean": .1, "low": None, "high": None}
-    figure = plots.gains([("DINO", "detrdistill", gain),
-                          ("DINO", "clockdistill", gain | {"low": 0., "high": .3})], "Title")
-    (_, _, (rival,)), (_, _, (ours,)) = figure.axes[0].containers
-    assert ours.get_color().tolist() != rival.get_color().tolist()
-    assert ours.get_segments()[0][:, 0].tolist() == [0, .3]
-    assert rival.get_segments()[0][:, 0].tolist() == [.1, .1]
+def test_gains_have_the_colour_of_their_verdict():
+    """The sign is known where the interval lies on one side of 0; that of one seed never is."""
+    gain = {"mean": .1, "low": .05, "high": .15}
+    under = {"mean": -.1, "low": -.15, "high": -.05}
+    holds = {"mean": .1, "low": -.1, "high": .3}
+    one_seed = {"mean": .1, "low": None, "high": None}
+    assert [plots.verdict(each) for each in (gain, under, holds, one_seed)] == [
+        "more", "less", "undecided", "undecided"]
+    figure = plots.gains([("DINO", "a", gain), ("DINO", "b", under), ("DAB", "a", holds),
+                          ("DAB", "b", one_seed)], "Title")
+    bars = [container[2][0] for container in figure.axes[0].containers]
+    assert [to_hex(bar.get_color()[0]) for bar in bars] == [
+        color.lower() for color in (plots.DISTILLED, "#D55E00", "#777777", "#777777")]
+    assert bars[0].get_segments()[0][:, 0] == pytest.approx([.05, .15])
+    assert bars[3].get_segments()[0][:, 0].tolist() == [.1, .1]
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "DINO", "DAB", "+0.100", "-0.100", "+0.100", "+0.100"]
+    assert legend(figure) == ["more", "less", "undecided"]
 
 
 def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
