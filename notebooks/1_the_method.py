@@ -101,8 +101,9 @@ plots.method_drawing()
 #   *reference box*. Layer by layer it reads the memory and corrects its class and its box.
 # - A detector's **own queries** do the detecting. Their answers are matched to the ground truth one
 #   to one, which gives $L_\mathrm{detection}$.
-# - The method compares the two memories ($L_\mathrm{mem}$, part 1), and the two decoders' answers
-#   to **target-aware queries** ($L_\mathrm{log}$, part 2).
+# - The method teaches two things more: to remember what the teacher does, where the objects are
+#   ($L_\mathrm{mem}$, part 1), and to answer **target-aware queries** as the teacher does
+#   ($L_\mathrm{log}$, part 2).
 #
 # Detectors differ in where their own queries start and in how these read the memory. Between DETR
 # and DINO stand [DAB-DETR](https://arxiv.org/abs/2201.12329) and [Deformable
@@ -564,11 +565,11 @@ assert mean["target-aware"] - half["target-aware"] > mean["learned"] + half["lea
 plots.joined_boxes(picture, panels, "The two models' answers to queries of the same number")
 
 # %% [markdown]
-# *Left, learned query 0 is one car for the teacher and the other for the student: a line joins the
-# two answers. Right, the answers to the same target-aware query lie on each other.* So they can be
-# compared one by one, without matching. This is the "consistent" of the paper's title [A]. Much of
-# the overlap (0.84 against 0.41) is built in, because both start from the true box; notebook 2
-# measures how much of their *attention* agrees.
+# *Left, learned query 0 is one car for the teacher and the other for the student (the white line
+# joins the two answers), and so is query 1. Right, the two answers to a target-aware query lie on
+# each other.* So they can be compared one by one, without matching. This is the "consistent" of the
+# paper's title [A]. Much of the overlap (0.84 against 0.41) is built in, because both start from
+# the true box; notebook 2 measures how much of their *attention* agrees.
 #
 # ## The logit loss $L_\mathrm{log}$, opened
 #
@@ -586,8 +587,8 @@ plots.joined_boxes(picture, panels, "The two models' answers to queries of the s
 #
 # $$G_k = 1 - \mathrm{GIoU} = 1 - \mathrm{IoU} + \frac{\text{hull} - \text{union}}{\text{hull}}$$
 #
-# **Claim.** For one class, these lines give what `logit_loss` gives. (It multiplies with $w$, the
-# teacher's confidence, explained below.)
+# **Claim.** For one class, `logit_loss` gives what these lines give, times $w$, the teacher's
+# confidence, of which more below.
 
 # %%
 tau = 10.                                               # the temperature
@@ -605,16 +606,16 @@ giou = 1 - 0.12 / union + (hull - union) / hull         # G = 0.4
 yes = torch.ones(1, 1, dtype=torch.bool)                # one image, one query, which is valid
 terms = logit_loss(s.view(1, 1, 1, 1), s_box.view(1, 1, 1, 4),          # layer, image, query, ..
                    t.view(1, 1, 1, 1), t_box.view(1, 1, 1, 4), yes, temperature=tau)
-print(f"w = {w:.3f}, w D = {w * kl:.4f}, w B = {w * l1:.4f}, w G = {w * giou:.4f}")
+print(f"D = {kl:.3f}, (t - s)^2 / 8 = {(t - s) ** 2 / 8:.3f}, B = {l1:.3f}, G = {giou:.3f}")
 for mine, theirs in zip((w * kl, w * l1, w * giou), terms.values()):
     assert_close(mine, theirs, rtol=1e-3, atol=0)
 assert_close(kl, (t - s) ** 2 / 8, rtol=0.01, atol=0)
 
 # %% [markdown]
-# The class term is 1.12 here, nearly $(t - s)^2 / 8$. At $\tau = 10$, which the authors' earlier
-# code has [P], it is a squared error of logits, as [Hinton et
-# al.](https://arxiv.org/abs/1503.02531) derive for high temperatures. On the toy (Deformable DETR,
-# three seeds) $\tau$ of 1, 3 and 10 gave AP .267, .269 and .267.
+# The class term is nearly $(t - s)^2 / 8$. At $\tau = 10$, which the authors' earlier code has [P],
+# it is a squared error of logits, as [Hinton et al.](https://arxiv.org/abs/1503.02531) derive for
+# high temperatures. On the toy (Deformable DETR, three seeds) $\tau$ of 1, 3 and 10 gave AP .267,
+# .269 and .267.
 #
 # Now all queries and layers. $w_k$ is the teacher's confidence at this layer: an answer weighs as
 # much as the teacher is sure. $Q$ is the number of valid queries [O]:
@@ -716,22 +717,21 @@ batches = [data.collate([images[8 * step + i] for i in range(8)]) for step in ra
 
 losses = train.clockdistill_step(student, teacher, batches[0], method)
 detection = sum(value for name, value in losses.items() if train.is_detection(name))
-parameters = [*student.parameters()]
-gradients = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-             for loss in (losses["memory"], detection)]
-reached = [both for both in zip(*gradients) if None not in both]        # decoder: not by memory
-of_memory, of_detection = (torch.stack([g.norm() for g in side]).norm() for side in zip(*reached))
+both = [*student.backbone.parameters(), *student.encoder.parameters()]      # that both losses reach
+of_memory, of_detection = (
+    torch.cat([g.flatten() for g in torch.autograd.grad(loss, both, retain_graph=True)]).norm()
+    for loss in (losses["memory"], detection))
 ratio = of_memory / of_detection
-print(f"lambda_mem = 1: memory's gradient is {ratio:.4f} times detection's;\n"
-      f"lambda_mem = 50 / {ratio:.4f} = {50 / ratio:.0f} makes it 50 times")
+print(f"memory's gradient over detection's: {ratio:.4f}; lambda_mem = {50 / ratio:.0f} makes it 50")
+parameters = [*student.parameters()]
 assert_close(ratio.item(), train.gradient_ratio(losses, ["memory"], parameters), rtol=1e-4, atol=0)
 
 # %% [markdown]
 # ## A training step in ten lines
 #
 # The lines from `for` to `optimizer.step()` are a whole training (`train.train_steps` adds the
-# schedule, mixed precision, several processes and the log). `train.clockdistill_step` is the one
-# pass of part 2, with all losses.
+# schedule, mixed precision, several processes, the log). `train.clockdistill_step` is part 2's one
+# pass of the student, with all losses.
 #
 # **Claim.** They lower the memory loss and leave the teacher as it was. The rule gives memory's
 # gradient the wanted ratio over the 8 steps in which it measures, and not longer.
