@@ -331,38 +331,8 @@ def location_masks(image, boxes, masks):
         title = (f"level {level}, {columns} x {rows} cells; objects: {cells:.1%} of the cells, "
                  f"{weight:.0%} of S")
         maps[title] = scale
-    return _over_scene(
-        image, boxes, maps,
-        "Location masks: in S each object adds up to 1, and so does the background",
-        "weight S of a cell (the cells of an object, or of the background, add up to 1)")
-
-
-def memory_error(image, student, teacher, shapes, boxes=(), padding=None):
-    """Squared error between the student's and the teacher's memory tokens, level by level.
-
-    image: the padded batch image. student, teacher: (S, D) memory tokens of this ONE image, of
-    equal width. shapes: list of (H_l, W_l), finest first, with S = sum of H_l W_l. padding: (S,),
-    True where padded: left bare. The colour is the sum over channels of (teacher - student)^2,
-    logarithmic. Raises ValueError when the sizes disagree.
-    """
-    student, teacher = _array(student), _array(teacher)
-    sizes = [h * w for h, w in shapes]
-    if student.shape != teacher.shape or len(student) != sum(sizes):
-        raise ValueError("want student and teacher memory (S, D) with S = cells of "
-                         f"{list(shapes)}, got {student.shape} and {teacher.shape}")
-    error = ((teacher - student) ** 2).sum(1)                             # (S,)
-    if padding is not None:
-        error[_array(padding) > 0] = 0
-    maps = {}
-    for level, (h, w) in enumerate(shapes):
-        values, error = np.split(error, [h * w])                          # (H_l * W_l,), the rest
-        mean = values.sum() / ((values > 0).sum() or 1)
-        title = f"level {level}, {w} x {h} cells: {mean:.3g} a cell on average"
-        maps[title] = values.reshape(h, w)
-    return _over_scene(
-        image, boxes, maps,
-        "Memory error: where the student does not yet remember what the teacher does",
-        "squared error of a cell, summed over channels")
+    return _over_scene(image, boxes, maps, "The scale mask S, level by level",
+                       "weight S of a cell (log scale)")
 
 
 def memory_colours(image, boxes, memories, shape, title):
@@ -388,16 +358,43 @@ def memory_colours(image, boxes, memories, shape, title):
 
 
 def maps_over_scene(image, boxes, maps, label, title, high=None):
-    """Any maps over one scene: a name in each column, a level in each row, one colour scale.
+    """Any maps over one scene, two in a row, with one colour scale.
 
-    image: the padded batch image. maps: dict name -> list of (H_l, W_l), the same number of levels
-    for each name; cells of 0 or less stay bare. label: of the colours, with the unit. The colours
-    reach from 0 to high; None takes the largest value there is.
+    image: the padded batch image. maps: dict heading -> (H, W), an even number; cells of 0 or less
+    stay bare. label: of the colours, with the unit. The colours reach from 0 to high; None takes
+    the largest value there is.
     """
-    panels = {f"{name}, level {level}": _array(values)
-              for level, row in enumerate(zip(*maps.values())) for name, values in zip(maps, row)}
-    colors = Normalize(0, high or _highest(panels, 1e-12))
-    return _over_scene(image, boxes, panels, title, label, colors, columns=len(maps) or 1)
+    maps = {heading: _array(values) for heading, values in maps.items()}
+    colors = Normalize(0, high or _highest(maps, 1e-12))
+    return _over_scene(image, boxes, maps, title, label, colors, columns=2)
+
+
+def joined_boxes(image, panels, title):
+    """Two models' boxes over the image; a line joins the centres of boxes of the same number.
+
+    panels: dict heading -> dict model -> (K, 4); both models of a panel have K boxes.
+    """
+    pixels = _pixels(image)
+    figure = _figure(PAGE_INCHES / len(panels) * _ratio(pixels) + 0.7)
+    grid = _grid(figure, 1, len(panels), len(panels))
+    for axes, (heading, models) in zip(grid.flat, panels.items()):
+        _show(axes, pixels, gray=True)
+        centres = []
+        for name, boxes in models.items():
+            boxes = _corners(boxes)                                       # (K, 4)
+            _boxes(axes, boxes, model_style(name)["color"], width=1.4)
+            centres.append((boxes[:, :2] + boxes[:, 2:]) / 2)             # (K, 2)
+        for start, end in zip(*centres):
+            axes.plot(*zip(start, end), color=TRUTH, linewidth=1.6, path_effects=_halo(3.2, TRUTH))
+        # The number stands above the first model's box, where it hides no object.
+        for number, (x0, y0, x1, _) in enumerate(_corners(next(iter(models.values())))):
+            axes.text((x0 + x1) / 2, y0 - 3, number, fontsize=8, color=INK, ha="center", va="bottom",
+                      bbox={"boxstyle": "circle,pad=0.15", "facecolor": TRUTH, "linewidth": 0.5})
+        _title(axes, heading)
+    _style_keys(figure, {name: model_style(name) | {"marker": None, "linestyle": "-"}
+                         for name in models})
+    _heading(figure, title)
+    return _legible(figure)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -720,21 +717,18 @@ def self_attention(weights, shown=None, names=(), groups=None,
     order; None: all. names: of the shown, "" for none. groups: dict name -> how many of the shown,
     in order (denoising, learned, extra), or such a dict for each matrix, by the matrix's name. They
     draw borders, and their names where `names` has none. The colour is the weight times the number
-    of queries that the row may look at, so 1 is an even spread. The titles say what a query keeps
-    to itself, mean over the shown. Raises ValueError when the groups are not all the shown.
+    of queries that the row may look at, so 1 is an even spread. Raises ValueError when the groups
+    are not all the shown.
     """
     groups = groups or {}
-    titles, heat = {}, {}
+    heat = {}
     masks = {name for name, w in weights.items() if w.ndim == 2}
     for name, w in weights.items():
         w = _array(w)
         order = range(w.shape[-1]) if shown is None else _array(shown).astype(int)
-        titles[name] = name
         # A mask is drawn as even attention to all that a row may look at.
         if name not in masks:
             w = w.mean(0)                                                 # (Q, Q)
-            kept = w.diagonal()[order].sum() / max(len(order), 1)
-            titles[name] += f": {kept:.0%} to itself"
             w = w * (w > 0).sum(-1, keepdims=True)
         heat[name] = w[np.ix_(order, order)]
     norm = LogNorm(0.1, _highest(heat, 10))
@@ -772,7 +766,7 @@ def self_attention(weights, shown=None, names=(), groups=None,
         may = " (grey: may not)" * (name in masks)
         axes.set_xlabel(f"looked at, in the same order{may}", fontsize=8, color=INK)
         axes.set_ylabel("query that looks" * leftmost, fontsize=8, color=INK)
-        _title(axes, titles[name], 8.5, pad=3)
+        _title(axes, name, 8.5, pad=3)
     if len(masks) < len(heat):
         _bar(figure, panels, drawn, "attention, times an even spread (grey: may not look)")
     _heading(figure, title)

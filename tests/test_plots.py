@@ -68,8 +68,7 @@ def pictures(objects, found):
     """name of a function -> (number of axes it should draw, its arguments)."""
     image, truth, result = scene(objects)
     result = result if found else nothing()
-    cells = sum(h * w for h, w in SHAPES)
-    memory = torch.randn(cells, 8), torch.randn(cells, 8).bfloat16().requires_grad_()
+    memory = torch.randn(120, 8), torch.randn(120, 8).bfloat16().requires_grad_()
     history = {"teacher": 0.5, "student alone": [(0, .1), (9, float("nan"))],
                "rival": [(0, [.1, .2]), (9, [.2, .4])]}
     terms = {f"loss_{i}": [(step, 1 / (1 + step)) for step in range(90)] for i in range(9)}
@@ -79,7 +78,7 @@ def pictures(objects, found):
              "distilled student": dense(objects, boxes + 1)}
     among = {f"layer {i}": torch.rand(4, objects, objects).softmax(-1) for i in range(4)}
     models = {"teacher": [result] * 2, "student": [result] * 2}
-    levels = {name: [torch.rand(shape) for shape in SHAPES] for name in ("teacher", "student")}
+    heads = {"teacher": torch.rand(6, 20), "student": torch.rand(3, 10)}
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
@@ -87,10 +86,9 @@ def pictures(objects, found):
              "gain": {5: dict(mean=.1, low=.0, high=.2)}}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
-            "memory_error": (4 + 1, (image, *memory, SHAPES, truth["boxes"],
-                                     torch.arange(cells) % 5 == 0)),
-            "maps_over_scene": (2 * 3 + 1 if found else 0, (image, boxes, levels if found else {},
-                                                            "chance", "Title")),
+            "maps_over_scene": (2 + 1 if found else 0, (image, boxes, heads if found else {},
+                                                        "chance", "Title")),
+            "joined_boxes": (1, (image, {"a": {"teacher": boxes, "student": boxes + 5}}, "Title")),
             "query_attention": (2 * max(objects, 1) + (objects > 0),
                                 (image, looks, ["a", "b", "c"], (6, 20))),
             "around_object": (3 + (objects > 0), (
@@ -115,8 +113,8 @@ def pictures(objects, found):
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
             "method_drawing": (1, ()),
-            "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach()[:120],
-                                                  "student": memory[0][:120]}, (6, 20), "Title")),
+            "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach(),
+                                                  "student": memory[0]}, (6, 20), "Title")),
             "predictions": (1, (image, result, CLASSES))}
 
 
@@ -180,29 +178,26 @@ def test_ground_truth_alone_has_no_legend_of_judgements():
         [130, 0, 160, 48], [10, 20, 30, 40], [12, 20, 30, 38]]
 
 
-def test_memory_error_has_colours_from_least_to_largest_and_names_its_mean():
-    """Errors 4 and 0 + 9 on 1 x 2 cells: 6.5 on average."""
-    image, truth, _ = scene(1)
-    student, teacher = torch.zeros(2, 2), torch.tensor([[2., 0], [0, 3]])
-    figure = plots.memory_error(image, student, teacher, [(1, 2)], truth["boxes"])
-    assert [axes.get_title() for axes in figure.axes[:2]] == [
-        "the scene, 1 object", "level 0, 2 x 1 cells: 6.5 a cell on average"]
-    drawn = figure.axes[1].images[-1]
-    assert drawn.get_array().tolist() == [[4, 9]] and (drawn.norm.vmin, drawn.norm.vmax) == (4, 9)
-
-
 def test_maps_over_a_scene_share_their_colours():
     image, truth, _ = scene()
-    maps = {"a": [torch.tensor([[1., 2]]), torch.tensor([[3.]])],
-            "b": [torch.tensor([[0., 8]]), torch.tensor([[5.]])]}
+    maps = {"a": torch.tensor([[1., 2]]), "b": torch.tensor([[0., 8]])}
     for high, top in ((None, 8), (20, 20)):
         panels = plots.maps_over_scene(image, truth["boxes"], maps, "chance", "Title",
-                                       high).axes[:4]
-        assert [axes.get_title() for axes in panels] == ["a, level 0", "b, level 0", "a, level 1",
-                                                         "b, level 1"]
+                                       high).axes[:2]
+        assert [axes.get_title() for axes in panels] == ["a", "b"]
         drawn = [axes.images[-1] for axes in panels]
         assert drawn[1].get_array().tolist() == [[None, 8]]                # 0 stays bare
         assert {(one.norm.vmin, one.norm.vmax) for one in drawn} == {(0, top)}
+
+
+def test_joined_boxes_have_a_numbered_line_from_model_to_model():
+    image, truth, _ = scene(1)                                             # x 10..30, y 20..40
+    moved = truth["boxes"] + torch.tensor([40., 0, 40, 0])
+    (axes,) = plots.joined_boxes(image, {"asked": {"teacher": truth["boxes"], "student": moved}},
+                                 "Title").axes
+    (line,), (number,) = axes.lines, axes.texts
+    assert line.get_xydata().tolist() == [[20, 30], [60, 30]]              # centre to centre
+    assert number.get_text() == "0" and number.get_position() == (20, 17)   # above the first box
 
 
 def one_point(*points, weights=None):
@@ -399,7 +394,7 @@ def test_self_attention_by_hand():
     figure = plots.self_attention({"layer 0": weights}, groups={"learned": 2, "extra": 1})
     drawn = figure.axes[0].images[0].get_array()
     assert drawn.filled(-1).tolist() == [[1.5, .5, -1], [1, 1, -1], [-1, -1, 1]]
-    assert figure.axes[0].get_title() == "layer 0: 75% to itself"          # (3/4 + 1/2 + 1) / 3
+    assert figure.axes[0].get_title() == "layer 0"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "extra"]
     figure = plots.self_attention({"layer 0": weights}, shown=torch.tensor([2, 0]),
                                   names=["last", ""])
@@ -486,7 +481,7 @@ def test_predictions_keep_the_image_s_own_pixels(width, height, zoom):
         assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).max() <= 1
 
 
-def test_a_model_has_one_colour_and_memory_sizes_must_agree():
+def test_a_model_has_one_colour():
     assert plots.model_style("distilled student")["color"] == plots.DISTILLED
     assert plots.model_style("Student alone")["color"] == plots.STUDENT
     assert plots.model_style("FGD", 1) != plots.model_style("MGD", 2)
@@ -499,8 +494,6 @@ def test_a_model_has_one_colour_and_memory_sizes_must_agree():
              plots.OTHERS[0]: ["detrdistill", "DETR-Distill", "kd_detr", "own queries"]}
     for color, names in roles.items():
         assert {plots.model_style(name)["color"] for name in names} == {color}
-    with pytest.raises(ValueError, match="memory"):
-        plots.memory_error(torch.rand(3, 48, 160), torch.rand(5, 8), torch.rand(5, 8), SHAPES)
 
 
 def test_gains_have_the_colour_of_their_verdict():
