@@ -167,31 +167,90 @@ def method_drawing():
 
     Green is what the method adds to plain training. Arrows with two heads compare.
     """
-    figure = _figure(4)
-    axes = figure.subplots()
-    axes.set(xlim=(0, PAGE_INCHES), ylim=(0, 4))
-    axes.set_axis_off()
-    parts = []
+    figure, axes = _empty_page(4)
+    parts = {}
     for name, part in PARTS.items():
-        parts.append((name, *part, DISTILLED if name in ADDED else INK))
+        parts[name] = *part, DISTILLED if name in ADDED else INK
     arrows = list(ARROWS)
     for model, y, color, heading, top in MODELS:
         axes.text(0, top, heading, fontsize=10, color=INK, weight="bold")
-        parts += [(f"{model} {name}", x, y, name, color) for name, x in ROW.items()]
+        for name, x in ROW.items():
+            parts[f"{model} {name}"] = x, y, name, color
         arrows += [(start if start in PARTS else f"{model} {start}", f"{model} {end}")
                    for start, end in BOTH]
+    _connect(axes, parts, arrows, compared=("mask", "logits"))
+    return figure
+
+
+def wiring_drawing():
+    """How a detector is given queries that it does not know of: at its decoder's call.
+
+    Green is what is added. Hooks run before and after the decoder; the rest is the detector's own.
+    """
+    figure, axes = _empty_page(2.5)
+    axes.text(0, 2.35, "your detector, unchanged", fontsize=10, color=INK, weight="bold")
+    axes.text(0, 0.95, "added by two hooks", fontsize=10, color=DISTILLED, weight="bold")
+    parts = {"encoder": (0.75, 1.75, "backbone,\nencoder", INK),
+             "call": (2.2, 1.75, "memory, shapes,\npadding, N queries", INK),
+             "before": (3.85, 1.75, "before: append\nour Q queries", DISTILLED),
+             "decoder": (5.3, 1.75, "decoder:\nN + Q queries", INK),
+             "after": (6.75, 1.75, "after: cut off\nthe last Q", DISTILLED),
+             "own": (8.2, 1.75, "N queries: heads,\nmatching, loss", INK),
+             "queries": (3.85, 0.45, "contents, true boxes,\nmask", DISTILLED),
+             "answer": (6.75, 0.45, "answer: memory,\nlogits, boxes", DISTILLED),
+             "method": (8.35, 0.45, "CLoCKDistill", DISTILLED)}
+    arrows = [*itertools.pairwise(("encoder", "call", "before", "decoder", "after", "own")),
+              ("queries", "before"), ("before", "answer"), ("after", "answer"),
+              ("answer", "method")]
+    _connect(axes, parts, arrows)
+    return figure
+
+
+def deployment_drawing():
+    """From a checkpoint to a program without torch: one file is all that two machines share."""
+    figure, axes = _empty_page(2.6)
+    axes.text(0, 2.45, "once, with PyTorch", fontsize=10, color=TEACHER, weight="bold")
+    axes.text(0, 1.05, "on the small machine", fontsize=10, color=DISTILLED, weight="bold")
+    parts = {"checkpoint": (1.0, 1.85, "checkpoint\nfp16 weights", TEACHER),
+             "export": (3.3, 1.85, "torch.export\n+ ONNX exporter", TEACHER),
+             "file": (6.0, 1.85, "student.onnx\nwritten if it answers\nas PyTorch does", INK),
+             "photo": (1.0, 0.45, "photo", DISTILLED),
+             "resize": (3.3, 0.45, "resize to 48 x 160\nuint8 RGB", DISTILLED),
+             "run": (6.0, 0.45, "ONNX Runtime\nnormalise, detect,\nchoose the best", DISTILLED),
+             "answer": (8.3, 0.45, "boxes, scores,\nlabels", DISTILLED)}
+    arrows = [("checkpoint", "export"), ("export", "file"), ("file", "run"), ("photo", "resize"),
+              ("resize", "run"), ("run", "answer")]
+    _connect(axes, parts, arrows)
+    return figure
+
+
+def _empty_page(height):
+    """-> a figure, and axes in inches that fill it."""
+    figure = _figure(height)
+    axes = figure.subplots()
+    axes.set(xlim=(0, PAGE_INCHES), ylim=(0, height))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def _connect(axes, parts, arrows, compared=()):
+    """Framed texts, and arrows between them; those of what is added are green.
+
+    parts: dict name -> (x, y, text, color), in inches. arrows: pairs of names; those from the parts
+    in `compared` have two heads.
+    """
     drawn = {}
-    for name, x, y, text, color in parts:
+    for name, (x, y, text, color) in parts.items():
         frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color}
         drawn[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color=INK,
                                 bbox=frame)
     for start, end in arrows:
         tail, head = drawn[start], drawn[end]
-        arrow = {"arrowstyle": "<|-|>" if start in ("mask", "logits") else "-|>",
-                 "color": DISTILLED if {start, end} & ADDED else INK,
+        added = DISTILLED in (parts[start][-1], parts[end][-1])
+        arrow = {"arrowstyle": "<|-|>" if start in compared else "-|>",
+                 "color": DISTILLED if added else INK,
                  "patchA": tail.get_bbox_patch(), "patchB": head.get_bbox_patch()}
         axes.annotate("", head.get_position(), tail.get_position(), arrowprops=arrow)
-    return figure
 
 
 # ----------------------------------------------------------------------------------------------
@@ -274,12 +333,12 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4):
     return _legible(figure)
 
 
-def predictions(image, result, classes, min_score=0.4):
+def predictions(image, result, classes, min_score=0.4, truth=None):
     """One image with its detections; saved as PNG it has the image's own pixels.
 
     An image narrower than 900 pixels is enlarged by a whole factor, so that the text can be read.
     Each box carries its class and score. A class keeps its colour from image to image. Strong
-    detections are drawn over weak ones.
+    detections are drawn over weak ones. The boxes of a truth are dotted in white.
     """
     pixels = _pixels(image)
     height, width = pixels.shape[:2]
@@ -288,24 +347,25 @@ def predictions(image, result, classes, min_score=0.4):
     figure = Figure((width * zoom / 128, height * zoom / 128), dpi=128)
     axes = _show(figure.add_axes((0, 0, 1, 1)), pixels)
     axes.set_axis_off()
-    type_pt = min(max(width * zoom / 165, 6), 18)
+    type_pt = min(max(width * zoom / 140, 6), 18)
     names = readable(classes)
+    if truth is not None:
+        _boxes(axes, truth["boxes"], TRUTH, linestyle=MISSED, width=type_pt / 4)
     for score, label, box in reversed(_strong(result, min_score)):
         color = BRIGHT[label % len(BRIGHT)]
         _boxes(axes, box, color, width=type_pt / 5)
-        # The text stands on its box, inside the image.
-        x = np.clip(box[0], 0, width)
+        # The text stands on the middle of its box, inside the image.
+        x = box[[0, 2]].clip(0, width).mean()
         y = max(box[1], type_pt * 2.3 / zoom)
         frame = {"facecolor": color, "edgecolor": "none", "pad": type_pt / 8, "alpha": 0.85}
         axes.text(x, y, f"{names[label]} {score:.2f}", fontsize=type_pt, color="black",
-                  va="bottom", clip_on=True, bbox=frame)
+                  ha="center", va="bottom", clip_on=True, bbox=frame)
     _legible(figure)
 
-    # A name that is too long for its place moves to the left.
+    # A name that is too long for its place moves to the side.
     for text in axes.texts:
-        beyond = text.get_window_extent().x1 / zoom - width
-        if beyond > 0:
-            text.set_x(max(text.get_position()[0] - beyond, 0))
+        half = text.get_window_extent().width / zoom / 2
+        text.set_x(max(min(text.get_position()[0], width - half), half))
     return figure
 
 

@@ -28,7 +28,7 @@ def run(twin):
     cells, texts = len(notebook.cells), [cell.source for cell in notebook.cells]
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in ANSWER.findall("\n".join(texts))]
     NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False,
-                   resources={"metadata": {"path": HERE}}).execute()
+                   coalesce_streams=True, resources={"metadata": {"path": HERE}}).execute()
     del notebook.cells[cells:]
     for index, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{index}", {}             # the same at every build, so that only outputs differ

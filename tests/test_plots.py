@@ -113,8 +113,10 @@ def pictures(objects, found):
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
             "method_drawing": (1, ()),
-            "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach(),
-                                                  "student": memory[0]}, (6, 20), "Title")),
+             "wiring_drawing": (1, ()),
+             "deployment_drawing": (1, ()),
+             "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach(),
+                                                   "student": memory[0]}, (6, 20), "Title")),
             "predictions": (1, (image, result, CLASSES))}
 
 
@@ -450,15 +452,27 @@ def test_a_script_is_written_in_a_font_that_has_it():
 def test_long_names_stay_in_the_picture_and_a_legend_of_them_on_the_page():
     image, truth, result = scene()
     names = [f"{letter} long name of one class" for letter in "abcdef"]
-    result["boxes"][0] += torch.tensor([125., 0, 125, 0])                  # x 136..155 of 160
+    result["boxes"][0] += torch.tensor([139., 0, 125, 0])                  # x 150..155 of 160
     figure = plots.predictions(image, result, names)
     text = figure.axes[0].texts[-1]
     assert text.get_text() == "a long name of … (0) 0.90"
-    assert 0 < text.get_position()[0] < 136 and text.get_window_extent().x1 <= 160 * 6 + .5
+    # Centred on its box it would reach beyond the image.
+    assert 0 < text.get_position()[0] < 152.5 and text.get_window_extent().x1 <= 160 * 6 + .5
     figure = plots.detections([image], [truth], {"student": [result]}, names)
     figure.draw_without_rendering()
     extent = figure.legends[0].get_window_extent()
     assert 0 <= extent.x0 and extent.x1 <= figure.bbox.x1 and len(legend(figure)) == 6 + 3 + 1
+
+
+def test_a_truth_is_dotted_under_the_detections_whose_names_stand_in_the_middle():
+    image, truth, result = scene(1)
+    axes = plots.predictions(image, result, CLASSES, min_score=0.85, truth=truth).axes[0]
+    dotted, box = axes.patches[:2]
+    assert dotted.get_bbox().extents.tolist() == [10, 20, 30, 40]
+    assert (dotted.get_linestyle(), box.get_linestyle()) == (plots.MISSED, "-")
+    # The detection reaches from 11 to 30.
+    assert [text.get_text() for text in axes.texts] == ["Car 0.90"]
+    assert axes.texts[0].get_position()[0] == 20.5
 
 
 def test_boxes_end_where_the_image_does():
@@ -668,6 +682,14 @@ def test_memory_colours_are_alike_where_tokens_are():
     teacher, copy_, mean = (np.array(axes.images[-1].get_array()) for axes in figure.axes[1:])
     assert teacher.shape == (6, 20, 3) and teacher.std() > 0.1 and np.array_equal(teacher, copy_)
     assert np.allclose(mean, 0.5, atol=1e-6)
+
+
+def test_what_is_added_to_a_detector_is_green():
+    figure = plots.wiring_drawing()
+    arrows = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+    colors = [arrow.arrowprops["color"] for arrow in arrows]
+    # Only the detector's way from its encoder to its decoder's call is as it was.
+    assert colors == [plots.INK] + [plots.DISTILLED] * 8
 
 
 def test_the_drawing_compares_memories_and_answers_and_nothing_else():
