@@ -397,7 +397,7 @@ plots.detections(pictures, shown, {}, frames.classes)
 # 4. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high: AP
 #    is .379 for large objects and .122 for small ones. At 160 x 530 a step takes 1.6 times as long.
 # 5. **A lambda does not carry over.** For memory's gradient to be 50 times detection's, the three
-#    detectors of notebook 5 need a $\lambda_{mem}$ of 1,800, 12,000 and 39,000. So the recipes set
+#    detectors of notebook 5 need a $\lambda_{mem}$ of 1,800, 14,000 and 45,000. So the recipes set
 #    the *ratio*: [notebook 1](1_the_method.ipynb), part 3.
 # 6. **The teacher need not be asked twice.** Images are few and only flipped; with
 #    `--teacher-cache 2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.

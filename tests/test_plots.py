@@ -113,10 +113,10 @@ def pictures(objects, found):
                                             if found else {}, "Title")),
             "first": (4, (image, truth, masks(truth["boxes"])[0], result, nothing(), CLASSES)),
             "method_drawing": (1, ()),
-             "wiring_drawing": (1, ()),
-             "deployment_drawing": (1, ()),
-             "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach(),
-                                                   "student": memory[0]}, (6, 20), "Title")),
+            "wiring_drawing": (1, ()),
+            "deployment_drawing": (1, ()),
+            "memory_colours": (3, (image, boxes, {"teacher": memory[1].detach(),
+                                                  "student": memory[0]}, (6, 20), "Title")),
             "predictions": (1, (image, result, CLASSES))}
 
 
