@@ -11,15 +11,16 @@
 #
 # Four things to take home, each measured below:
 #
-# 1. The distilled memory is close to the teacher's as it is, most of all on objects. A lone
-#    student's memory is further away, even when the best linear map may translate it.
+# 1. The distilled memory is closer to the teacher's as it is than a lone student's is, even when the
+#    best linear map may translate the latter; closest on objects.
 # 2. An attention map need not lie on the object. Dense attention here mostly does not.
 # 3. "It looks where the teacher looks" means nothing without a baseline and a cell size. In the one
 #    pair of students that each detector has, the distilled one's target-aware queries attend more
 #    like the teacher's: clearly with DAB-DETR and Deformable DETR, a little with DINO, and there
 #    only on small cells.
-# 4. A teacher can mislead. Asked with target-aware queries, two of the three teachers are wrong
-#    more often than right; with DAB-DETR the surest answers are wrong nearly as often as the others.
+# 4. A teacher can mislead. Asked with target-aware queries that have its learned contents, two of
+#    the three teachers are wrong more often than right; with DAB-DETR the surest answers are wrong
+#    nearly as often as the others.
 #
 # Numbers are mean ± half of the 95 % interval, over images. Each student is one run of one seed:
 # the intervals do not hold the luck of a seed.

@@ -163,8 +163,8 @@ figure.axes[1].set_xlim(0, 5)
 figure
 
 # %% [markdown]
-# Here batches even score higher, since padding makes an image as wide as those the teacher was
-# trained on: another number, not a better detector.
+# Here batches even score higher, probably because padding makes an image as wide as those the
+# teacher was trained on: another number, not a better detector.
 #
 # ### 1.3 Category ids are not labels: 91 against 80
 #
@@ -172,7 +172,8 @@ figure
 # the order of these ids; a data set's `category_ids` maps them back. A perfect detector whose
 # labels are one off has AP 0. One that takes *id - 1* for the label is right before the first gap,
 # 11 classes, and wrong after it: an AP that looks like a weak detector, not like a bug. **Look at**
-# the ids named below the stairs: COCO skips each of them, and all later labels move by one more.
+# the ids named below the stairs, but for the first and last: COCO skips one id there, at 29 and 68
+# two, and all later labels move by as many.
 
 # %%
 def coco_folder(name, images, boxes, ids, names):
@@ -292,8 +293,8 @@ assert "clipped" in wrong.summary and "clipped" not in right.summary
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 100 --out runs/overfit
 #
 # **Claim.** It can fail although nothing is broken. What is evaluated is a moving average of the
-# weights; it must be faster than the run is long. Here is the same run twice, on the toy. **Look
-# at** the two curves: the training is the same, only the average differs.
+# weights, which must be several times faster than the run is long. Here is the same run twice, on
+# the toy. **Look at** the two curves: the training is the same, only the average differs.
 
 # %%
 def overfit(ema):
@@ -375,7 +376,8 @@ plots.detections(pictures, shown, {}, frames.classes)
 #
 # ## 4. Small real runs, and what they taught
 #
-# `small-teacher` and `small-student` train on a thousand real frames with two CPU cores:
+# `small-teacher` and `small-student` train on a few hundred real frames with two CPU cores. (The runs
+# below had 703 frames: `--train-split splits/kitti_cyclists_train.txt`, and `--val-split` of `tune`.)
 #
 #     make kitti-backbones                                # two ImageNet backbones, by pip
 #     python train.py fit     --recipe small-teacher --root DIR --out runs/teacher
@@ -384,8 +386,8 @@ plots.detections(pictures, shown, {}, frames.classes)
 #         --teacher runs/teacher --teacher-cache 2
 #     python train.py table kitti-small --root DIR        # the whole plan: tuning, seeds, tables
 #
-# What distillation gains there is in [notebook 3](3_ablations.ipynb). Before it came choices, of
-# DINO, on 90 frames that no table uses, **one run of each setting**, hence no intervals
+# What distillation gains there is in [notebook 3](3_ablations.ipynb). Before it came choices: lessons
+# 1 to 4 are of DINO on 90 frames that no table uses, **one run of each setting**, hence no intervals
 # ([the plan](../results/kitti/PLAN.md)). Six lessons:
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps and .339 after

@@ -61,7 +61,13 @@ plots.wiring_drawing()
 #
 # This is all of it. The teacher runs as `teacher.model`, without the heads of its own queries, and
 # decodes ours alone. The student decodes ours in addition to its own, and returns its own loss as
-# before.
+# before. What the names mean:
+#
+# - `embedding`: what the queries ask with, a table of labels or of learned queries;
+# - `content`, `reference`: the queries made of it, and the true boxes;
+# - `attend`: which of ours see one another; `valid`: False for padding rows, of images with fewer
+#   objects;
+# - `extent`: what part of the padded batch image an image covers, in x and y.
 
 # %%
 def step(case):
@@ -457,8 +463,8 @@ for name, case in cases.items():
     assert 25 < now[0] < 100 and 0.5 < now[1] < 2
 
 # %% [markdown]
-# The lambdas differ by a factor of 25 between the three detectors: a lambda belongs to a teacher, a
-# width and an image size. The last two numbers of a line are those of the next step. They move on
+# `lambda_mem` differs by a factor of 25 between the three detectors, at equal widths: a lambda belongs
+# to a detector, and on other pictures to their size. The last two numbers of a line are those of the next step. They move on
 # from there; the weights stay.
 #
 # ## The student learns
@@ -498,7 +504,8 @@ plots.lines(own, "step", "own loss, % of the first", "Six images, sixty steps: t
 # 400 of 1,200 steps and the lone one at .10, means of five seeds. So run the student alone first,
 # and judge weights by AP on other images. Rules of thumb: below the lone student's AP at a third of
 # the steps, take a quarter of memory's ratio. At the lone student's AP, with memory's loss still
-# high, take four times. If memory's loss does not fall at all, see the checklist below.
+# high, take four times, once: on KITTI a ratio of 200 was too much. If memory's loss does not fall
+# at all, see the checklist below.
 #
 # ## The detector does not notice
 #
@@ -564,7 +571,8 @@ plots.self_attention(masks, groups=groups, title="Which query may attend to whic
 
 # %% [markdown]
 # The five padding rows of image 0 attend only to themselves (the small squares). In training
-# RT-DETR has two denoising groups in addition, and they stay apart as well.
+# RT-DETR has two denoising groups in addition. They are apart from each other and from ours, and may
+# see its own queries, which never see them.
 #
 # One pass is also cheaper than two: each decoder layer projects the whole memory, however few the
 # queries are, and a second pass would do that again.

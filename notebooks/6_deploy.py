@@ -35,8 +35,8 @@ plots.deployment_drawing()
 
 # %% [markdown]
 # Everything that can be forgotten on the way is inside of the file: the normalisation of pixels
-# before the detector, the choice of the best detections behind it. Only the resize is outside,
-# because photos have any size.
+# before the detector, the choice of the best detections behind it. Only what depends on the photo's
+# size is outside: the resize, and the way back to its pixels.
 #
 # ## One file
 #
@@ -89,7 +89,8 @@ layers = len(model.encoder.layers) + len(model.decoder.layers)
 assert operators["GridSample"] == layers * 3 and operators["TopK"] == 2
 
 # %% [markdown]
-# All of them are ONNX's own: any program that reads ONNX can run the file.
+# All of them are ONNX's own (operator set 20), none is made by us. Only ONNX Runtime was tried: look
+# up whether another runtime has GridSample and TopK.
 #
 # ## Sixteen lines without torch
 
@@ -156,7 +157,7 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 # "Pedestrian 0.42" is a mistake: he is a cyclist, seen from behind, with little of his bicycle in
 # sight. The cell below prints what the student says of this one box.
 #
-# **Claim.** The same box is in the answer twice, once for each class. Classes are sigmoids, each
+# **Claim.** The same box is in the answer three times, once for each class. Classes are sigmoids, each
 # with a score of its own, and the best *pairs* of query and class are kept, not the best queries.
 # There is no second step that removes doubles. The right name has the lower score, and the
 # threshold of 0.4 hides it.
