@@ -423,12 +423,14 @@ tables.run_all(here, [tables.make_job(here, "dino", "student")], 1)
 def test_a_child_ends_with_its_parent_and_a_job_in_hand_is_not_begun_twice(stop, tmp_path):
     (tmp_path / "train.py").write_text(SLEEPER)
     command = [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path)]
-    first = subprocess.Popen(command, cwd=tables.HERE, stderr=subprocess.DEVNULL)
+    here = os.environ | {"PYTHONPATH": str(tables.HERE)}      # the sleeper lies elsewhere
+    first = subprocess.Popen(command, cwd=tables.HERE, env=here, stderr=subprocess.DEVNULL)
     until = time.time() + 300
     while not (pids := [file.read_text() for file in tmp_path.glob("*/pid")]) or not pids[0]:
         assert time.time() < until and first.poll() is None
         time.sleep(0.1)
-    second = subprocess.run(command, cwd=tables.HERE, capture_output=True, text=True, timeout=300)
+    second = subprocess.run(command, cwd=tables.HERE, env=here, capture_output=True, text=True,
+                            timeout=300)
     assert "is in the hands of another run" in second.stdout
     os.kill(int(pids[0]), 0)                                  # the child is there
     first.send_signal(getattr(signal, stop))
