@@ -94,7 +94,7 @@ def test_where_real_kitti_gains():
     runs = [[json.loads((ROOT / f"results/kitti/runs/{name}.json").read_text()) for name in lines[role]["runs"]]
             for role in ("student", "clockdistill")]
     keys = {"small": "APs", "medium": "APm", "large": "APl"}
-    for row in rows_of("results/kitti/README.md", "| | gain in AP, three seeds"):
+    for row in rows_of("results/kitti/README.md", "| | gain in AP, four seeds"):
         for name, cell in (row[:2], row[2:]):
             if "two seeds" not in name:
                 key = keys.get(name, name)
