@@ -167,19 +167,16 @@ def method_drawing():
 
     Green is what the method adds to plain training. Arrows with two heads compare.
     """
-    figure, axes = _empty_page(4)
-    parts = {}
+    parts, headings, arrows = {}, [], list(ARROWS)
     for name, part in PARTS.items():
         parts[name] = *part, DISTILLED if name in ADDED else INK
-    arrows = list(ARROWS)
     for model, y, color, heading, top in MODELS:
-        axes.text(0, top, heading, fontsize=10, color=INK, weight="bold")
+        headings.append((top, heading, INK))
         for name, x in ROW.items():
             parts[f"{model} {name}"] = x, y, name, color
         arrows += [(start if start in PARTS else f"{model} {start}", f"{model} {end}")
                    for start, end in BOTH]
-    _connect(axes, parts, arrows, compared=("mask", "logits"))
-    return figure
+    return _drawing(4, headings, parts, arrows, compared=("mask", "logits"))
 
 
 def wiring_drawing():
@@ -187,9 +184,7 @@ def wiring_drawing():
 
     Green is what is added. Hooks run before and after the decoder; the rest is the detector's own.
     """
-    figure, axes = _empty_page(2.5)
-    axes.text(0, 2.35, "your detector, unchanged", fontsize=10, color=INK, weight="bold")
-    axes.text(0, 0.95, "added by two hooks", fontsize=10, color=DISTILLED, weight="bold")
+    headings = [(2.35, "your detector, unchanged", INK), (0.95, "added by two hooks", DISTILLED)]
     parts = {"encoder": (0.75, 1.75, "backbone,\nencoder", INK),
              "call": (2.2, 1.75, "memory, shapes,\npadding, N queries", INK),
              "before": (3.85, 1.75, "before: append\nour Q queries", DISTILLED),
@@ -202,15 +197,12 @@ def wiring_drawing():
     arrows = [*itertools.pairwise(("encoder", "call", "before", "decoder", "after", "own")),
               ("queries", "before"), ("before", "answer"), ("after", "answer"),
               ("answer", "method")]
-    _connect(axes, parts, arrows)
-    return figure
+    return _drawing(2.5, headings, parts, arrows)
 
 
 def deployment_drawing():
     """From a checkpoint to a program without torch: one file is all that two machines share."""
-    figure, axes = _empty_page(2.6)
-    axes.text(0, 2.45, "once, with PyTorch", fontsize=10, color=TEACHER, weight="bold")
-    axes.text(0, 1.05, "on the small machine", fontsize=10, color=DISTILLED, weight="bold")
+    headings = [(2.45, "once, with PyTorch", TEACHER), (1.05, "on the small machine", DISTILLED)]
     parts = {"checkpoint": (1.0, 1.85, "checkpoint\nfp16 weights", TEACHER),
              "export": (3.3, 1.85, "torch.export\n+ ONNX exporter", TEACHER),
              "file": (6.0, 1.85, "student.onnx\nwritten if it answers\nas PyTorch does", INK),
@@ -220,25 +212,21 @@ def deployment_drawing():
              "answer": (8.3, 0.45, "boxes, scores,\nlabels", DISTILLED)}
     arrows = [("checkpoint", "export"), ("export", "file"), ("file", "run"), ("photo", "resize"),
               ("resize", "run"), ("run", "answer")]
-    _connect(axes, parts, arrows)
-    return figure
+    return _drawing(2.6, headings, parts, arrows)
 
 
-def _empty_page(height):
-    """-> a figure, and axes in inches that fill it."""
+def _drawing(height, headings, parts, arrows, compared=()):
+    """Framed texts, and arrows between them; those of what is added are green.
+
+    headings: list of (y, text, color), at the left. parts: dict name -> (x, y, text, color). All
+    places are in inches. arrows: pairs of names; those from the parts in `compared` have two heads.
+    """
     figure = _figure(height)
     axes = figure.subplots()
     axes.set(xlim=(0, PAGE_INCHES), ylim=(0, height))
     axes.set_axis_off()
-    return figure, axes
-
-
-def _connect(axes, parts, arrows, compared=()):
-    """Framed texts, and arrows between them; those of what is added are green.
-
-    parts: dict name -> (x, y, text, color), in inches. arrows: pairs of names; those from the parts
-    in `compared` have two heads.
-    """
+    for y, text, color in headings:
+        axes.text(0, y, text, fontsize=10, color=color, weight="bold")
     drawn = {}
     for name, (x, y, text, color) in parts.items():
         frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color}
@@ -251,6 +239,7 @@ def _connect(axes, parts, arrows, compared=()):
                  "color": DISTILLED if added else INK,
                  "patchA": tail.get_bbox_patch(), "patchB": head.get_bbox_patch()}
         axes.annotate("", head.get_position(), tail.get_position(), arrowprops=arrow)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------
