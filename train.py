@@ -1297,6 +1297,15 @@ def parse_size(text):
     return sides
 
 
+def input_size(payload, size=None):
+    """The size of images for a checkpoint: `size`, its own, or its reader's -> (short, longest).
+
+    payload: of `load_payload`.  size: SHORT,MAX as text.  None, as the toy's: images as they are.
+    """
+    stored = parse_size(size or payload["settings"].get("size"))
+    return stored or data.DEFAULT_SIZE[payload["data"]]
+
+
 def parse_sides(text, form):
     """Two numbers of pixels, as `form` names them -> (first, second); None stays None."""
     if text is None:

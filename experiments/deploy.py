@@ -158,8 +158,7 @@ def choose_picture(payload, image, size):
     else:
         picture = data.read_image(image)                                     # (3, H, W) uint8
     if sides is None:
-        stored = train.parse_size(payload["settings"].get("size"))
-        sides = data.prepare(picture, stored or data.DEFAULT_SIZE[payload["data"]]).shape[1:]
+        sides = data.prepare(picture, train.input_size(payload)).shape[1:]
     return resized(Image.fromarray(picture.permute(1, 2, 0).numpy()), sides)
 
 

@@ -82,8 +82,7 @@ def watch(model, image, picture, best=4, layer=None, wanted=None, what="look"):
         queries = nms(boxes[-1], scores, 0.5)[:best]
         wanted = {"labels": labels[queries], "boxes": boxes[-1, queries]}
     else:
-        fit = box_iou(wanted["boxes"], boxes[-1]) * chances[:, wanted["labels"]].T        # (q, Q)
-        queries = fit.argmax(1)
+        queries = best_fitting(wanted["labels"], wanted["boxes"], chances, boxes[-1])
     shown = boxes[-1, queries]                                            # (q, 4)
     order = scores.argsort(descending=True)[:20]
     layers, listen = [], []
@@ -107,6 +106,15 @@ def watch(model, image, picture, best=4, layer=None, wanted=None, what="look"):
             "tokens": [plots.look(r, memory.shapes) | spots for r in by_tokens.values()],
             "listen": listen, "order": order, "ranks": list(zip(labels[order], scores[order])),
             "grid": memory.shapes[0], "side": tuple(side.tolist())}
+
+
+def best_fitting(labels, boxes, chances, answered):
+    """For each of K objects the query whose answer fits it best: by IoU times the class's chance.
+
+    labels (K,), boxes (K, 4); chances (Q, C), answered (Q, 4); boxes xyxy. Returns (K,).
+    """
+    fit = box_iou(boxes, answered) * chances[:, labels].T                 # (K, Q)
+    return fit.argmax(1)
 
 
 def row_names(watched, classes):
@@ -278,8 +286,7 @@ def open_detectors(paths, layer, size, device):
         if payload["classes"] != classes:
             raise ValueError(f"{path} knows other classes than {paths[0]}: compare detectors of "
                              "the same classes")
-        sides = train.parse_size(size or payload["settings"]["size"])
-        detectors[name] = model.to(device), sides or data.DEFAULT_SIZE[payload["data"]]
+        detectors[name] = model.to(device), train.input_size(payload, size)
     return detectors, classes
 
 
@@ -361,8 +368,7 @@ def gaze(model, image, target, asked=None):
                     for boxes in (target["boxes"], answer.boxes[-1, 0]))  # (K, 4), (Q, 4)
     chances = answer.logits[-1, 0].sigmoid()                              # (Q, C)
     if asked is None:
-        fit = box_iou(truth, boxes) * chances[:, target["labels"]].T      # (K, Q)
-        queries = fit.argmax(1)
+        queries = best_fitting(target["labels"], truth, chances, boxes)
     else:
         queries = torch.arange(count)
     looks = [plots.look(recorded[f"decoder.{layer}.cross"], output.memory.shapes, queries)

@@ -66,8 +66,7 @@ def run(checkpoint, images, out, min_score, size=None, device="auto", precision=
     model, payload = train.load_model(checkpoint)
     device, out, classes = train.pick_device(device), Path(out), payload["classes"]
     model = model.to(device)
-    size = train.parse_size(size or payload["settings"].get("size"))
-    size = size or data.DEFAULT_SIZE[payload["data"]]
+    size = train.input_size(payload, size)
     out.mkdir(parents=True, exist_ok=True)
     files, listed, broken = image_files(images), [], []
     for index, file, picture in read_images(files, "predict", broken):
