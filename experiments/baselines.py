@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
 import models
