@@ -144,7 +144,7 @@ def add_options(parser):
 def run(scale, root, work, results, draws):
     """The command `evidence`: open what is finished, detect, compare, write."""
     study = tables.open_study(scale, root, work, results)
-    lines = [line for line in tables.plan(study, ("main", "ablation")) if line.alone]
+    lines = [line for line in tables.plan(study, ("main", "ablation", "masks")) if line.alone]
     jobs = [job for job in tables.jobs_of(lines)
             if job.name in study.done and (study.work / job.name / "last.pt").exists()]
     if not jobs:

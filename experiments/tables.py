@@ -96,17 +96,16 @@ PLAN = {
     # The toy's second detector shows what each part adds, not what the parts are made of.
     "ablation": [
         ("ABDKL", "none", "student", {}),
-        ("AK", "memory, every token alike", "memory_plain", {}),
-        ("AK", "+ location mask", "memory_location", {}),
-        ("AKL", "+ scale mask", "memory", {}),
-        ("BD", "the memory part, as chosen", "memory_part", {}),
+        ("A", "memory, every token alike", "memory_plain", {}),
+        ("A", "+ location mask", "memory_location", {}),
+        ("A", "+ scale mask", "memory", {}),
+        ("BDKL", "the memory part, as chosen", "memory_part", {}),
         ("AD", "logits on the teacher's learned queries", "logit_part",
          {"target": False, "learned": True, "random_queries": 0}),
         ("AD", "logits on random fixed queries", "logit_part",
          {"target": False, "random_queries": 24}),
         ("AD", "logits on target-aware queries alone", "logit_part", {"random_queries": 0}),
-        ("ABD", "the logit part, as chosen", "logit_part", {}),
-        ("KL", "the logit part", "logits", {}),
+        ("ABDKL", "the logit part, as chosen", "logit_part", {}),
         ("AD", "... with random queries", "logit_part", {"random_queries": 24}),
         ("AD", "... content: label", "logit_part", {"content": "label"}),
         ("AD", "... content: frozen random", "logit_part", {"content": "random"}),
@@ -118,6 +117,13 @@ PLAN = {
         ("ABDKL", "both parts: clockdistill", "clockdistill", {}),
         ("A", "both parts: clockdistill with the scale mask", "with_scale", {}),
         ("A", "both parts: clockdistill without the scale mask", "without_scale", {}),
+    ],
+    # A mask taken away changes the size of the sum; `--balance` keeps its gradient as it was.
+    "masks": [
+        ("K", "none", "student", {}),
+        ("K", "every token alike", "clockdistill", {"location": False, "scale": False}),
+        ("K", "+ location mask", "clockdistill", {"scale": False}),
+        ("K", "+ scale mask: clockdistill", "clockdistill", {}),
     ],
     # Labels begin with one of PANELS, the settings that are drawn.
     "sensitivity": [
@@ -206,10 +212,6 @@ def balanced(options, wanted):
 
 BALANCED_TRIALS = {
     "clockdistill": balanced({}, COPIES | ANSWERS),
-    "memory": balanced({"lambda_log": 0.0}, COPIES),
-    "memory_location": balanced({"lambda_log": 0.0, "scale": False}, COPIES),
-    "memory_plain": balanced({"lambda_log": 0.0, "location": False, "scale": False}, COPIES),
-    "logits": balanced({"lambda_mem": 0.0}, ANSWERS),
     "fitnets": balanced({}, COPIES),
     "fgd": balanced({}, FGD_LOSSES),
     "mgd": balanced({}, COPIES),
@@ -251,7 +253,7 @@ SCALES = {
     # before the end of a run.
     "kitti-small": Scale(
         "small", SMALL, seeds=(0, 1, 2), steps=1, images=703, image_size=(128, 424),
-        seeds_of={"main": (0, 1, 2, 3, 4), "ablation": (0, 1, 2, 3, 4)},
+        seeds_of=dict.fromkeys(("main", "ablation", "masks"), (0, 1, 2, 3, 4)),
         teachers="kitti_teacher", results="kitti", machine="core", most_objects=22,
         options={"train_split": "splits/kitti_cyclists_train.txt", "eval_every": 0,
                  "eval_batch": 10, "workers": 1, "teacher_cache": 2.0},
@@ -462,7 +464,7 @@ def trials(study, only=TABLES, detectors=models.DETECTORS):
         for detector in scope.tune_steps:
             if detector not in needed or detector not in detectors:
                 continue
-            asks = what in (*HALVES, "clockdistill", "logits")       # has a logit part
+            asks = what in (*HALVES, "clockdistill")                 # has a logit part
             preset = PRESETS[detector] if asks else {}
             for change in changes:
                 options = preset | base | change
@@ -614,6 +616,7 @@ TITLES = {
     "main": "Student alone, and distilled",
     "rivals": "Rivals",
     "ablation": "What each part does",
+    "masks": "What the masks do",
     "sensitivity": "How sensitive the gain is to the settings",
     "schedule": "A longer schedule: the ceiling or only the speed?",
     "search": "The search for each detector's settings (split `tune`, one seed: not results)",
@@ -750,7 +753,7 @@ def draw(tables, done, reading, folder):
                 f"{detector}: AP of the distilled student, one setting at a time")
 
     # Every row's gain over the student alone.
-    for name in ("main", "rivals", "ablation"):
+    for name in ("main", "rivals", "ablation", "masks"):
         gains = [(line["detector"], line["method"], line["gain"])
                  for line in tables.get(name, []) if line["gain"]]
         if gains:

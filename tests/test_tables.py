@@ -522,7 +522,7 @@ def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
 
 def test_on_real_images_every_method_is_tuned_by_the_ratio_of_its_gradients(tmp_path):
     tuned = tables.trials(study(tmp_path, "kitti-small"))
-    assert len(tuned) == 4 * (9 + 3 + 1)                   # DINO's methods, Deformable DETR's, DAB-DETR's
+    assert len(tuned) == 4 * (5 + 1 + 1)                   # DINO's methods, Deformable DETR's, DAB-DETR's
     both = [line.jobs[0].cfg for line in tuned if (line.detector, line.label) == ("dino", "clockdistill")]
     assert [cfg.balance for cfg in both] == [
         {"memory": 3.125, "cls+l1+giou": 1 / 16}, {"memory": 12.5, "cls+l1+giou": 1 / 4},
@@ -543,11 +543,17 @@ def test_what_tuning_chose_on_real_images_reaches_the_rows(tmp_path):
     scores = {line.jobs[0].name: {"AP": .2 if line is best[line.detector, line.label] else .1} for line in lines}
     chosen = tables.choose(scores, lines)
     rows = {line.label: line.jobs for line in tables.plan(study(tmp_path, "kitti-small", chosen)) if line.detector == "dino"
-            and line.table in ("ablation", "rivals")}
-    assert [job.cfg.seed for job in rows["+ location mask"]] == [0, 1, 2, 3, 4]
-    assert rows["+ location mask"][0].cfg.balance == {"memory": 200.0}
-    assert rows["+ location mask"][0].cfg.method_options == {"lambda_log": 0.0, "scale": False}
-    assert rows["the logit part"][0].cfg.balance == {"cls+l1+giou": 4.0}
+            and line.table in ("ablation", "masks", "rivals")}
+    # One piece is taken away, and the ratios stay: what is off is not weighed (train.open_balance).
+    whole = rows["clockdistill"][0].cfg
+    assert whole.balance == {"memory": 200.0, "cls+l1+giou": 4.0}
+    for label, off in (("the memory part, as chosen", {"lambda_log": 0.0}),
+                       ("the logit part, as chosen", {"lambda_mem": 0.0}),
+                       ("+ location mask", {"scale": False}),
+                       ("every token alike", {"location": False, "scale": False})):
+        assert [job.cfg.seed for job in rows[label]] == [0, 1, 2, 3, 4]
+        assert rows[label][0].cfg.method_options == whole.method_options | off
+        assert rows[label][0].cfg.balance == whole.balance
     assert rows["fgd"][0].cfg.balance == {"objects+background+attention+relation": 200.0}
     assert len(rows["fgd"]) == 3 and "hinton" not in rows
 
