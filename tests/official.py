@@ -1,13 +1,12 @@
 """The official implementations' outputs, found in one place, and what tests against them share.
 
 SHARED names the folder that holds vectors/ (and real/, a few real images); without it, `shared` beside the checkout.
+torch is imported where it is needed: pytest's first process, which only hands out tests, starts without it.
 """
 import os
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SHARED", ROOT.parent / "shared"))
@@ -16,10 +15,12 @@ needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the official ve
 
 
 def vectors(name):
+    from safetensors.torch import load_file
     return load_file(VECTORS / f"{name}.safetensors")
 
 
 def close(ours, theirs, atol):
+    import torch
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
