@@ -436,7 +436,7 @@ def test_a_child_ends_with_its_parent(stop, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_a_job_in_hand_is_not_begun_twice(tmp_path, monkeypatch, capsys, jobs_in_this_process):
     monkeypatch.setattr(checkpoints, "PATIENCE", 0)
-    here = study(tmp_path)
+    here = study(tmp_path, "kitti-small")
     job, = students(here, count=1)
     folder = here.work / job.name
     folder.mkdir(parents=True)
