@@ -1,4 +1,5 @@
-"""What tests share: a line about the official vectors, short measurements, jobs without a process of their own."""
+"""What tests share: the official vectors are announced, measurements are short, and jobs can run
+without a process of their own."""
 import contextlib
 import functools
 from unittest import mock

@@ -1,7 +1,8 @@
 """The official implementations' outputs, found in one place, and what tests against them share.
 
 SHARED names the folder that holds vectors/ (and real/, a few real images); without it, `shared` beside the checkout.
-torch is imported where it is needed: pytest's first process, which only hands out tests, starts without it.
+torch is imported where it is needed, because conftest.py imports this module in pytest's first
+process too, which only hands out the tests.
 """
 import os
 from pathlib import Path

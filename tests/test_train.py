@@ -508,7 +508,7 @@ def gradients(toy, indices, empty=()):
     return found
 
 
-# Without objects in these images of four: in none, in those of one process.
+# Which of the four images have no objects: none, or both images of the second process.
 EMPTY = [(), (1, 3)]
 
 
