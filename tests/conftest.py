@@ -27,7 +27,7 @@ def short_measurements():
 
 @pytest.fixture
 def jobs_in_this_process(monkeypatch):
-    """`demo.side_by_side` runs each job here, when it would start it: a new Python takes seconds."""
+    """`demo.side_by_side` runs each job here, one by one: starting a new Python takes seconds."""
     import train
     from experiments import demo
 

@@ -431,8 +431,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(toy, teacher, tmp_path, how):
                 "--eval-every", "10", "--resume", *flags(settings)]
 
     assert train.main(words("whole")) == 0
-    run = subprocess.Popen([sys.executable, str(HERE / "train.py"), *words("cut")], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, start_new_session=True)
+    run = subprocess.Popen([sys.executable, str(HERE / "train.py"), *words("cut")],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     log = tmp_path / "cut" / "log.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
         assert run.poll() is None, run.stderr.read().decode()
@@ -530,8 +530,9 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(toy, tmp_p
         for method in SPREAD:
             assert two[method].keys() == one[method].keys()
             for name, whole in one[method].items():
-                torch.testing.assert_close(two[method][name], whole, atol=1e-5, rtol=1e-3,
-                                           msg=lambda text: f"{method}, {name}, without {empty}: {text}")
+                torch.testing.assert_close(
+                    two[method][name], whole, atol=1e-5, rtol=1e-3,
+                    msg=lambda text: f"{method}, {name}, without {empty}: {text}")
 
 
 def test_torchrun_trains_with_two_processes(toy, tmp_path):
