@@ -98,10 +98,11 @@ def test_ctrl_c_lets_both_save_once(jobs, tmp_path):
 
 
 def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(
-        toy, tmp_path, monkeypatch, capsys):
-    small = dict(steps=4, warmup=1, batch_size=2)
+        toy, tmp_path, monkeypatch, capsys, request):
+    small = dict(steps=2, warmup=1, batch_size=2, backbone_width=8, hidden_dim=16, heads=2,
+                 ffn_dim=16, encoder_layers=1, num_queries=10, denoising=6)
     plan = dict(out=str(tmp_path / "demo"), root=toy, counts=dict(train=6, val=4, tune=2),
-                length=small, eval_every=2)
+                length=small, eval_every=1)
     monkeypatch.setitem(demo.SCALES, "quick", plan)
     monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 2)      # the students have one each
     assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
@@ -116,13 +117,16 @@ def test_the_demo_ends_with_summary_table_and_pictures_and_is_not_repeated(
     student, = (tmp_path / "demo").glob("student-*")
     distilled, = (tmp_path / "demo").glob("distilled-*")
     before = (distilled / "last.pt").stat().st_mtime
-    assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "draw", lambda *_: None)                   # the same pictures again
+        assert train.main(["demo", "--scale", "quick", "--teacher", "scratch"]) == 0
     assert (distilled / "last.pt").stat().st_mtime == before
     # A run is named by what it depends on: another teacher, another distilled student, the same
     # student alone.
     shipped = tmp_path / "x.safetensors"
     assert train.main(["export", "--checkpoint", str(student), "--out", str(shipped)]) == 0
     monkeypatch.setattr(train, "SHIPPED_TEACHERS", {"dino": shipped})
+    request.getfixturevalue("jobs_in_this_process")
     assert train.main(["demo", "--scale", "quick"]) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["teacher"]["minutes"] == 0

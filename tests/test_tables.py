@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoints
 import data
 import models
 import train
@@ -397,15 +398,12 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
         tables.plan(here, ("main",))
 
 
-# Locks its folder as `train.fit` does, then works for long.
+# Stands for train.py: works for long.
 SLEEPER = """
 import os, pathlib, sys, time
-import checkpoints
-checkpoints.PATIENCE = 0
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-with checkpoints.locked(out):
-    (out / "pid").write_text(str(os.getpid()))
-    time.sleep(900)
+(out / "pid").write_text(str(os.getpid()))
+time.sleep(900)
 """
 PARENT = """
 import sys
@@ -418,25 +416,33 @@ tables.run_all(here, [tables.make_job(here, "dino", "student")], 1)
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGHUP"])
-def test_a_child_ends_with_its_parent_and_a_job_in_hand_is_not_begun_twice(stop, tmp_path):
+def test_a_child_ends_with_its_parent(stop, tmp_path):
     (tmp_path / "train.py").write_text(SLEEPER)
-    command = [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path)]
-    here = os.environ | {"PYTHONPATH": str(tables.HERE)}      # the sleeper lies elsewhere
-    first = subprocess.Popen(command, cwd=tables.HERE, env=here, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path)],
+                              cwd=tables.HERE, stderr=subprocess.DEVNULL)
     until = time.time() + 300
     while not (pids := [file.read_text() for file in tmp_path.glob("*/pid")]) or not pids[0]:
-        assert time.time() < until and first.poll() is None
+        assert time.time() < until and parent.poll() is None
         time.sleep(0.1)
-    second = subprocess.run(command, cwd=tables.HERE, env=here, capture_output=True, text=True,
-                            timeout=300)
-    assert "is in the hands of another run" in second.stdout
     os.kill(int(pids[0]), 0)                                  # the child is there
-    first.send_signal(getattr(signal, stop))
-    assert first.wait(60) != 0
+    parent.send_signal(getattr(signal, stop))
+    assert parent.wait(60) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pids[0]), 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_job_in_hand_is_not_begun_twice(tmp_path, monkeypatch, capsys, jobs_in_this_process):
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0)
+    here = study(tmp_path, "kitti-small")
+    job, = students(here, count=1)
+    folder = here.work / job.name
+    folder.mkdir(parents=True)
+    with checkpoints.locked(folder):
+        assert tables.run_all(here, [job], 1) == [job]
+    assert f"{folder} is in the hands of another run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0"])
@@ -488,11 +494,10 @@ def toy(tmp_path_factory):
 
 
 def test_a_table_end_to_end_goes_on_where_it_was_and_is_rebuilt_from_its_json(
-        toy, tmp_path, monkeypatch, capsys):
+        toy, tmp_path, monkeypatch, capsys, jobs_in_this_process):
     """One detector, one seed, runs of two steps: `table toy` from the teacher to the page."""
     monkeypatch.setitem(tables.SCALES, "toy", dataclasses.replace(
         tables.SCALES["toy"], seeds_of={"main": (0,)}, detectors={"C": "dino"}, tune_steps={"dino": 1}))
-    monkeypatch.setattr(tables.os, "cpu_count", lambda: 2)        # two runs at once, a thread each
     monkeypatch.setitem(tables.TRIALS, "with_scale", ({}, [{"lambda_mem": 100}]))
     monkeypatch.setitem(tables.TRIALS, "without_scale", ({}, []))
     command = ["table", "toy", "--root", str(toy), "--work", str(tmp_path / "work"),
