@@ -46,7 +46,8 @@ SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # The plan: every row of every table
 # ----------------------------------------------------------------------------------------------
 
-# Which detectors have a row, by letter. A new kind of data takes the letters of the rows it wants.
+# Which detectors have a row, by letter: a row of the plan with "AK" is made for Deformable DETR on
+# the toy and for DINO on small KITTI. Data of a new kind adds its own letters to the rows it wants.
 TOY = {"A": "deformable_detr", "B": "dino", "C": "dab_detr"}
 PAPER = {"D": "dino", "E": "deformable_detr", "F": "dab_detr"}
 SMALL = {"K": "dino", "L": "deformable_detr", "M": "dab_detr"}
