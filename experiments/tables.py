@@ -215,7 +215,7 @@ TRIALS = {
 # copies memory, 1 for what copies answers. These are untuned, for the tables that have no trials.
 COPIES, ANSWERS = {"memory": 50.}, {"cls+l1+giou": 1.}
 RATIOS = {
-    "clockdistill": COPIES | ANSWERS, "fitnets": COPIES, "mgd": COPIES, "kd_detr": ANSWERS,
+    "clockdistill": train.RATIOS, "fitnets": COPIES, "mgd": COPIES, "kd_detr": ANSWERS,
     "fgd": {"objects+background+attention+relation": 50.}, "gkd": {"memory+maps": 50.},
     "hinton": {"cls": 1.}, "d3etr": {"cls+l1+giou+self+cross": 1.},
     "detrdistill": COPIES | {"cls+l1+giou+prior_cls+prior_l1+prior_giou": 1.},
