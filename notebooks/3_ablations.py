@@ -74,9 +74,10 @@ RIVALS, SCHEDULE = (rows(table, "deformable_detr") for table in ("rivals", "sche
 # - **undecided** (grey): the bar holds 0. That is *not* "no effect". It means that these few seeds
 #   cannot tell.
 #
-# **Look for** the grey bars: nine of the twenty-two questions are undecided. You need not understand
-# every label yet. Where no detector is named it is Deformable DETR. *Full length* means 1,200 steps (2,000 for DAB-DETR) and five seeds,
-# as in the first block; the others, unless they say so, have half of the steps and three seeds.
+# **Look for** the grey bars: nine of the twenty-two questions are undecided. You need not
+# understand every label yet. Where no detector is named it is Deformable DETR. *Full length* means
+# 1,200 steps (2,000 for DAB-DETR) and five seeds, as in the first block; the others, unless they
+# say so, have half of the steps and three seeds.
 
 # %%
 WITH_S = "clockdistill with the scale mask"
@@ -264,8 +265,8 @@ figure
 # The scale mask S went out in the same way: for all three detectors the best of four trials without
 # S was above the best of four with it ([numbers](../results/README.md)). With S the best weight lay
 # at an end of what was tried (DINO and DAB-DETR the heaviest, Deformable DETR the lightest; without
-# S Deformable DETR's too), so S may have had too few trials. That was the *choice*. The *result*, on
-# `val`, follows below.
+# S Deformable DETR's too), so S may have had too few trials. That was the *choice*. The *result*,
+# on `val`, follows below.
 #
 # ## The whole method gains
 #
@@ -297,8 +298,8 @@ forest(groups, "Distilled minus alone, full length, five seeds")
 
 # %% [markdown]
 # More objects are found (AP50). A larger part of them also counts at the strict overlap (AP75 over
-# AP50), so boxes are probably placed better too. Which of the two gains *more* depends on the yardstick:
-# exercise 1.
+# AP50), so boxes are probably placed better too. Which of the two gains *more* depends on the
+# yardstick: exercise 1.
 #
 # ## Which part does it?
 #
@@ -318,10 +319,11 @@ labels = {PLAIN: "memory: plain copy of every token", M_ONLY: "memory: M",
           "... content: frozen random": "... content: frozen random, one for all",
           BOTH: "both parts (clockdistill)", BOTH_S: "both parts with S (clockdistill)",
           MEMORY: "memory, as chosen"}
-pieces = [(DETECTORS[key], (labels | {LOGITS: f"logits, as chosen ({queries})"}).get(label, label),
-           row["gain"])
-          for key, queries in (("deformable_detr", "both kinds"), ("dino", "target-aware, 3 groups"))
-          for label, row in rows("ablation", key).items() if row["gain"]]
+pieces = []
+for key, queries in (("deformable_detr", "both kinds"), ("dino", "target-aware, 3 groups")):
+    labels[LOGITS] = f"logits, as chosen ({queries})"
+    pieces += [(DETECTORS[key], labels.get(label, label), row["gain"])
+               for label, row in rows("ablation", key).items() if row["gain"]]
 gains = {block: [gain["low"] > 0 for _, label, gain in pieces if label.startswith(block)]
          for block in ("memory", "logits", "both")}
 assert all(gains["memory"]) and all(gains["both"])
@@ -333,10 +335,10 @@ plots.gains(pieces, "One piece at a time, minus alone: half the steps, three see
 #
 # - **The logit part** on top of the memory part is undecided in both detectors: +.005 ± .034 and
 #   -.003 ± .042. An effect of .03 either way would not show.
-# - **Target-aware queries** alone gain (+.013), random ones more (+.033), and the difference is clear
-#   of 0: -.020 (-.027 to -.013). That is Deformable DETR, half the steps, three seeds, learned
-#   contents. Its "as chosen" has both kinds, 24 of them random; DINO's has target-aware ones alone,
-#   in three groups.
+# - **Target-aware queries** alone gain (+.013), random ones more (+.033), and the difference is
+#   clear of 0: -.020 (-.027 to -.013). That is Deformable DETR, half the steps, three seeds,
+#   learned contents. Its "as chosen" has both kinds, 24 of them random; DINO's has target-aware
+#   ones alone, in three groups.
 # - **S costs AP on the toy at the weights tried**: with it the memory part is worse than a plain
 #   copy, with no mask at all. (Its best weight was the lightest of four.) A possible reason, not
 #   tested: S gives each of the three levels the same weight, and the coarsest has ten cells, where
@@ -355,7 +357,8 @@ plots.gains(pieces, "One piece at a time, minus alone: half the steps, three see
 # `label`, its embedding of the true class; `random_label`, a frozen random row per class;
 # `random`, the same row for all; `zero`.
 #
-# **Look for** the crosses (noise) that stand far to the right.
+# **Look for** the crosses (noise) that stand far to the right; triangles are another image's
+# memory.
 
 # %%
 noise = {content: parts["noise"] for content, parts in READING["dino"].items()}
@@ -369,10 +372,10 @@ plots.reading({name: READING[key] for key, name in DETECTORS.items()},
 # %% [markdown]
 # Only DINO's label embedding is often answered without looking: its denoising queries were trained
 # with it. From noise the other contents are right about as often as a guess among three classes;
-# always saying Car would be right in .45. From another image's memory DINO is right in .46 to .56 of
-# these queries (labels: .71 to .74); the box's size and place may tell the rest (not tested).
-# DAB-DETR's teacher is wrong more often than right even with the right memory, so there the class
-# term may have little to teach.
+# always saying Car would be right in .45. From another image's memory DINO is right in .46 to .56
+# of these queries (labels: .71 to .74); the box's size and place may tell the rest (not tested).
+# DAB-DETR's teacher stays below the .45 even with the right memory, so there the class term may
+# have little to teach.
 #
 # ## Against rivals
 #
@@ -464,9 +467,9 @@ del panels["DAB-DETR"]                                    # its APs near 0 would
 plots.curves_and_gains(panels, "AP on val", "AP while training (bands: one standard deviation)")
 
 # %% [markdown]
-# Yes, in both. But curves cannot answer the question. The learning rate falls to 2 % along a cosine,
-# so every curve flattens at its end, whatever its ceiling. A fair test trains each length anew,
-# with its own cosine: half, once and twice the steps.
+# Yes, in both. But curves cannot answer the question. The learning rate falls to 2 % along a
+# cosine, so every curve flattens at its end, whatever its ceiling. A fair test trains each length
+# anew, with its own cosine: half, once and twice the steps.
 #
 # **Look at** the three gains in the upper block: does the gain go on growing?
 
@@ -498,7 +501,7 @@ forest({"Distilled minus alone": {name: tables.gain(gain, nothing)
 # | can | cannot |
 # |---|---|
 # | gains clear of 0 in three detectors, five seeds each | how large they are on photographs |
-# | large effects: in most rows .05 or more (three-seed bars reach .003 to .07 to each side) | most differences of .01 between methods |
+# | effects of .05 or more in most rows (three seeds) | most differences of .01 between methods |
 # | how much a part adds at most (the end of its bar) | that a part adds nothing |
 # | the sign of S here | the sign of S where a level has thousands of cells |
 # | that a lone student would profit from more steps | what happens at convergence |
@@ -557,13 +560,14 @@ print(f"real KITTI, the images drawn anew, pairs of {drawn['seeds']} seeds:",
 plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KITTI")
 
 # %% [markdown]
-# Every seed gains, and the interval is clear of 0. The gain is smaller than the toy's, but so is the
-# gap, and a larger part of it is closed. AP50, AP75, every size and every class gain too
+# Every seed gains, and the interval is clear of 0. The gain is smaller than the toy's, but so is
+# the gap, and a larger part of it is closed. AP50, AP75, every size and every class gain too
 # ([numbers](../results/kitti/README.md)).
 #
 # The last line asks something else: would the first two pairs of students gain on other images? It
 # draws the 198 images anew ([evidence.md](../results/kitti/evidence.md)), and says nothing of other
-# seeds or of new streets. Tuning on both sets of pictures: [notebook 1](1_the_method.ipynb), part 3.
+# seeds or of new streets. Tuning on both sets of pictures: [notebook 1](1_the_method.ipynb), part
+# 3.
 #
 # ### Where toy and KITTI disagree
 #
@@ -582,8 +586,8 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 # - **The memory part** alone gains, in the two detectors that were taken apart. What the logit part
 #   adds to it is undecided (up to .045 either way). Target-aware queries taught less than random
 #   ones, in the one detector where both were tried.
-# - **Masks.** The location mask against a plain copy: undecided. The scale mask costs AP on the toy at
-#   the weights tried (at full length: DINO; undecided with Deformable DETR).
+# - **Masks.** The location mask against a plain copy: undecided. The scale mask costs AP on the toy
+#   at the weights tried (at full length: DINO; undecided with Deformable DETR).
 # - **Rivals.** On the toy ahead of those that teach the decoder; against FitNets and FGD undecided,
 #   and with S behind them on average.
 # - **Time.** The gain grows from half to once the steps and shrinks from once to twice. Speed or
@@ -594,8 +598,8 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 # ## Exercises
 #
 # **1.** DAB-DETR's AP75 gains 239 % of the lone student's score. Is that much? *Predict before you
-# run it*: does AP75 gain more than AP50, measured by the lone student's score, and by the gap to the
-# teacher?
+# run it*: does AP75 gain more than AP50, measured by the lone student's score, and by the gap to
+# the teacher?
 #
 # <details><summary>Answer</summary>
 #
@@ -607,15 +611,16 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 #         print(name, metric, f"{gain / base:.0%} of the student's,",
 #               f"{gain / (teacher[metric][0] - base):.0%} of the gap")
 # ```
-# The 239 % are 21 % of the gap: the score they are divided by is small. Relative to the student AP75
-# gains far more in all three (DINO 57 % against 29 %), because it starts lower. Relative to the gap
-# DINO's two are alike (48 % and 47 %), and AP75 gains *less* for the other two. So nothing is claimed.
+# The 239 % are 21 % of the gap: the score they are divided by is small. Relative to the student
+# AP75 gains far more in all three (DINO 57 % against 29 %), because it starts lower. Relative to
+# the gap DINO's two are alike (48 % and 47 %), and AP75 gains *less* for the other two. So nothing
+# is claimed.
 # </details>
 #
 # **2.** The chosen $\lambda_{mem}$ of Deformable DETR is 240 without S, and 1,250 with it (both the
-# lightest tried). *Predict before you run it*: one level of 6 x 20 cells, one box that touches 12 of them, the same squared
-# error in every cell. By which factor does `memory_loss` grow when you add `scale=False`? Why is it
-# not exactly the number of cells?
+# lightest tried). *Predict before you run it*: one level of 6 x 20 cells, one box that touches 12
+# of them, the same squared error in every cell. By which factor does `memory_loss` grow when you
+# add `scale=False`? Why is it not exactly the number of cells?
 #
 # <details><summary>Answer</summary>
 #
