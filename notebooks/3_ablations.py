@@ -433,11 +433,11 @@ figure
 # Within these ranges (lambdas times or over four) no setting of *this* detector matters as much as
 # having a teacher at all. Two of the nine bars do not touch 0: a quarter of $\lambda_{mem}$ is
 # worse (-.010), a background weight of a fifth of the objects' ($\alpha:\beta$ = 5 : 1) better than
-# the chosen 500 : 1 (+.009). Of nine such bars, half a one does so by luck, so both are hints to
-# try again, not results.
+# the chosen 500 : 1 (+.009). By chance about 0.45 of nine do so, so both are hints to try again,
+# not results.
 #
-# On other images these lambdas mean nothing. How to choose weights there is told in
-# [notebook 1](1_the_method.ipynb), part 3.
+# On other images these lambdas mean nothing. How to choose weights there, and what tuning showed on
+# the toy and on KITTI: [notebook 1](1_the_method.ipynb), part 3.
 #
 # ## A higher ceiling, or only more speed?
 #
@@ -566,13 +566,10 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 #
 # The last line asks something else: would the first two pairs of students gain on other images? It
 # draws the 198 images anew ([evidence.md](../results/kitti/evidence.md)), and says nothing of other
-# seeds or of new streets. Tuning on both sets of pictures: [notebook 1](1_the_method.ipynb), part
-# 3.
+# seeds or of new streets.
 #
 # ### Where toy and KITTI disagree
 #
-# - *The gap.* KITTI's student has a backbone that knows ImageNet already, and its teacher is not
-#   far above. The toy's student starts from random weights.
 # - *The scale mask.* The toy's recipes go without, since there S costs AP. KITTI's students have it
 #   and gain. That is no contradiction: nobody has run them without.
 # - *What a query gives away.* On the toy, DINO's label embedding is often answered right from
