@@ -788,8 +788,8 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 
 # %% [markdown]
 # *The first eight points are those that the rule measured; their geometric mean is 50.* Step 0
-# alone would have given 1,160; the ratio rises within the eight steps, so their mean gives 0.6 times
-# that. (Clipping scales all gradients of a step alike and leaves the ratio as it is.)
+# alone would have given 1,160; the ratio rises within the eight steps, so their mean gives 0.6
+# times that. (Clipping scales all gradients of a step alike and leaves the ratio as it is.)
 # Then the ratio goes its own way: the rule says where a run starts, not what it keeps, and 50 is an
 # order of magnitude. It does not mean that memory rules the whole student: its gradient never
 # reaches the decoder and the heads, which learn from detection and the answers.
