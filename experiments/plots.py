@@ -343,7 +343,7 @@ def predictions(image, result, classes, min_score=0.4, truth=None):
         outside = _corners(truth["boxes"]) + width / 300 * np.array([-1, -1, 1, 1])
         _boxes(axes, outside, "black", width=type_pt / 5)
         _boxes(axes, outside, TRUTH, linestyle=FALSE, width=type_pt / 5)
-        keys = [_patch("true box", facecolor="#777777", edgecolor=TRUTH, linestyle=FALSE),
+        keys = [_key("true box", color=TRUTH, gapcolor="black", linestyle=FALSE),
                 _patch("detection: class and score", facecolor="none", edgecolor=BRIGHT[0])]
         axes.legend(handles=keys, loc="lower right", fontsize=type_pt)
     for score, label, box in reversed(_strong(result, min_score)):
