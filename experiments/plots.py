@@ -364,10 +364,10 @@ def predictions(image, result, classes, min_score=0.4, truth=None):
     # A name that would stand on that of a stronger detection moves above it.
     placed = []
     for text in reversed(axes.texts):
-        extent = text.get_window_extent().padded(type_pt / 3)
+        extent = text.get_window_extent().padded(type_pt / 2)
         rise = max((other.y1 - extent.y0 for other in placed if extent.overlaps(other)), default=0)
         text.set_y(max(text.get_position()[1] - rise / zoom, type_pt * 2.3 / zoom))
-        placed.append(text.get_window_extent().padded(type_pt / 3))
+        placed.append(text.get_window_extent().padded(type_pt / 2))
     return figure
 
 

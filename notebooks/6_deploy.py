@@ -69,9 +69,9 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #
 # - **Deformable sampling** reads the memory between its cells, at places that are computed. The
 #   official code does it with a CUDA kernel of its own, which no other program knows. Here it is
-#   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU our
-#   training uses a product with a sparse matrix, several times as fast. ONNX has no such operator,
-#   so [attention.py](../attention.py) takes `grid_sample` while it is exported.)
+#   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU we
+#   train with a product with a sparse matrix, which is faster and which ONNX lacks:
+#   [attention.py](../attention.py) takes `grid_sample` while it is exported.)
 # - **Top-k.** *Which* tokens become DINO's queries is decided by the picture: an index that is
 #   data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change places
 #   between two programs, so two answers must be compared as sets, not row by row.
@@ -93,23 +93,22 @@ layers = len(model.encoder.layers) + len(model.decoder.layers)
 assert operators["GridSample"] == layers * 3 and operators["TopK"] == 2
 
 # %% [markdown]
-# All of them are ONNX's own (operator set 20), none is made by us. Only ONNX Runtime was tried: look
-# up whether another runtime has GridSample and TopK.
+# All are ONNX's own (operator set 20). Only ONNX Runtime was tried: look up whether another runtime
+# has GridSample and TopK.
 #
 # ## Sixteen lines without torch
 
 # %%
-program = Path("experiments/detect.py").read_text()
-print(program)
-_, _, code = program.split('"""')                       # without the docstring
+_, _, code = Path("experiments/detect.py").read_text().split('"""')
+print(code.strip())
 lines = [line for line in code.splitlines() if line and not line.startswith("#")]
 assert len(lines) == 16
 
 # %% [markdown]
-# The program runs in a process of its own in which importing torch is an error. The photo is the
-# first validation scene with four or more objects. *Dashes without a colour beside them are missed:
-# the other cyclist and two pedestrians far away.* **Look at** the green rider in the middle: what
-# does the student call him?
+# The program runs in a process in which importing torch is an error. The photo is the first
+# validation scene with four or more objects. *Dashes without a colour beside them are missed: the
+# other cyclist and two pedestrians far away.* **Look at** the green rider in the middle: what does
+# the student call him?
 
 # %%
 scenes = data.build("toy", "datasets/toy", "val")
@@ -150,8 +149,8 @@ for place in np.flatnonzero(same):
 assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
-# **Claim.** The mistake is the student's, not the file's. PyTorch gives the same detections: the
-# same classes, scores and boxes.
+# **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores and
+# boxes.
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -297,8 +296,8 @@ print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:
 # ```
 # There is no error: the numbers have the right type and shape. Three of the four stay; the rider's
 # 0.42 becomes 0.36. One picture looks nearly right, and the AP of a hundred falls from .402 to
-# .350. Only an AP measured through *the whole program*, photo to boxes, finds such a mistake: this
-# is how `train.py deploy` measures it.
+# .350. Only an AP of *the whole program*, photo to boxes, finds such a mistake: `train.py deploy`
+# measures this one.
 # </details>
 #
 # **2.** You normalise the photo yourself and hand it over, because all your other programs want
@@ -318,13 +317,13 @@ print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:
 # print("best score of rounded numbers:", ask(normal.clip(0, 255).astype(np.uint8))[1][0].round(2))
 # ```
 # Floats are refused: the file wants uint8. Rounded, nearly all pixels are 0, 1 or 2, the picture is
-# black, and no detection reaches 0.2. There is no error message. So an input type that refuses is
-# the better one, and it is why the normalisation is inside of the file.
+# black, no detection reaches 0.2, and there is no error message. So refusal is better, and it is why
+# the normalisation is inside of the file.
 # </details>
 #
-# **3** (after exercise 1)**.** `deploy.QUANTISED` names the operators that get 8 bits. Matrix products of two
-# *activations*, `MatMul`, are not among them. Where in DINO are they, and where in DAB-DETR? For
-# which of the two would you expect 8 bits there to cost more?
+# **3** (after exercise 1). `deploy.QUANTISED` names the operators that get 8 bits. Matrix products
+# of two *activations*, `MatMul`, are not among them. Where in DINO are they, and where in DAB-DETR?
+# For which of the two would you expect 8 bits there to cost more?
 #
 # <details><summary>Answer</summary>
 #
@@ -342,7 +341,7 @@ print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:
 # .397 without them and .396 with them in 8 bits, the same.
 #
 # DAB-DETR is dense: its encoder and its cross-attention are such products too, over all tokens. Try
-# its teacher: it loses far more, which is why these products keep 32 bits. A likely
-# reason, which has not been tested: a softmax over hundreds of tokens has many small weights, and
-# those below half a step of 8 bits become 0.
+# its teacher: it loses far more, which is why these products keep 32 bits. A likely reason, not
+# tested: a softmax over hundreds of tokens has many small weights, and those below half a step of 8
+# bits become 0.
 # </details>
