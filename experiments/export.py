@@ -7,6 +7,7 @@
 .onnx: pictures in (uint8 RGB, B x H x W x 3, resized but not normalised), detections out (boxes
 x0 y0 x1 y1 in pixels of that picture, scores, labels), post-processing inside; class names and size
 are in its metadata. Written only if it agrees with PyTorch within 1e-4 on a picture.
+experiments/detect.py runs it without torch.
 """
 import argparse
 import math

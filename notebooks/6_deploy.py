@@ -3,9 +3,9 @@
 #
 # A small student is trained for a small machine, and that machine often has no PyTorch. This
 # notebook writes the shipped distilled student as **one ONNX file** and reads it with a program of
-# sixteen lines that needs only numpy, Pillow and
-# [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). To run it you need `pip install onnx
-# onnxscript onnxruntime`.
+# sixteen lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow and
+# [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). This notebook itself needs `pip install
+# onnx onnxscript onnxruntime`.
 #
 # **Look at** the arrow that points down: the file is all that the two machines share.
 
@@ -44,6 +44,10 @@ plots.deployment_drawing()
 #
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
+# For your own student add a photo, `--image PHOTO.jpg`, or `--size H,W`: the file is for that size.
+# A photo of another shape is stretched to it by the program, which `predict` does not do. So export
+# one file for each shape.
+#
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
 # than 1e-4 off.) What the file reads and what its labels mean is written in its metadata.
@@ -65,9 +69,9 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #
 # - **Deformable sampling** reads the memory between its cells, at places that are computed. The
 #   official code does it with a CUDA kernel of its own, which no other program knows. Here it is
-#   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU our
-#   training uses a product with a sparse matrix, several times as fast. ONNX has no such operator,
-#   so [attention.py](../attention.py) takes `grid_sample` while it is exported.)
+#   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU we
+#   train with a product with a sparse matrix, which is faster and which ONNX lacks:
+#   [attention.py](../attention.py) takes `grid_sample` while it is exported.)
 # - **Top-k.** *Which* tokens become DINO's queries is decided by the picture: an index that is
 #   data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change places
 #   between two programs, so two answers must be compared as sets, not row by row.
@@ -89,48 +93,22 @@ layers = len(model.encoder.layers) + len(model.decoder.layers)
 assert operators["GridSample"] == layers * 3 and operators["TopK"] == 2
 
 # %% [markdown]
-# All of them are ONNX's own (operator set 20), none is made by us. Only ONNX Runtime was tried: look
-# up whether another runtime has GridSample and TopK.
+# All are ONNX's own (operator set 20). Only ONNX Runtime was tried: look up whether another runtime
+# has GridSample and TopK.
 #
 # ## Sixteen lines without torch
 
 # %%
-PROGRAM = """
-import json
-import sys
-
-import numpy as np
-import onnxruntime
-from PIL import Image
-
-program, photo = sys.argv[1:]
-
-# The file says what it reads and what its labels mean.
-session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
-facts = session.get_modelmeta().custom_metadata_map
-height, width = json.loads(facts["size"])
-classes = json.loads(facts["classes"])
-
-# Resize, ask, and go back to the pixels of the photo.
-image = Image.open(photo).convert("RGB")
-small = image.resize((width, height), Image.Resampling.BILINEAR)
-boxes, scores, labels = session.run(None, {"images": np.array(small)[None]})
-boxes = boxes[0] * np.tile([image.width / width, image.height / height], 2)
-
-# Write the detections, best first.
-for box, score, label in zip(boxes, scores[0], labels[0]):
-    print(json.dumps({"class": classes[label], "score": float(score), "box": box.tolist()}))
-""".lstrip()
-(folder / "detect.py").write_text(PROGRAM)
-lines = [line for line in PROGRAM.splitlines() if line and not line.startswith("#")]
-print(len(lines), "lines of code")
+_, _, code = Path("experiments/detect.py").read_text().split('"""')
+print(code.strip())
+lines = [line for line in code.splitlines() if line and not line.startswith("#")]
 assert len(lines) == 16
 
 # %% [markdown]
-# The program runs in a process of its own in which importing torch is an error. The photo is the
-# first validation scene with four or more objects. In the picture of its answer, true boxes are
-# dotted in white; a detection of 0.4 or more has the colour of its class. **Look at** the green
-# rider in the middle: what does the student call him?
+# The program runs in a process in which importing torch is an error. The photo is the first
+# validation scene with four or more objects. *Dashes without a colour beside them are missed: the
+# other cyclist and two pedestrians far away.* **Look at** the green rider in the middle: what does
+# the student call him?
 
 # %%
 scenes = data.build("toy", "datasets/toy", "val")
@@ -139,9 +117,10 @@ photo, truth = scenes.raw(index)
 
 
 def detect(program):
-    """Run the program without torch -> its detections."""
+    """Run detect.py without torch -> its detections."""
+    # sys.modules["torch"] = None makes every `import torch` fail.
     code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1))"
-    words = [folder / "detect.py", folder / program, scenes.paths[index]]
+    words = ["experiments/detect.py", folder / program, scenes.paths[index]]
     written = subprocess.check_output([sys.executable, "-c", code, *map(str, words)], text=True)
     found = [json.loads(line) for line in written.splitlines()]
     return {"boxes": np.array([each["box"] for each in found]),
@@ -153,7 +132,6 @@ found = detect("student.onnx")
 plots.predictions(photo, found, scenes.classes, truth=truth)
 
 # %% [markdown]
-# *White dots without a colour are missed: the other cyclist and two pedestrians far away.*
 # "Pedestrian 0.42" is a mistake: he is a cyclist, seen from behind, with little of his bicycle in
 # sight. The cell below prints what the student says of this one box.
 #
@@ -171,8 +149,8 @@ for place in np.flatnonzero(same):
 assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
-# **Claim.** The mistake is the student's, not the file's. PyTorch gives the same detections: the
-# same classes, scores and boxes.
+# **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores and
+# boxes.
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -199,7 +177,9 @@ assert apart < 1e-4 and sure.any()
 # writes a linear layer as `MatMul` and `Add`; before it quantises, ONNX Runtime makes one `Gemm` of
 # both.
 #
-# **Claim.** The file is less than half as large, and the program reads it as it is.
+# **Claim.** The file is less than half as large, and the program reads it as it is. (`train.py
+# export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise` as here, with
+# some 50 training pictures.)
 
 # %%
 training = data.build("toy", "datasets/toy", "train")
@@ -240,7 +220,7 @@ assert len(costs) == 9 and 0 < max(costs) < 0.01
 # that it has more than the student alone. Each figure is that of one model, so whether a row's cost
 # is .002 or .003 says nothing.
 #
-# The distilled DINO student in its three forms. Memory is the peak of a process that answers ten
+# DINO in its three forms. Memory is the peak of a process that answers ten
 # pictures, libraries included; a time is the median of one picture on one thread. (PyTorch's file
 # is small because it holds 16-bit weights and no program.)
 
@@ -249,12 +229,13 @@ def written(value, form):
     return "not measured" if value is None else form.format(value)
 
 
-print(f"{'':<11}{'AP':>6}{'file':>10}{'memory':>14}{'time':>14}")
-for kind in deploy.FORMATS:
-    row = rows[f"dino, distilled, {kind}"]
-    print(f"{kind:<11}{row['AP']:6.3f}{row['file_mb']:7.2f} MB"
-          + f"{written(row.get('peak_mb'), '{:.0f} MB'):>14}"
-          + f"{written(row.get('ms_1'), '{0[median]:.1f} ms'):>14}")
+for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teacher")):
+    rows = json.loads(Path(f"results/deploy/{name}.json").read_text())["rows"]
+    print(f"{f'{name}, {role}':<18}{'AP':>5}{'file':>11}{'memory':>10}{'time':>11}")
+    for kind in deploy.FORMATS:
+        row = rows[f"dino, {role}, {kind}"]
+        print(f"    {kind:<14}{row['AP']:.3f}{row['file_mb']:8.2f} MB{row['peak_mb']:7.0f} MB"
+              f"{row['ms_1']['median']:8.1f} ms")
 
 kitti, cost = Path("results/deploy/kitti.json"), None
 if kitti.exists():
@@ -264,12 +245,23 @@ if kitti.exists():
 print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:.4f} AP')}")
 
 # %% [markdown]
-# *ONNX Runtime answers three times as fast as PyTorch, in a tenth of the memory.* 8 bits make the
+# *ONNX Runtime answers three times as fast as PyTorch, in less than a tenth of the memory. On real
+# KITTI it is 1.7 times (teacher: 1.1), in an eighth (a fifth) of the memory.* 8 bits make the
 # file smaller and the answer **not** faster: on images of 160 x 48, probably, the steps into 8 bits and
-# back cost more than the short products save. (All 27 programs:
+# back cost more than the short products save. (All 27 rows:
 # [results/deploy](../results/deploy/toy.md).) Times hold for one processor, here the one named
-# there. Measure on yours, with nothing else running (`python train.py deploy --only latency
-# memory`), and at your image size.
+# there. Measure on yours, at your image size and with nothing else running, by these lines at the
+# end of `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
+#
+# ```python
+# import time
+# times = []
+# for _ in range(60):
+#     start = time.perf_counter()
+#     session.run(None, {"images": np.array(small)[None]})
+#     times.append(1e3 * (time.perf_counter() - start))
+# print(np.median(times[10:]), "ms")
+# ```
 #
 # **On [real KITTI](../results/deploy/kitti.md) 8 bits cost far more**, about .06 AP for each of the
 # three models, and were not faster either. Its detectors have another backbone (EfficientNet-lite);
@@ -290,7 +282,7 @@ print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:
 # ```python
 # session = deploy.open_session(str(folder / "student.onnx"))
 #
-# def ask(picture):
+# def ask(picture, session=session):
 #     return [x[0] for x in session.run(None, {"images": picture[None]})]
 #
 # def swapped(picture):
@@ -304,8 +296,8 @@ print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:
 # ```
 # There is no error: the numbers have the right type and shape. Three of the four stay; the rider's
 # 0.42 becomes 0.36. One picture looks nearly right, and the AP of a hundred falls from .402 to
-# .350. Only an AP measured through *the whole program*, photo to boxes, finds such a mistake: this
-# is how `train.py deploy` measures it.
+# .350. Only an AP of *the whole program*, photo to boxes, finds such a mistake: `train.py deploy`
+# measures this one.
 # </details>
 #
 # **2.** You normalise the photo yourself and hand it over, because all your other programs want
@@ -325,29 +317,31 @@ print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:
 # print("best score of rounded numbers:", ask(normal.clip(0, 255).astype(np.uint8))[1][0].round(2))
 # ```
 # Floats are refused: the file wants uint8. Rounded, nearly all pixels are 0, 1 or 2, the picture is
-# black, and no detection reaches 0.2. There is no error message. So an input type that refuses is
-# the better one, and it is why the normalisation is inside of the file.
+# black, no detection reaches 0.2, and there is no error message. So refusal is better, and it is why
+# the normalisation is inside of the file.
 # </details>
 #
-# **3.** `deploy.QUANTISED` names the operators that get 8 bits. Matrix products of two
-# *activations*, `MatMul`, are not among them. Where in DINO are they, and where in DAB-DETR? For
-# which of the two would you expect 8 bits there to cost more?
+# **3** (after exercise 1). `deploy.QUANTISED` names the operators that get 8 bits. Matrix products
+# of two *activations*, `MatMul`, are not among them. Where in DINO are they, and where in DAB-DETR?
+# For which of the two would you expect 8 bits there to cost more?
 #
 # <details><summary>Answer</summary>
 #
 # ```python
-# deploy.QUANTISED = ("Conv", "Gemm", "MatMul")
+# usual = deploy.QUANTISED
+# deploy.QUANTISED = (*usual, "MatMul")
 # print(deploy.quantise(folder / "student.onnx", folder / "all.int8.onnx", views))
+# deploy.QUANTISED = usual
 # for name in ("student.int8.onnx", "all.int8.onnx"):
-#     session = deploy.open_session(str(folder / name))
-#     print(name, round(deploy.average_precision(ask, hundred, (48, 160))["AP"], 3))
+#     program = deploy.open_program("ONNX int8", None, folder / name)
+#     print(name, round(deploy.average_precision(program, hundred, (48, 160))["AP"], 3))
 # ```
 # DINO's student has four of them, in self-attention between queries: $QK^T$ and the product of its
 # softmax with $V$, in two decoder layers. Deformable attention has none. AP on the hundred images:
 # .397 without them and .396 with them in 8 bits, the same.
 #
-# DAB-DETR is dense: its encoder and its cross-attention are such products too, over all tokens. Its
-# teacher loses 0.12 AP by them (one model, measured once), which is why they keep 32 bits. A likely
-# reason, which has not been tested: a softmax over hundreds of tokens has many small weights, and
-# those below half a step of 8 bits become 0.
+# DAB-DETR is dense: its encoder and its cross-attention are such products too, over all tokens. Try
+# its teacher: it loses far more, which is why these products keep 32 bits. A likely reason, not
+# tested: a softmax over hundreds of tokens has many small weights, and those below half a step of 8
+# bits become 0.
 # </details>

@@ -1,6 +1,7 @@
 """Programs for ONNX Runtime: their answers, their metadata, and when they are refused."""
 import functools
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -159,6 +160,23 @@ def test_whole_detectors_can_be_written_down(variant, way, written):
     code = "".join(graphs)
     assert ("grid_sampl" in code) == (program.model.detector != "dab_detr")
     assert not any(name in code for name in ("embedding_bag", "autograd_function"))
+
+
+def test_the_program_without_torch_answers_in_pixels_of_the_photo(written, photo):
+    _, file, _ = written("two stages")
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1))"
+    words = [train.HERE / "experiments" / "detect.py", file, photo]
+    lines = subprocess.check_output([sys.executable, "-c", code, *map(str, words)], text=True)
+    found = [json.loads(line) for line in lines.splitlines()]
+
+    picture = deploy.resized(Image.open(photo), SIZE)
+    boxes, scores, labels = deploy.open_program("ONNX fp32", None, file)(picture)
+    # The photo has 225 x 75 pixels, the program reads 160 x 48.
+    wanted = boxes * np.array([225 / 160, 75 / 48] * 2)
+    np.testing.assert_allclose([each["box"] for each in found], wanted, atol=1e-3)
+    np.testing.assert_allclose([each["score"] for each in found], scores, atol=1e-6)
+    assert [each["class"] for each in found] == [
+        ("Car", "Pedestrian", "Cyclist")[label] for label in labels]
 
 
 def unnamed(file):

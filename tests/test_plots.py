@@ -464,15 +464,26 @@ def test_long_names_stay_in_the_picture_and_a_legend_of_them_on_the_page():
     assert 0 <= extent.x0 and extent.x1 <= figure.bbox.x1 and len(legend(figure)) == 6 + 3 + 1
 
 
-def test_a_truth_is_dotted_under_the_detections_whose_names_stand_in_the_middle():
+def test_a_truth_is_dashed_around_the_detections_whose_names_stand_in_the_middle():
     image, truth, result = scene(1)
     axes = plots.predictions(image, result, CLASSES, min_score=0.85, truth=truth).axes[0]
-    dotted, box = axes.patches[:2]
-    assert dotted.get_bbox().extents.tolist() == [10, 20, 30, 40]
-    assert (dotted.get_linestyle(), box.get_linestyle()) == (plots.MISSED, "-")
+    black, white, box = axes.patches[:3]
+    for around in (black, white):
+        assert around.get_bbox().extents == pytest.approx(np.array([10, 20, 30, 40])
+                                                          + 160 / 300 * np.array([-1, -1, 1, 1]))
+    styles = [patch.get_linestyle() for patch in (black, white, box)]
+    assert styles == ["-", plots.FALSE, "-"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][0] == "true box"
     # The detection reaches from 11 to 30.
     assert [text.get_text() for text in axes.texts] == ["Car 0.90"]
     assert axes.texts[0].get_position()[0] == 20.5
+
+
+def test_of_two_names_in_one_place_the_weaker_stands_higher():
+    image, _, result = scene(1)
+    two = {key: torch.cat([value[:1]] * 2) for key, value in result.items()}
+    weak, strong = plots.predictions(image, two, CLASSES).axes[0].texts
+    assert weak.get_window_extent().y0 > strong.get_window_extent().y1
 
 
 def test_boxes_end_where_the_image_does():

@@ -1,0 +1,28 @@
+"""Detections of one photo; needs numpy, Pillow and onnxruntime, and nothing of this repository.
+
+    python detect.py student.onnx PHOTO.jpg      the program is made by `train.py export`
+"""
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+program, photo = sys.argv[1:]
+
+# The file says what it reads and what its labels mean.
+session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
+facts = session.get_modelmeta().custom_metadata_map
+height, width = json.loads(facts["size"])
+classes = json.loads(facts["classes"])
+
+# Resize, ask, and go back to the pixels of the photo.
+image = Image.open(photo).convert("RGB")
+small = image.resize((width, height), Image.Resampling.BILINEAR)
+boxes, scores, labels = session.run(None, {"images": np.array(small)[None]})
+boxes = boxes[0] * np.tile([image.width / width, image.height / height], 2)
+
+# Write the detections, best first.
+for box, score, label in zip(boxes, scores[0], labels[0]):
+    print(json.dumps({"class": classes[label], "score": float(score), "box": box.tolist()}))
