@@ -379,8 +379,6 @@ pictures, shown = zip(*(frames.raw(index) for index in range(2)))
 plots.detections(pictures, shown, {}, frames.classes)
 
 # %% [markdown]
-# Read the summary line once for each new data set: in section 1 it gave the corners away.
-#
 # ## 4. Small real runs, and what they taught
 #
 # `small-teacher` and `small-student` train on a few hundred real frames with two CPU cores. (The
@@ -428,8 +426,7 @@ figure
 
 # %% [markdown]
 # At step 1,600 the student whose learning rate is still high is no worse than the one that is done
-# (.285 and .270, one run each), and it goes on to .339. So "the curve is flat" does not mean
-# "trained to the end". Only a longer run tells.
+# (.285 and .270, one run each), and it goes on to .339. Only a longer run tells.
 #
 # ## 5. The paper's size: decisions, and the cost
 #

@@ -433,10 +433,11 @@ assert weight["softmax"] < 0.02 and weight["bernoulli"] > 0.98
 # ## How heavy?
 #
 # The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more: is that much or
-# little? The numbers do not say, and a lambda that was tuned elsewhere says nothing here. The rule,
-# `--balance memory=50 cls+l1+giou=1` in `train.py`, compares gradients instead;
-# [notebook 1, part 3](1_the_method.ipynb), tells it whole, with the trials to make if you can
-# afford them. In your own code it is ten lines around six pieces of [train.py](../train.py). Copy
+# little? The numbers do not say. The rule, `--balance memory=50 cls+l1+giou=1` in `train.py`,
+# compares gradients instead; [notebook 1, part 3](1_the_method.ipynb), tells it whole, with the
+# trials to make if you can afford them.
+#
+# In your own code it is ten lines around six pieces of [train.py](../train.py). Copy
 # `is_detection`, `gradients_of`, `length`, `gradient_ratio`, `process_count` and `Balance`; they
 # need torch and `math`. Name your own losses `loss_...`: that is how they are told from the
 # method's.
