@@ -7,6 +7,8 @@ Lan & Tian, "CLoCKDistill: Consistent Location-and-Context-aware Knowledge Disti
     2. target_queries, logit_loss      both decoders answer the same queries, made from the ground truth
     3. CLoCKDistill                    their weighted sum, every switch named, and a step to copy
 
+How this repository's own detectors take that step: `clockdistill_step` in train.py.
+
 Notation: B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (labels
 0..C-1), K objects. Boxes are (cx, cy, w, h). memory_loss and location_mask want them as fractions of
 the PADDED batch image; everything else as fractions of each image's own size. `padding` is True where

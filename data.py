@@ -88,7 +88,8 @@ CLASS_MAPS = {
                       "Person_sitting": "Pedestrian", "Cyclist": "Cyclist"},
     "kitti8": KITTI_TYPES,
 }
-# Resize, in pixels: (short side, longest side at most).
+# The layouts, each with its resize in pixels: (short side, longest side at most). A fourth has a
+# line here, a reader like `read_kitti`, and a branch in `build`.
 DEFAULT_SIZE = {"coco": (800, 1333), "kitti": (800, 1333), "toy": None}
 
 # Limits of what is read, and of what COCO's AP counts.

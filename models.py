@@ -31,8 +31,9 @@ from attention import (
     SelfAttention, box_positions, full_precision, image_positions, inverse_sigmoid, token_centres,
     xavier_)
 
-# A fourth detector is a subclass of Detector in CLASSES, in this order; train.py has its official
-# schedule (SCHEDULES) and its part of each recipe (PRESETS, RECIPES).
+# A fourth detector is a subclass of Detector in CLASSES, in this order. train.py has its official
+# schedule (SCHEDULES) and its part of each recipe (PRESETS, RECIPES), experiments/tables.py its
+# letter of each table (TOY, PAPER, SMALL).
 DETECTORS = ("dab_detr", "deformable_detr", "dino")
 
 

@@ -9,7 +9,8 @@
                                                         # the detection losses
 `student` and `teacher` are Views of a forward pass. What a method needs in addition to a View's
 required fields is listed in its `needs`. To copy a method into other code, take its class,
-`Baseline`, `View` and the helpers that it calls.
+`Baseline`, `View` and the helpers that it calls. A ninth method is a subclass of `Baseline` with its
+name in `BASELINES`; a row of a table also wants its trials (`TRIALS` in experiments/tables.py).
 
 B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (labels 0..C-1),
 K objects. Boxes are (cx, cy, w, h) as fractions of each image's own size. F_T and F_S are the

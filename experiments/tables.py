@@ -46,7 +46,8 @@ SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # The plan: every row of every table
 # ----------------------------------------------------------------------------------------------
 
-# Which detectors have a row, by letter. A new kind of data takes the letters of the rows it wants.
+# Which detectors have a row, by letter: a row of the plan with "AK" is made for Deformable DETR on
+# the toy and for DINO on small KITTI. Data of a new kind adds its own letters to the rows it wants.
 TOY = {"A": "deformable_detr", "B": "dino", "C": "dab_detr"}
 PAPER = {"D": "dino", "E": "deformable_detr", "F": "dab_detr"}
 SMALL = {"K": "dino", "L": "deformable_detr", "M": "dab_detr"}
@@ -57,6 +58,13 @@ SMALL = {"K": "dino", "L": "deformable_detr", "M": "dab_detr"}
 # multiple of the recipe's, and "balance" the wanted ratios of gradients (`--balance`). A row whose
 # change changes nothing is left out.
 QUARTER, FOUR_TIMES = (lambda value: value / 4), (lambda value: value * 4)
+
+
+def times(part, factor):
+    """A change of the wanted ratios: this part's times `factor`."""
+    return {"balance": lambda ratios: ratios | {part: ratios[part] * factor}}
+
+
 PLAN = {
     # Where does the logit part earn its place? Alone, one change at a time. It made train.PRESETS.
     "search": [
@@ -128,12 +136,16 @@ PLAN = {
     # Labels begin with one of PANELS, the settings that are drawn.
     "sensitivity": [
         ("AD", "student", "student", {}),
-        ("AD", "lambda_mem / 4", "clockdistill", {"lambda_mem": QUARTER}),
+        ("A", "lambda_mem / 4", "clockdistill", {"lambda_mem": QUARTER}),
+        ("D", "lambda_mem / 4", "clockdistill", times("memory", 1 / 4)),
         ("AD", "lambda_mem chosen", "clockdistill", {}),
-        ("AD", "lambda_mem x 4", "clockdistill", {"lambda_mem": FOUR_TIMES}),
-        ("AD", "lambda_log / 4", "clockdistill", {"lambda_log": QUARTER}),
+        ("A", "lambda_mem x 4", "clockdistill", {"lambda_mem": FOUR_TIMES}),
+        ("D", "lambda_mem x 4", "clockdistill", times("memory", 4)),
+        ("A", "lambda_log / 4", "clockdistill", {"lambda_log": QUARTER}),
+        ("D", "lambda_log / 4", "clockdistill", times("cls+l1+giou", 1 / 4)),
         ("AD", "lambda_log chosen", "clockdistill", {}),
-        ("AD", "lambda_log x 4", "clockdistill", {"lambda_log": FOUR_TIMES}),
+        ("A", "lambda_log x 4", "clockdistill", {"lambda_log": FOUR_TIMES}),
+        ("D", "lambda_log x 4", "clockdistill", times("cls+l1+giou", 4)),
         ("AD", "alpha : beta 1 : 0", "clockdistill", {"beta": 0.0}),
         ("AD", "alpha : beta 500 : 1", "clockdistill", {}),
         ("AD", "alpha : beta 5 : 1", "clockdistill", {"beta": 1e-5}),
@@ -199,23 +211,29 @@ TRIALS = {
 }
 
 
-# On real images four trials set the wanted ratios of gradients, in steps of four. The recipe's
-# stand among them: 50 for what copies memory, 1 for what copies answers (train.Balance).
+# On real images every method is weighed by the ratios of its gradients (train.Balance): 50 for what
+# copies memory, 1 for what copies answers. These are untuned, for the tables that have no trials.
 COPIES, ANSWERS = {"memory": 50.}, {"cls+l1+giou": 1.}
-FGD_LOSSES = {"objects+background+attention+relation": 50.}
+RATIOS = {
+    "clockdistill": train.RATIOS, "fitnets": COPIES, "mgd": COPIES, "kd_detr": ANSWERS,
+    "fgd": {"objects+background+attention+relation": 50.}, "gkd": {"memory+maps": 50.},
+    "hinton": {"cls": 1.}, "d3etr": {"cls+l1+giou+self+cross": 1.},
+    "detrdistill": COPIES | {"cls+l1+giou+prior_cls+prior_l1+prior_giou": 1.},
+}
 
 
-def balanced(options, wanted):
-    """(options of every trial, what differs): `wanted` ratios of all parts, weighed together."""
-    return options, [{"balance": ratios} for ratios in scaled(wanted, (1 / 16, 1 / 4, 1, 4))]
+def balanced(method, **options):
+    """(options of every trial, what differs): four weights of all parts together, by fours."""
+    ratios = scaled(RATIOS[method], (1 / 16, 1 / 4, 1, 4))
+    return options, [{"balance": wanted} for wanted in ratios]
 
 
 BALANCED_TRIALS = {
-    "clockdistill": balanced({}, COPIES | ANSWERS),
-    "fitnets": balanced({}, COPIES),
-    "fgd": balanced({}, FGD_LOSSES),
-    "mgd": balanced({}, COPIES),
-    "kd_detr": balanced({"general": 60}, ANSWERS),
+    "clockdistill": balanced("clockdistill"),
+    "fitnets": balanced("fitnets"),
+    "fgd": balanced("fgd"),
+    "mgd": balanced("mgd"),
+    "kd_detr": balanced("kd_detr", general=60),
 }
 
 
@@ -380,8 +398,12 @@ def teacher_of(study, detector):
 def choices(study, detector):
     """{what: options}: as tuning chose, or the recipe's CLoCKDistill; its two parts."""
     recipe = train.RECIPES[f"{study.scope.recipe}-student"][detector]
-    options = {"search": SEARCHED, "clockdistill": recipe["method_options"]}
-    options |= dict.fromkeys(RIVALS, {}) | read_chosen(study).get(detector, {})
+    options = {"search": SEARCHED} | dict.fromkeys(RIVALS, {})
+    # Where the recipe is weighed by ratios, so is everything.
+    if "balance" in recipe:
+        options |= {what: {"balance": ratios} for what, ratios in RATIOS.items()}
+    options["clockdistill"] = recipe["method_options"] | options.get("clockdistill", {})
+    options |= read_chosen(study).get(detector, {})
     best = options["clockdistill"]
     # With or without the scale mask: the half that was chosen has a row of its own already.
     for half in HALVES:
