@@ -110,9 +110,11 @@ plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "avera
               "One set of detections, five numbers", "{:.3f}".format)
 
 # %% [markdown]
-# A number without its protocol says nothing.
+# A number without its protocol says nothing. For KITTI's own, write `predict`'s boxes as KITTI's
+# result files (type, -1, -1, -10, the box, seven unknowns, score) and give them to its devkit; this
+# repository does not.
 #
-# ### 1.2 Padding: what else is in the batch moves boxes and scores
+# ### 1.2 Padding: how much of it there is moves boxes and scores
 #
 # **Claim.** Images of one batch are padded to the same size. Convolutions see the border that this
 # makes, and GroupNorm averages over the padding, so boxes, scores and AP depend on how much padding
@@ -172,8 +174,8 @@ figure
 # the order of these ids; a data set's `category_ids` maps them back. A perfect detector whose
 # labels are one off has AP 0. One that takes *id - 1* for the label is right before the first gap,
 # 11 classes, and wrong after it: an AP that looks like a weak detector, not like a bug. **Look at**
-# the ids named below the stairs, but for the first and last: COCO skips one id there, at 29 and 68
-# two, and all later labels move by as many.
+# the cliff after the eleventh class. There COCO skips id 12, and all later labels are one too high;
+# after nine more skipped ids the last are ten too high.
 
 # %%
 def coco_folder(name, images, boxes, ids, names):
@@ -193,7 +195,7 @@ def coco_folder(name, images, boxes, ids, names):
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     return data.build("coco", root, "val")
 
-
+# %%
 ids = [number for number, name in enumerate(checkpoints.COCO_91)
        if name not in ("__background__", "N/A")]
 rows = [[(ids[(8 * image + k) % 80], [20 * k + 1, 10, 15, 30]) for k in range(8)]
@@ -202,7 +204,7 @@ coco = coco_folder("ids", val.paths[:40], rows, ids, [checkpoints.COCO_91[i] for
 
 
 def perfect_with(relabel):
-    """AP of the perfect detector with other labels; those that are no class are left out."""
+    """What data.evaluate says of the perfect detector with other labels (those under 80)."""
     answers = []
     for index in range(len(coco)):
         _, truth = coco.raw(index)
@@ -210,67 +212,42 @@ def perfect_with(relabel):
         keep = labels < 80
         answers.append({"image_id": truth["image_id"], "scores": torch.ones(int(keep.sum())),
                         "labels": labels[keep], "boxes": truth["boxes"][keep]})
-    return data.evaluate(answers, coco)["AP"]
+    return data.evaluate(answers, coco)
 
 
 of_label = torch.tensor(coco.category_ids)               # label -> official id
-aps = {"label": perfect_with(lambda labels: labels),
-       "label + 1": perfect_with(lambda labels: labels + 1),
-       "id - 1": perfect_with(lambda labels: of_label[labels] - 1)}
+answered = {"label": perfect_with(lambda labels: labels),
+            "label + 1": perfect_with(lambda labels: labels + 1),
+            "id - 1": perfect_with(lambda labels: of_label[labels] - 1)}
+aps = {name: scores["AP"] for name, scores in answered.items()}
 print("AP of a perfect detector that answers with  "
       + ",  ".join(f"{name}: {ap:.3f}" for name, ap in aps.items()))
 assert aps["label"] > 0.999 and aps["label + 1"] < 0.01 and abs(aps["id - 1"] - 11 / 80) < 0.01
 
-figure = plots.lines(
-    {f"AP of a perfect detector that takes id - 1 for the label: {aps['id - 1']:.2f}":
-     {"id - 1, minus the right label": (ids, of_label - 1 - torch.arange(80))}},
-    "official category id; named are the first and last, and where COCO has gaps",
-    "labels too high", "Right for eleven classes, then 1 to 10 labels off")
-figure.axes[0].set_xticks([1, 12, 26, 29, 45, 66, 68, 71, 83, 90])
+of_classes = [scores["AP"] for scores in answered["id - 1"]["per_class"].values()]
+figure = plots.lines({f"all 80 classes: AP {aps['id - 1']:.3f}": {"AP of one class": of_classes}},
+                     "class, in the order of COCO's ids", "AP",
+                     "A perfect detector that takes id - 1 for the label")
+figure.axes[0].lines[0].set_drawstyle("steps-mid")
+figure.axes[0].set_xticks([0, 10, 20, 30, 40, 50, 60, 70, 79])
 figure
 
 # %% [markdown]
 # Labels that are no class at all, from 80 on, are refused by `data.evaluate`, with the image's
 # name.
 #
-# ### 1.4 xywh or xyxy, and 1.5 the pixels of which image
+# ### 1.4 xywh or xyxy
 #
-# **Claim.** Predictions are (x0, y0, x1, y1) in pixels of the *stored* image. A perfect detector
-# that gives COCO's (x, y, width, height) instead has next to no AP. One that gives the pixels of
-# the resized image loses most of it, at KITTI's mild ratio of 1331 / 1242 = 1.07 already. **Look
-# at** which object is still found (full line), and how far the other boxes (dashed) are moved from
-# their objects (dotted).
+# **Claim.** Predictions are (x0, y0, x1, y1). A perfect detector that gives COCO's (x, y, width,
+# height) instead has next to no AP. The other way round, a COCO file with corners in `bbox` cannot
+# be refused, since any four numbers are a box. But its boxes reach beyond the image: the reader's
+# summary counts those, and says what it suspects.
 
 # %%
 as_xywh = [one | {"boxes": box_convert(one["boxes"], "xyxy", "xywh")} for one in perfect]
-resized = [one | {"boxes": one["boxes"] * 1331 / 1242} for one in perfect]
-for name, results in {"right": perfect, "xywh": as_xywh,
-                      "pixels of the resized image": resized}.items():
-    scores = data.evaluate(results, val)
-    print(f"{name:<28} AP {scores['AP']:.3f}  AP50 {scores['AP50']:.3f}")
-assert data.evaluate(as_xywh, val)["AP"] < 0.05 and data.evaluate(resized, val)["AP"] < 0.5
+print(f"AP of xywh: {data.evaluate(as_xywh, val)['AP']:.3f}")
+assert data.evaluate(as_xywh, val)["AP"] < 0.05
 
-
-def shares(index):
-    """IoU of each object of an image with its own box in pixels of the resized image."""
-    return box_iou(truths[index]["boxes"], resized[index]["boxes"]).diag()
-
-
-# A scene with three objects and no ignored regions; one object is still found.
-chosen = next(i for i in range(len(val)) if len(truths[i]["labels"]) == 3
-              and len(truths[i]["ignore"]) == 0 and (shares(i) > 0.5).sum() == 1)
-plots.detections([val.raw(chosen)[0]], [truths[chosen]],
-                 {"pixels of the resized image": [resized[chosen]]}, val.classes)
-
-# %% [markdown]
-# A box is moved by 7 % of its distance from the corner. Near the corner, and for large objects,
-# (the car) that does not matter; elsewhere it looks like bad localisation, not like a bug.
-#
-# The other way round, a COCO file whose `bbox` holds corners, is not refused: every box is a box.
-# But its boxes reach beyond the image. The reader's summary counts those, and says what it
-# suspects.
-
-# %%
 corners, proper = ([[(int(c) + 1, box) for c, box in zip(
     t["labels"], box_convert(t["boxes"], "xyxy", form).tolist())] for t in truths[:40]]
     for form in ("xyxy", "xywh"))
@@ -281,12 +258,42 @@ for name, dataset in {"corners": wrong, "COCO's": right}.items():
 assert "clipped" in wrong.summary and "clipped" not in right.summary
 
 # %% [markdown]
+# ### 1.5 The pixels of which image
+#
+# **Claim.** Predictions are in pixels of the *stored* image. A perfect detector that gives the
+# pixels of the resized image loses most of its AP, at KITTI's mild ratio of 1331 / 1242 = 1.07
+# already. **Look at** how far each box is from its object (dotted): only the car's IoU is above
+# 0.5.
+
+# %%
+resized = [one | {"boxes": one["boxes"] * 1331 / 1242} for one in perfect]
+scores = data.evaluate(resized, val)
+print(f"pixels of the resized image: AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}")
+assert scores["AP"] < 0.5
+
+
+def shares(index):
+    """IoU of each object of an image with its own box in pixels of the resized image."""
+    return box_iou(truths[index]["boxes"], resized[index]["boxes"]).diag()
+
+
+# A scene with three objects and no ignored regions; one object is still found.
+chosen = next(i for i in range(len(val)) if len(truths[i]["labels"]) == 3
+              and len(truths[i]["ignore"]) == 0 and (shares(i) > 0.5).sum() == 1)
+print("IoU: " + ", ".join(f"{val.classes[label]} {iou:.3f}" for label, iou
+                          in zip(truths[chosen]["labels"], shares(chosen))))
+plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths[chosen])
+
+# %% [markdown]
+# A box is moved by 7 % of its distance from the corner. Near the corner, and for large objects (the
+# car), that matters little; elsewhere it looks like bad localisation, not like a bug.
+#
 # ## 2. First debugging step: overfit a few images
 #
 # A detector that cannot learn a handful of images by heart has a bug, or a wrong learning rate.
 # Train and evaluate on the *same* two images, without augmentation. On two frames of real KITTI
-# this command reached AP50 1.0 after 200 steps (some 3 minutes of one core); with `--data coco`,
-# `--limit 8` and 800 steps AP50 was 0.95:
+# this command reached AP50 1.0 after 200 of its 900 steps, some 3 minutes of one core
+# (`toy-student` is small enough for that):
 #
 #     python train.py fit --recipe toy-student --data kitti --root DIR --limit 2 \
 #         --train-split all --val-split all --size 160,600 --no-augment --steps 900 \
@@ -372,12 +379,11 @@ pictures, shown = zip(*(frames.raw(index) for index in range(2)))
 plots.detections(pictures, shown, {}, frames.classes)
 
 # %% [markdown]
-# Read the summary line once for each new data set: in section 1 it gave the corners away.
-#
 # ## 4. Small real runs, and what they taught
 #
-# `small-teacher` and `small-student` train on a few hundred real frames with two CPU cores. (The runs
-# below had 703 frames: `--train-split splits/kitti_cyclists_train.txt`, and `--val-split` of `tune`.)
+# `small-teacher` and `small-student` train on a few hundred real frames with two CPU cores. (The
+# runs below had 703 frames: `--train-split splits/kitti_cyclists_train.txt`, and `--val-split` of
+# `tune`.)
 #
 #     make kitti-backbones                                # two ImageNet backbones, by pip
 #     python train.py fit     --recipe small-teacher --root DIR --out runs/teacher
@@ -386,21 +392,22 @@ plots.detections(pictures, shown, {}, frames.classes)
 #         --teacher runs/teacher --teacher-cache 2
 #     python train.py table kitti-small --root DIR        # the whole plan: tuning, seeds, tables
 #
-# What distillation gains there is in [notebook 3](3_ablations.ipynb). Before it came choices: lessons
-# 1 to 4 are of DINO on 90 frames that no table uses, **one run of each setting**, hence no intervals
-# ([the plan](../results/kitti/PLAN.md)). Six lessons:
+# What distillation gains there is in [notebook 3](3_ablations.ipynb). Before it came choices:
+# lessons 1 to 4 are of DINO on 90 frames that no table uses, **one run of each setting**, hence no
+# intervals ([the plan](../results/kitti/PLAN.md)). Six lessons:
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps and .339 after
-#    twice as many: compared at 1,600, a method meets a detector that is not done.
+#    twice as many: compared at 1,600, a method meets a detector that is not done. The table's
+#    students have 2,400 steps and are not known to be done either: a part of its gain may be speed.
 # 2. **A curve that flattens need not be at its end.** The picture below shows it.
 # 3. **The teacher must be better, and must read the image.** `small-teacher` ends .058 above the
 #    student of the same length. Half trained, and asked with target-aware queries, it names 98 % of
-#    the objects correctly; with *another* image's memory 44 %.
+#    the objects correctly; with *another* image's memory 44 %, less than always *Car* (64 %).
 # 4. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high: AP
 #    is .379 for large objects and .122 for small ones. At 160 x 530 a step takes 1.6 times as long.
 # 5. **A lambda does not carry over.** For memory's gradient to be 50 times detection's, the three
-#    detectors of notebook 5 need a $\lambda_{mem}$ of 1,800, 14,000 and 45,000. So the recipes set
-#    the *ratio*: [notebook 1](1_the_method.ipynb), part 3.
+#    detectors of notebook 5 need a $\lambda_{mem}$ of some 1,800, 13,000 and 40,000. So the recipes
+#    set the *ratio*: [notebook 1](1_the_method.ipynb), part 3.
 # 6. **The teacher need not be asked twice.** Images are few and only flipped; with
 #    `--teacher-cache 2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
 #
@@ -408,16 +415,18 @@ plots.detections(pictures, shown, {}, frames.classes)
 # along its cosine.
 
 # %%
-plots.curves({                                           # (step, AP), of PLAN.md
+figure = plots.curves({                                  # (step, AP), of results/kitti/PLAN.md
     "schedule of 1,600 steps": [(400, .110), (800, .193), (1200, .253), (1600, .270)],
     "schedule of 3,200 steps": [(800, .190), (1600, .285), (2000, .316), (2400, .332),
                                 (2800, .340), (3200, .339)]},
     "AP", "DINO student alone, real KITTI: the shorter run looks finished, and is not")
+figure.axes[0].set_xticks(range(400, 3201, 400))
+figure.axes[0].axvline(1600, color="black", linewidth=1, linestyle=":")
+figure
 
 # %% [markdown]
 # At step 1,600 the student whose learning rate is still high is no worse than the one that is done
-# (.285 and .270, one run each), and it goes on to .339. So "the curve is flat" does not mean
-# "trained to the end". Only a longer run tells.
+# (.285 and .270, one run each), and it goes on to .339. Only a longer run tells.
 #
 # ## 5. The paper's size: decisions, and the cost
 #
@@ -433,8 +442,7 @@ for recipe in ("kitti-student", "coco-student"):
         cfg = train.Config(**settings)
         print(f"{recipe:13} {detector:15} lr {cfg.lr:g}, backbone {cfg.backbone_lr:g}; "
               f"{cfg.batch_size:2} images per step and process; {cfg.epochs:g} epochs")
-method = train.method_defaults("clockdistill")
-assert method["lambda_mem"] == method["lambda_log"] == 1
+        assert cfg.balance == train.RATIOS == {"memory": 50, "cls+l1+giou": 1}
 
 # %% [markdown]
 # Five things need your decision.
@@ -442,8 +450,9 @@ assert method["lambda_mem"] == method["lambda_log"] == 1
 # - **The learning rate belongs to a total batch.** On KITTI the batch is [P]'s 8 images per GPU, on
 #   how many GPUs it does not say, and the rates are the official ones for 16 or 32: that
 #   combination is ours, and has not been run.
-# - **Both lambdas are 1, which means nothing.** Give `--balance memory=50 cls+l1+giou=1`
-#   ([notebook 1](1_the_method.ipynb), part 3).
+# - **The weights are ratios of gradients**, 50 for memory and 1 for answers
+#   ([notebook 1](1_the_method.ipynb), part 3), for the table's rivals too. They were chosen on the
+#   toy and tried on small KITTI. At full size nothing tunes them: you pay for untuned weights.
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
 #   each class in the others [T, P]. The small runs ask with the teacher's own contents.
 # - **The scale mask S** is on, as the method is described. On the toy it costs AP
@@ -488,7 +497,7 @@ assert 24 < hours.sum() < 24 * 7 and memory.max() < 24
 # | DINO 4-scale, 12 epochs | 49.0 (its README) | none known |
 #
 # On KITTI we know of no number that is comparable. The paper's abstract says gains of 2.2 to 6.4 %
-# in AP over three detectors and both data sets; its tables were not read.
+# over three detectors and both data sets, not whether relative or in points.
 #
 # ## 6. A published teacher
 #
@@ -543,8 +552,8 @@ assert "heads=8" in refusal and "\n" not in refusal
 # 4. `train.py eval` of the teacher on your `val`, with `--eval-batch 1`: near its published AP, or
 #    it was not loaded. And clearly above the student alone.
 # 5. The student alone at two lengths: if twice the steps still raise its AP, train longer first.
-# 6. `train.py table kitti --dry-run`, then one short run of each kind, with `--balance`, its first
-#    line of gradient norms read (notebook 5 says what to look for).
+# 6. `train.py table kitti --dry-run`, then one short run of each kind, its first line of gradient
+#    norms read (notebook 1, part 3, says what to look for).
 #
 # ## Exercises
 #
@@ -568,7 +577,7 @@ assert "heads=8" in refusal and "\n" not in refusal
 # print(f"{below:.3f} {above:.3f}")
 # assert below > 0.999 and above < 0.2
 # ```
-# 1.000 and next to nothing. AP asks only for the *order* of scores: false alarms that rank below
+# 1.000 and 0.080. AP asks only for the *order* of scores: false alarms that rank below
 # every right box cost nothing, however many there are. So a detector that draws hundreds of boxes
 # may have a good AP, and a threshold for a picture has to be chosen on other grounds.
 # </details>
@@ -584,12 +593,30 @@ assert "heads=8" in refusal and "\n" not in refusal
 # better on KITTI has not been measured.
 # </details>
 #
-# **3.** A colleague reports "AP .138 on COCO's 80 classes, the teacher must be weak". Which line of
-# section 1 do you show, and which one number would settle it?
+# **3.** `kitti3` reads *Van* as ignored. Read it as background instead, and evaluate a detector
+# that is perfect, but calls each van a car. *Predict before you run it*: which AP falls, Car's
+# alone or all three?
 #
 # <details><summary>Answer</summary>
 #
-# 1.3: 11 / 80 = .1375 is the AP of a *perfect* detector that takes *id - 1* for the label. The AP
-# per class settles it: near 1 for the first 11 classes and 0 for all others is a table of ids, not
-# a weak teacher.
+# ```python
+# def as_van(columns):                                 # the toy has no vans: its ignored regions
+#     return ["Van", *columns[1:]] if columns[0] == "DontCare" else columns
+#
+# ignored = rewritten("vans", as_van)
+# background = data.build("kitti", SCRATCH / "vans", "all", size=(48, 160), others="background")
+# answers = []
+# for one, truth in zip(perfect, truths):
+#     vans = truth["ignore"]
+#     cars = torch.zeros(len(vans), dtype=torch.long)
+#     answers.append({"image_id": one["image_id"], "boxes": torch.cat([one["boxes"], vans]),
+#                     "labels": torch.cat([one["labels"], cars]),
+#                     "scores": torch.ones(len(one["labels"]) + len(vans))})
+# for dataset in (ignored, background):
+#     scores = data.evaluate(answers, dataset)
+#     print(scores["AP"], {name: one["AP"] for name, one in scores["per_class"].items()})
+# assert scores["per_class"]["Car"]["AP"] < 0.7 and scores["per_class"]["Cyclist"]["AP"] > 0.999
+# ```
+# Car's alone, from 1.000 to .636, since a class's false alarms count against that class. AP, the
+# mean, falls to .879: the same detections, a third number.
 # </details>
