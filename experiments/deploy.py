@@ -237,9 +237,14 @@ def quantise(source, out, pictures):
     with silent():
         # Its symbolic shapes fail on DINO's choice of tokens; shapes are fixed, so none is needed.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        # What leaves an operator stays in 32 bits until another QUANTISED one reads it. Behind a
+        # convolution comes a ReLU6: 8 bits spread over all that it is about to cut leave few steps
+        # for 0 to 6. On 90 tuning images of KITTI, 32 bits have .356 AP; 8-bit outputs leave .300,
+        # these .353.
         quantization.quantize_static(
             str(prepared), str(out), Reader(), op_types_to_quantize=list(QUANTISED),
-            per_channel=True)
+            per_channel=True,
+            extra_options={"OpTypesToExcludeOutputQuantization": list(QUANTISED)})
     prepared.unlink()
     # An operator is quantised when what it reads comes from 8 bits.
     nodes = onnx.load(out).graph.node

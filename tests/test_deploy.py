@@ -250,6 +250,31 @@ def test_without_onnxruntime_the_line_says_what_to_install(monkeypatch, capsys):
     assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
 
 
+CUT = """<ir_version: 10, opset_import: ["": 20]>
+net (uint8[1, 4, 16, 3] images) => (float[1, 1, 4, 16] answer)
+<float[1, 3, 1, 1] half = {0.5, -0.5, 0}, float[1, 1, 1, 1] one = {1}, float low = {0},
+ float high = {6}> {
+    pixels = Cast <to = 1> (images)
+    planes = Transpose <perm = [0, 3, 1, 2]> (pixels)
+    wide = Conv (planes, half)
+    cut = Clip (wide, low, high)
+    answer = Conv (cut, one)
+}"""
+
+
+def test_what_a_relu6_cuts_takes_no_steps_of_8_bits(tmp_path):
+    """Half of red minus green, -127 to 127, cut to 0 to 6: a step is 6 / 255, and not 1."""
+    picture = np.zeros((4, 16, 3), np.uint8)
+    picture[..., 0] = np.arange(64).reshape(4, 16)
+    picture[-1, -2:] = [0, 255, 0], [255, 0, 0]
+    source, out = tmp_path / "whole.onnx", tmp_path / "short.onnx"
+    onnx.save(onnx.parser.parse_model(CUT), source)
+    assert deploy.quantise(source, out, [picture]) == {"Conv": 2}
+    answer, = deploy.open_session(str(out)).run(None, {"images": picture[None]})
+    red, green = picture[..., 0].astype(float), picture[..., 1]
+    assert np.abs(answer[0, 0] - (0.5 * (red - green)).clip(0, 6)).max() < 6 / 255
+
+
 def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp_path,
                                                                     monkeypatch):
     # The same weights at the same size: the program of the other tests serves.
