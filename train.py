@@ -1457,8 +1457,9 @@ def configure(command, recipe=None, **given):
         settings |= dict(teacher=None, method=None, method_options={}, balance={})
     elif not settings.get("teacher"):
         raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
-    for name in ("lambda_mem", "lambda_log"):
-        if settings.get("balance") and given.get("method_options", {}).get(name):
+    weighed = set("+".join(settings.get("balance", {})).split("+"))
+    for name, losses in (("lambda_mem", {"memory"}), ("lambda_log", {"cls", "l1", "giou"})):
+        if weighed & losses and given.get("method_options", {}).get(name):
             raise ValueError(f"--method-options {name} has no effect beside --balance, which sets "
                              "the weights: give the ratio there, or add --balance none")
     of_run = {field.name: settings.pop(field.name) for field in dataclasses.fields(Run)
@@ -1512,9 +1513,8 @@ PAPER = {name: dict(content="label" if name == "dino" else "random_label")
          for name in models.DETECTORS}
 
 # The paper's lambdas are not known. What carries over to other pictures is not a lambda but a ratio of
-# gradients (`Balance`). On the small KITTI 3 to 50 for memory tie and 200 is too much; on the toy less
-# than 50 costs DINO AP. So 50 is the one value that did well on both (one seed each:
-# results/kitti/README.md, "Tuning").
+# gradients (`Balance`). On the small KITTI 3 to 50 for memory tie and 200 is too much; on the toy DINO's
+# best trial is 56, and 14 costs AP. So 50 does well on both (one seed each: results/kitti).
 RATIOS = {"memory": 50., "cls+l1+giou": 1.}
 
 # A few hundred pictures in KITTI's or COCO's layout, and two CPU cores. Backbones with ImageNet
@@ -1611,8 +1611,8 @@ COMMANDS = {
 EXAMPLES = """
 examples:
   python train.py demo                                     all of it, on generated images, in minutes
-  python train.py fit --data kitti --root DIR --out runs/teacher --backbone resnet50
-  python train.py distill --data kitti --root DIR --out runs/student --backbone resnet18 --teacher runs/teacher
+  python train.py fit --recipe kitti-teacher --root DIR --out runs/teacher
+  python train.py distill --recipe kitti-student --root DIR --out runs/student --teacher runs/teacher
   python train.py eval --checkpoint runs/student/best.pt --data kitti --root DIR
   torchrun --nproc_per_node 4 train.py fit ...             several GPUs: --batch-size is of each process
 AP values are fractions 0..1. Give --debug for the whole traceback of an error."""

@@ -126,7 +126,7 @@ PLAN = {
         ("A", "both parts: clockdistill with the scale mask", "with_scale", {}),
         ("A", "both parts: clockdistill without the scale mask", "without_scale", {}),
     ],
-    # A mask taken away changes the size of the sum; `--balance` keeps its gradient as it was.
+    # A mask taken away changes the size of the sum; `--balance` makes its first gradients as large.
     "masks": [
         ("K", "none", "student", {}),
         ("K", "every token alike", "clockdistill", {"location": False, "scale": False}),
@@ -903,6 +903,8 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
         raise ValueError(f"table {scale} needs --root, the folder of the data "
                          f"({SCALES[scale].download})")
     study = open_study(scale, root, work, results, teachers, changes, teacher_floor)
+    if not plan(study, only, detectors):
+        raise ValueError(f"table {scale} has no rows in {' '.join(only)} for these detectors")
     if rebuild:
         write(study)
         return 0

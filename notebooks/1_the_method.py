@@ -704,7 +704,7 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # The norms are over the student's parameters that both losses reach. In the first 8 steps of a run
 # the student trains alone while the ratios are measured. So, on data of your own:
 #
-# 1. Start with memory 50, answers 1, the default of the recipes for small data sets:
+# 1. Start with memory 50, answers 1, the default of all recipes but the toy's:
 #    `python train.py distill --recipe small-student ... --balance memory=50 cls+l1+giou=1`.
 # 2. Read the gradient norms that a run logs every 200 steps. A part without one is not connected.
 #    If the detection loss stops falling, the ratios are too large (a rule of thumb, not measured).
