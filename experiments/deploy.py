@@ -43,7 +43,7 @@ ROLES = ("teacher", "student", "distilled")
 FORMATS = ("PyTorch", "ONNX fp32", "ONNX int8")
 PARTS = ("AP", "size", "memory", "latency")
 # What has weights, which is nearly all of the work. The others stay in 32 bits, MatMul among them,
-# attention's products of two activations: in 8 bits they cost the toy's DAB-DETR teacher 0.12 AP.
+# attention's products of two activations: in 8 bits they cost the toy's DAB-DETR teacher 0.03 AP.
 QUANTISED = ("Conv", "Gemm")
 THREADS = (1, 2)
 
@@ -237,10 +237,10 @@ def quantise(source, out, pictures):
     with silent():
         # Its symbolic shapes fail on DINO's choice of tokens; shapes are fixed, so none is needed.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        # What leaves an operator stays in 32 bits until another QUANTISED one reads it. Behind a
-        # convolution comes a ReLU6: 8 bits spread over all that it is about to cut leave few steps
-        # for 0 to 6. On 90 tuning images of KITTI, 32 bits have .356 AP; 8-bit outputs leave .300,
-        # these .353.
+        # What leaves an operator keeps 32 bits until the next of QUANTISED reads it. Otherwise the
+        # 256 steps would cover all that a ReLU6 then cuts, 8 times the range 0 to 6 in the median.
+        # KITTI's distilled DINO, 90 tuning images: .300 AP with rounded outputs, .353 so, .356 in
+        # 32 bits.
         quantization.quantize_static(
             str(prepared), str(out), Reader(), op_types_to_quantize=list(QUANTISED),
             per_channel=True,
