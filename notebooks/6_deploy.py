@@ -232,10 +232,6 @@ assert len(costs) == 9 and 0 < max(costs) < 0.01
 # is small because it holds 16-bit weights and no program.)
 
 # %%
-def written(value, form):
-    return "not measured" if value is None else form.format(value)
-
-
 for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teacher")):
     rows = json.loads(Path(f"results/deploy/{name}.json").read_text())["rows"]
     print(f"{f'{name}, {role}':<18}{'AP':>5}{'file':>11}{'memory':>10}{'time':>11}")
@@ -244,18 +240,11 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
         print(f"    {kind:<14}{row['AP']:.3f}{row['file_mb']:8.2f} MB{row['peak_mb']:7.0f} MB"
               f"{row['ms_1']['median']:8.1f} ms")
 
-kitti, cost = Path("results/deploy/kitti.json"), None
-if kitti.exists():
-    of_kitti = json.loads(kitti.read_text())["rows"]
-    cost = (of_kitti["dino, distilled, ONNX fp32"]["AP"]
-            - of_kitti["dino, distilled, ONNX int8"]["AP"])
-print(f"On real KITTI 8 bits cost the distilled DINO student: {written(cost, '{:.4f} AP')}")
-
 # %% [markdown]
-# *ONNX Runtime answers three times as fast as PyTorch, in less than a tenth of the memory. On real
-# KITTI it is 1.7 times (teacher: 1.1), in an eighth (a fifth) of the memory.* 8 bits make the
-# file smaller and the answer **not** faster: on images of 160 x 48, probably, the steps into 8 bits and
-# back cost more than the short products save. (All 27 rows:
+# *ONNX Runtime answers more than three times as fast as PyTorch, in less than a tenth of the memory.
+# On real KITTI it is 2 times (teacher: 1.5), in an eighth (a fifth) of the memory.* 8 bits make the
+# file smaller and the answer **not** faster: probably the steps into 8 bits and back cost what the
+# short products save. (All 27 rows of the toy:
 # [results/deploy](../results/deploy/toy.md).) Times hold for one processor, here the one named
 # there. Measure on yours, at your image size and with nothing else running, by these lines at the
 # end of `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
