@@ -321,14 +321,17 @@ class Balance(nn.Module):
         return losses
 
 
+# CLoCKDistill's parts: the weight of each, and its losses.
+PARTS = {"lambda_mem": {"memory"}, "lambda_log": {"cls", "l1", "giou"}}
+
+
 def open_balance(cfg, method, steps):
     """The Balance of `--balance`, or None. Raises ValueError when the run is too short to measure."""
     # A part of CLoCKDistill whose weight is 0 is off, and nothing to balance.
     off = set()
-    if getattr(method, "lambda_mem", 1) == 0:
-        off |= {"memory"}
-    if getattr(method, "lambda_log", 1) == 0:
-        off |= {"cls", "l1", "giou"}
+    for weight, losses in PARTS.items():
+        if getattr(method, weight, 1) == 0:
+            off |= losses
     ratios = {part: ratio for part, ratio in cfg.balance.items() if not set(part.split("+")) <= off}
     if method is None or not ratios:
         return None
@@ -1458,7 +1461,7 @@ def configure(command, recipe=None, **given):
     elif not settings.get("teacher"):
         raise ValueError("distill needs --teacher: the folder or checkpoint of a trained run")
     weighed = set("+".join(settings.get("balance", {})).split("+"))
-    for name, losses in (("lambda_mem", {"memory"}), ("lambda_log", {"cls", "l1", "giou"})):
+    for name, losses in PARTS.items():
         if weighed & losses and given.get("method_options", {}).get(name):
             raise ValueError(f"--method-options {name} has no effect beside --balance, which sets "
                              "the weights: give the ratio there, or add --balance none")

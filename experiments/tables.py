@@ -228,13 +228,8 @@ def balanced(method, **options):
     return options, [{"balance": wanted} for wanted in ratios]
 
 
-BALANCED_TRIALS = {
-    "clockdistill": balanced("clockdistill"),
-    "fitnets": balanced("fitnets"),
-    "fgd": balanced("fgd"),
-    "mgd": balanced("mgd"),
-    "kd_detr": balanced("kd_detr", general=60),
-}
+BALANCED_TRIALS = {name: balanced(name) for name in ("clockdistill", "fitnets", "fgd", "mgd")}
+BALANCED_TRIALS["kd_detr"] = balanced("kd_detr", general=60)
 
 
 @dataclass(frozen=True)
