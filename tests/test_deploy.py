@@ -162,11 +162,20 @@ def test_whole_detectors_can_be_written_down(variant, way, written):
     assert not any(name in code for name in ("embedding_bag", "autograd_function"))
 
 
-def test_the_program_without_torch_answers_in_pixels_of_the_photo(written, photo):
+def test_the_program_without_torch_answers_in_pixels_of_the_photo(written, photo, tmp_path):
     _, file, _ = written("two stages")
     code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1))"
-    words = [train.HERE / "experiments" / "detect.py", file, photo]
-    lines = subprocess.check_output([sys.executable, "-c", code, *map(str, words)], text=True)
+
+    def detect(picture):
+        words = [train.HERE / "experiments" / "detect.py", file, picture]
+        return subprocess.check_output([sys.executable, "-c", code, *map(str, words)], text=True)
+
+    lines = detect(photo)
+    # A camera held upright stores the same photo turned, and says so.
+    turned, exif = tmp_path / "turned.png", Image.Exif()
+    exif[274] = 6
+    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    assert detect(turned) == lines
     found = [json.loads(line) for line in lines.splitlines()]
 
     picture = deploy.resized(Image.open(photo), SIZE)

@@ -541,6 +541,12 @@ def test_on_real_images_every_method_is_tuned_by_the_ratio_of_its_gradients(tmp_
         assert train.open_balance(cfg, method, cfg.steps) is not None
 
 
+def test_a_table_without_rows_is_refused_in_one_line(capsys):
+    """Else a command that makes nothing would end as if all were done."""
+    assert train.main(["table", "kitti", "--dry-run", "--only", "masks"]) == 2
+    assert "error: table kitti has no rows in masks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scale", ["kitti", "coco"])
 def test_untuned_tables_weigh_every_method_by_its_gradients(scale, tmp_path):
     """A loss weight tuned on other pictures, or on none, would make the table one of weights."""

@@ -386,6 +386,12 @@ def test_balance_by_hand():
         train.Balance({"memory": 1.0}).factors(8)
 
 
+def test_a_weight_beside_the_balance_of_another_part_is_read():
+    cfg, _ = train.configure("distill", "small-student", teacher="x", balance=["memory=50"],
+                             method_options=["lambda_log=0.5"])
+    assert cfg.balance == {"memory": 50} and cfg.method_options["lambda_log"] == 0.5
+
+
 def test_a_part_that_is_off_is_not_balanced():
     method = train.CLoCKDistill(8, 8, lambda_log=0.)
     words = dict(teacher="t", method="clockdistill", balance={"memory": 50., "cls+l1+giou": 1.})
