@@ -397,6 +397,8 @@ class CLoCKDistill(nn.Module):
             random_fixed=True,      # [P] the same ones at every step; False: new ones (KD-DETR)
             learned=False,          # [O] on in [P]: the teacher's own queries too; the caller appends
                                     # them
+            sees_learned=False,     # [O] queries attend to each model's learned ones, as DINO's
+                                    # denoising ones do; the caller's mask lets them
             at_least=0,             # [O] slots for so many objects, see target_queries
             # --- logit part
             cls_weight=1.0,         # [T, P]
@@ -421,7 +423,8 @@ class CLoCKDistill(nn.Module):
             at_least=at_least, rows="label" if content in ("label", "random_label") else "slot")
         self.logit_options = dict(temperature=temperature, classes=classes, confidence=confidence,
                                   normalise=normalise, layers=layers)
-        self.content, self.target, self.learned = content, target, learned
+        self.content, self.target = content, target
+        self.learned, self.sees_learned = learned, sees_learned
         self.checked = False                            # whether a batch with objects was looked at
 
         # Drawn from their own seed: a student's first weights and its data order are the same with

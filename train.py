@@ -74,8 +74,12 @@ def clockdistill_step(student, teacher, batch, method, generator=None):
             queries = models.Queries(*queries)              # content, boxes, attend, valid
             if method.learned:                              # [P]: the teacher's own queries too
                 queries = teacher.with_learned(queries, t_memory)
-            t = teacher.decode(t_memory, queries.content, queries.boxes, queries.attend,
-                               queries.position)
+            if method.sees_learned:                         # [O]: beside its learned queries
+                queries = queries._replace(sees_learned=True)
+                t = teacher.answer(t_memory, *teacher.learned_queries(t_memory), queries).extra
+            else:
+                t = teacher.decode(t_memory, queries.content, queries.boxes, queries.attend,
+                                   queries.position)
 
     # 2. The student decodes its learned, its denoising and the same target-aware queries in ONE
     #    pass. An attention mask isolates the groups. Linear maps join models of unequal widths.
