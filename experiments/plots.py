@@ -875,35 +875,6 @@ def curves(histories, ylabel="AP", title=None):
     return figure
 
 
-def curves_and_gains(panels, ylabel, title):
-    """A score against steps with bands over seeds; below it the paired gain, its 95 % interval.
-
-    panels: dict heading -> {"student": {step: [score of each seed]}, "distilled": the same,
-    "teacher": its last score, "gain": {step: {"mean", "low", "high"}}}.
-    """
-    figure = _figure(4.8)
-    grid = figure.subplots(2, max(len(panels), 1), sharex="col", sharey="row",
-                           height_ratios=(1.7, 1), squeeze=False)
-    for (above, below), (heading, panel) in zip(grid.T, panels.items()):
-        above.axhline(panel["teacher"], linestyle="--", color=TEACHER,
-                      label="teacher, trained for longer")
-        for name, label in (("student", "student alone"), ("distilled", "distilled")):
-            _banded(above, panel[name], 0.25, label=label, **model_style(name))
-        for step, gain in panel["gain"].items():
-            below.errorbar(step, gain["mean"], _interval(gain), color=DISTILLED, **INTERVAL)
-        below.axhline(0, color=INK, linewidth=0.8)
-        _title(above, heading)
-        leftmost = above is grid[0, 0]
-        plain(above, "", ylabel * leftmost)
-        plain(below, "training step", "gain, 95 % interval" * leftmost)
-        above.margins(x=0.05)
-        below.margins(x=0.05)
-    keys, _ = grid[0, 0].get_legend_handles_labels()
-    _keys(figure, keys)
-    _heading(figure, title)
-    return figure
-
-
 def verdict(gain):
     """What an interval says of the sign: "more", "less", or "undecided" where it holds 0.
 

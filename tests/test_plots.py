@@ -82,8 +82,6 @@ def pictures(objects, found):
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
-    pairs = {"student": {5: [.1]}, "distilled": {5: [.2]}, "teacher": .5,
-             "gain": {5: dict(mean=.1, low=.0, high=.2)}}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
             "maps_over_scene": (2 + 1 if found else 0, (image, boxes, heads if found else {},
@@ -99,7 +97,6 @@ def pictures(objects, found):
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
             "paired": (1, ({"DINO": pair} if found else {}, "AP", "Title")),
-            "curves_and_gains": (2, ({"DINO": pairs} if found else {}, "AP", "Title")),
             "reading": (1, (answers if found else {},)),
             "dots": (2 if found else 1, (off if found else {}, "Title")),
             "stacked": (1, ({"a": {"memory": 1.}, "b": {}} if found else {}, "part", "Title")),
@@ -611,18 +608,6 @@ def test_pairs_are_those_of_the_seeds_that_both_have():
     assert axes.get_title() == "DINO, 2 seeds" and axes.texts[0].get_text() == "teacher 0.60"
     joined = sorted(tuple(line.get_ydata()) for line in axes.lines if line.get_color() == "#BBBBBB")
     assert joined == [(.1, .4), (.3, .5)]
-
-
-def test_curves_stand_over_their_gains():
-    gain = {10: {"mean": .1, "low": -.1, "high": .3}}
-    figure = plots.curves_and_gains({"DINO": {"student": {10: [.1, .3]}, "distilled": {10: [.3]},
-                                              "teacher": .6,
-                                              "gain": gain}}, "AP", "Title")
-    above, below = figure.axes
-    assert [line.get_ydata()[0] for line in above.lines] == [.6, .2, .3]
-    assert legend(figure) == ["teacher, trained for longer", "student alone", "distilled"]
-    (bar,) = below.collections[0].get_segments()
-    assert np.allclose(bar, [[10, -.1], [10, .3]])
 
 
 def test_reading_names_the_memories():
