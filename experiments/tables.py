@@ -769,14 +769,20 @@ def draw(tables, done, reading, folder):
                 panels(varied.values()), varied["student"]["AP"],
                 f"{detector}: AP of the distilled student, one setting at a time")
 
-    # Every row's gain over the student alone.
+    # Every row's gain over the student alone; rivals from the largest to the smallest.
     for name in ("main", "rivals", "ablation", "masks"):
-        gains = [(line["detector"], line["method"], line["gain"])
-                 for line in tables.get(name, []) if line["gain"]]
-        if gains:
-            figures[f"gains_{name}"] = plots.gains(gains, TITLES[name])
+        rows = [line for line in tables.get(name, []) if line["gain"]]
+        if name == "rivals":
+            rows.sort(key=lambda line: (line["detector"], -line["gain"]["mean"]))
+        if rows:
+            seeds = sorted({len(line["seeds"]) for line in rows})
+            figures[f"gains_{name}"] = plots.gains(
+                [(line["detector"], line["method"], line["gain"]) for line in rows],
+                f"{TITLES[name]}: {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}",
+                zero="student alone", chosen=("clockdistill", "both parts: clockdistill"))
     if reading:
-        figures["reading"] = plots.reading(reading)
+        answers = dict(reading)
+        figures["reading"] = plots.reading(answers, always=answers.pop("always", None))
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -828,7 +834,10 @@ def images_per_second(study):
 
 
 def what_is_read(study):
-    """{detector: {content of the queries: look.reading}} of the shipped teachers, on "tune"."""
+    """What each shipped teacher answers on "tune", and the most frequent class for comparison.
+
+    {detector: {content of the queries: look.reading}, "always": (class, its part of the objects)}
+    """
     reading = {}
     for detector, path in study.shipped.items():
         teacher, _ = train.load_model(path)
@@ -848,6 +857,9 @@ def what_is_read(study):
             method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
                                   num_classes=teacher.num_classes)
             reading[detector][name] = look.reading(teacher, method, embedding, batches)
+        # The same images for every teacher.
+        counts = torch.cat([labels for batch in batches for labels in batch.labels]).bincount()
+        reading["always"] = images.classes[counts.argmax()], (counts.max() / counts.sum()).item()
     return reading
 
 
