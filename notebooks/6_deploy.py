@@ -284,7 +284,7 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #     return ask(np.ascontiguousarray(picture[..., ::-1]))
 #
 # picture = np.array(scenes.raw(index)[0])
-# print([(scenes.classes[c], round(float(s), 2)) for s, c in zip(*swapped(picture)[1:])][:4])
+# print([(scenes.classes[c], round(float(s), 2)) for s, c in zip(*swapped(picture)[1:])][:5])
 # hundred = data.build("toy", "datasets/toy", "val", limit=100)
 # for program in (ask, swapped):
 #     print(round(deploy.average_precision(program, hundred, (48, 160))["AP"], 3))
