@@ -3,12 +3,9 @@
 #
 # [clockdistill.py](../clockdistill.py) needs torch and torchvision only, and takes tensors of any
 # DETR whose decoder can be asked about a place. Here it distils three detectors that are not ours:
-#
-# | detector | whose code | attention | class head |
-# |---|---|---|---|
-# | a dense DETR | yours, of `nn.MultiheadAttention` | dense | softmax |
-# | [Deformable DETR](https://arxiv.org/abs/2010.04159) | `transformers` | points | sigmoids |
-# | [RT-DETR v2](https://arxiv.org/abs/2407.17140) | `transformers` | points | sigmoids |
+# a dense DETR of `nn.MultiheadAttention` with a softmax head, and from `transformers`
+# [Deformable DETR](https://arxiv.org/abs/2010.04159) and
+# [RT-DETR v2](https://arxiv.org/abs/2407.17140), with sigmoids.
 #
 # What you copy:
 #
@@ -19,8 +16,7 @@
 # 4. the option for your class head, and `weigh`, which sets the weights of the losses;
 # 5. for several processes, `Learner`.
 #
-# It was tried in an empty folder, too: with DETR, Conditional DETR and MMDetection's DINO. What was
-# missing there stands under [Other codebases](#Other-codebases).
+# For DETR, Conditional DETR and MMDetection see [other codebases](#Other-codebases), too.
 #
 # The models are tiny, start from random weights and see six images: this shows that the wiring is
 # right, not how much distillation gains. Nothing is downloaded. You need
@@ -257,9 +253,8 @@ def ask_deformable_detr(detector, content, boxes, attend, alone=False):
 # %% [markdown]
 # ### RT-DETR v2
 #
-# - **Memory.** The encoder is hybrid: attention on the coarsest level, then a pyramid of
-#   convolutions. Memory is what the decoder reads, all levels after `decoder_input_proj`, one after
-#   the other. There is no padding.
+# - **Memory.** What the decoder reads: all levels after `decoder_input_proj`, one after the other,
+#   without padding.
 # - **Content.** Trained with denoising queries, it has a label embedding,
 #   `denoising_class_embed`; its last row is no class.
 # - **Mask.** `encoder_attention_mask` goes to self-attention, in spite of its name. In training it
@@ -299,20 +294,21 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
 #
 # Three more detectors were distilled once, by `step` as above: DETR and Conditional DETR of
 # `transformers` 5.24, and DINO of MMDetection 3.3 (on a CPU, without its compiled operators). Their
-# own answers moved by less than 1e-6, and queries of their own, asked by us, got their own answers.
-# What to do where the decoder's call lacks something:
+# own answers moved by less than 1e-6; their own queries, asked through the adapter, got the same
+# answers. Where the decoder's call lacks something:
 #
 # - **No mask** (Conditional DETR). Set it in a hook on each self-attention, see `at_self_attention`
 #   below. A second call of the decoder with ours alone is not enough: among ours, a row would see
 #   padding rows and other groups.
-# - **No shapes** (both). The input of `model.input_projection` has height and width.
+# - **No shapes** (DETR, Conditional DETR). The input of `model.input_projection` has height and
+#   width.
 # - **References made inside**, from positions (Conditional DETR). A hook behind
-#   `decoder.ref_point_head` writes the logits of our points over our rows. It returns
+#   `decoder.ref_point_head` puts the logits of our points in our rows. The decoder returns
 #   `reference_points` as (all, B, 2): cut the first axis.
 # - **No references** (DETR). Then a true box cannot be asked for. In `step`, ask with the teacher's
 #   learned positions in place of `distill.queries`: `content = embedding.expand(B, -1, -1)`,
 #   `reference = None`, `attend` and `valid` all True, (B, N, N) and (B, N).
-# - **No answers of the first layers** (both). Configure them with `auxiliary_loss=True`.
+# - **No states of the first layers** (DETR, Conditional DETR). Configure `auxiliary_loss=True`.
 # - **Arguments without names.** They are in the hook's `args`, not in `call`.
 #
 # **Boxes, too.** When a DETR processor of `transformers` pads, its boxes are fractions of the
@@ -349,8 +345,8 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
 #         yield answer
 # ```
 # In `step` the teacher runs as `teacher.forward_transformer(teacher.extract_feat(images), samples)`
-# and the student as `student.loss(images, samples)`, which returns a dictionary of its own losses.
-# Ask with `content="label"` and `teacher.dn_query_generator.label_embedding.weight`.
+# and the student as `student.loss(images, samples)`: a dictionary, whose sum is the own loss. Ask
+# with `content="label"` and `teacher.dn_query_generator.label_embedding.weight`.
 # </details>
 #
 # ## Something to run it on
@@ -403,9 +399,8 @@ print(f"padded {tuple(padded.images.shape)}, stretched {tuple(stretched.shape)},
       f"objects {[len(l) for l in labels]}")
 
 # %% [markdown]
-# Teachers get forty steps of their own loss. (Random ones would not do: RT-DETR's box heads start
-# at zero, teacher and student would give the same boxes, and two of the four terms would be tested
-# on nothing.)
+# Teachers get forty steps of their own loss. (Fresh ones would not do: RT-DETR's box heads start at
+# zero, so teacher and student would give the same boxes.)
 
 # %%
 def fit(parameters, losses, steps):
@@ -477,14 +472,13 @@ for name, case in cases.items():
 #
 # | head | `classes=` | answers that are compared | weight $w$ |
 # |---|---|---|---|
-# | sigmoids: Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
+# | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
 # | softmax with "no object": DETR | `"softmax"` | one distribution, of $z / T$ | largest probability of a real class |
 # | sigmoids, as one distribution | `"softmax_of_sigmoid"` | a softmax of $z / T$ | largest sigmoid of $z$ |
 #
-# **Claim.** A softmax head under the wrong name turns the weight round. Take an answer by which the
-# teacher says "no object". Read as a softmax, it weighs next to nothing. Read as sigmoids, "no
+# **Claim.** A softmax head under the wrong name turns the weight round, without an error message.
+# Where the teacher says "no object", its answer should weigh next to nothing. Read as sigmoids, "no
 # object" is one more class, of which the teacher is sure, and its box is copied with full weight.
-# There is no error message.
 
 # %%
 no_object = torch.tensor([0.0, 0, 0, 4]).view(1, 1, 1, 4)          # three classes, then "no object"
@@ -501,10 +495,9 @@ assert weight["softmax"] < 0.02 and weight["bernoulli"] > 0.98
 # %% [markdown]
 # ## How heavy?
 #
-# The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more: is that much or
-# little? The numbers do not say. The rule, `--balance memory=50 cls+l1+giou=1` in `train.py`,
-# compares gradients instead; [notebook 1, part 3](1_the_method.ipynb), tells it whole, with the
-# trials to make if you can afford them.
+# The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more. That does not
+# say whether they are heavy. The rule of [notebook 1, part 3](1_the_method.ipynb), compares
+# gradients instead (in `train.py` it is `--balance memory=50 cls+l1+giou=1`).
 #
 # In your own code it is ten lines around six pieces of [train.py](../train.py). Copy
 # `is_detection`, `gradients_of`, `length`, `gradient_ratio`, `process_count` and `Balance`; they
@@ -542,9 +535,9 @@ for name, case in cases.items():
     assert 25 < now[0] < 100 and 0.5 < now[1] < 2
 
 # %% [markdown]
-# `lambda_mem` differs by a factor of over 20 between the three detectors, at equal widths: a
-# lambda tuned for one is no guide for another. The last two numbers of a line are those of the next
-# step. They move on from there; the weights stay.
+# `lambda_mem` differs by a factor of over 20 between the three detectors, at equal widths: a lambda
+# tuned for one is no guide for another. The last two numbers are those of the next step; they move
+# on from there, the weights stay.
 #
 # ## The student learns
 #
@@ -648,9 +641,9 @@ for name in ("dense DETR", "RT-DETR v2"):
 plots.self_attention(masks, groups=groups, title="Which query may attend to which")
 
 # %% [markdown]
-# The five padding rows of image 0 attend only to themselves (the small squares). In training
-# RT-DETR has two denoising groups in addition. They are apart from each other and from ours, and
-# may see its own queries, which never see them.
+# The five padding rows of image 0 attend only to themselves (the small squares). In training RT-DETR
+# has two denoising groups, apart from each other and from ours. They see its own queries, which
+# never see them.
 #
 # ## Several processes
 #
@@ -670,7 +663,7 @@ plots.self_attention(masks, groups=groups, title="Which query may attend to whic
 #
 # **Claim.** Two processes, one of them with images without objects, get the gradients that one
 # process gets from the whole batch. (They are forked here, which needs Linux; `torchrun` starts
-# yours. [tests/test_train.py](../tests/test_train.py) has the same test for `train.py`.)
+# yours.)
 
 # %%
 class Learner(nn.Module):
@@ -725,7 +718,7 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # ## Checklist for any other DETR
 #
 # Each check is a way in which such code is wrong, mostly without an error message. What you would
-# see instead stands below its name (reasoned, not measured). First what the checks share.
+# see instead stands below its name (reasoned, not measured).
 
 # %%
 def largest(difference):
@@ -935,8 +928,8 @@ assert results["dense, mask inverted"].count(False) == 6
 
 # %% [markdown]
 # Six checks find it: in the image with the most objects, the teacher's rows now have nothing to
-# attend to, and it answers NaN. With `groups=3` they would see the other groups, and
-# training would run: the detector would learn to rely on the true boxes.
+# attend to, and it answers NaN. With `groups=3` they would see the other groups, and training would
+# run: the detector would learn to rely on the true boxes.
 #
 # No error of shapes would betray a missing layer: only the check `every layer answers` does. Here
 # the teacher has three decoder layers and the student two. `logit_loss` pairs student layer $i$
