@@ -414,6 +414,9 @@ class CLoCKDistill(nn.Module):
         _check_choice("content", content, ("label", "own", "random_label", "random", "zero"))
         if content == "random_label" and num_classes is None:
             raise ValueError('content="random_label" needs num_classes')
+        if lambda_log and not (target or random_queries or learned):
+            raise ValueError("the logit part has no queries: target=False needs random_queries or "
+                             "learned=True, or lambda_log=0")
         self.lambda_mem, self.lambda_log = lambda_mem, lambda_log
         self.logit_weights = {"cls": cls_weight, "l1": l1_weight, "giou": giou_weight}
         self.memory_options = dict(alpha=alpha, beta=beta, location=location, scale=scale)

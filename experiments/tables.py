@@ -844,14 +844,13 @@ def what_is_read(study):
         cfg = make_job(study, detector, "student", split="tune").cfg
         images = train.build_data(dataclasses.replace(cfg, limit=200), cfg.val_split)
         batches = list(data.eval_loader(images, 20))
-        embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
         contents = {"label": 0., "label, noise 0.25": .25, "random_label": 0., "own": 0.,
                     "random": 0., "zero": 0.}          # {name: how many of the labels are wrong}
         reading[detector] = {}
         for name, noise in contents.items():
             content, _, _ = name.partition(",")
-            embedding = embeddings.get(content)
-            if content in embeddings and embedding is None:            # this detector has none
+            embedding = train.asked_with(teacher, content)
+            if content in ("label", "own") and embedding is None:      # this detector has none
                 continue
             width = teacher.config["hidden_dim"]
             method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,

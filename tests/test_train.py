@@ -311,6 +311,15 @@ def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, 
     assert error.startswith("error: ") and message in error
 
 
+def test_a_teacher_without_what_it_is_asked_with_is_refused_before_the_run():
+    """Deformable DETR has no label embedding. Without a logit part nobody asks."""
+    common = {name: value for name, value in TINY.items() if name != "denoising"}
+    teacher = student = train.build_model(Config(**common, detector="deformable_detr"), 3)
+    with pytest.raises(ValueError, match='content="label" needs the teacher'):
+        train.open_method(Config(method="clockdistill"), teacher, student)
+    train.open_method(Config(method="clockdistill", method_options=dict(lambda_log=0.)), teacher, student)
+
+
 # --- recipes for a few hundred pictures -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("detector", models.DETECTORS)
