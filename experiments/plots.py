@@ -1017,14 +1017,14 @@ def reading(answers, title=None, always=None):
     """A teacher's accuracy on target-aware queries from three memories: does it read the image?
 
     answers: dict detector -> dict content of the query -> {"own", "another's", "noise": accuracy},
-    the image's own memory, another image's, and noise, as experiments.look.reading measures.
+    the image's own memory, another image's, and noise, of what experiments.look.reading measures.
     always: (class, accuracy) of naming this class for every query, a line.
     """
     memories = {"own": "the image's own memory", "another's": "another image's memory",
                 "noise": "noise"}
     rows = {}
     for detector, contents in answers.items():
-        rows[detector] = {content: {memories[memory]: part for memory, part in parts.items()}
+        rows[detector] = {content: {name: parts[memory] for memory, name in memories.items()}
                           for content, parts in contents.items()}
     figure = dots({"part of the queries whose class the teacher names right": rows},
                   title or "How often the teacher names the right class, "
