@@ -166,15 +166,15 @@ with torch.no_grad():
     tokens = torch.cat([x.flatten(2).mT for x in maps], 1)              # (1, 160, 64)
 
     # Where a token is: a sine code of its cell, plus a learned vector of its level.
-    unpadded = [torch.zeros(1, *shape, dtype=torch.bool) for shape in shapes]
+    padded = [torch.zeros(1, *shape, dtype=torch.bool) for shape in shapes]     # no cell is
     places = [image_positions(mask, 64, encoder.temperature) + level
-              for mask, level in zip(unpadded, encoder.level_embed)]
+              for mask, level in zip(padded, encoder.level_embed)]
     position = torch.cat([place.flatten(1, 2) for place in places], 1)  # (1, 160, 64)
 
     # Each token reads around the centre of its own cell.
-    centres = token_centres(shapes, torch.ones(1, 3, 2))                # (1, 160, 2), x and y
+    centres = token_centres(shapes, torch.ones(1, 3, 2))    # (1, 160, 2), x and y; 1: unpadded part
     unit = 1 / torch.tensor([[[(w, h) for h, w in shapes]]])            # (1, 1, 3, 2)
-    padding = torch.cat([mask.flatten(1) for mask in unpadded], 1)      # (1, 160), False
+    padding = torch.cat([mask.flatten(1) for mask in padded], 1)      # (1, 160), False
     for layer in encoder.layers:
         read = layer.attention(tokens + position, centres[:, :, None], unit, tokens, padding,
                                shapes)
@@ -332,16 +332,14 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
 #
 # A box is `(cx, cy, w, h)` in fractions of the image. On an axis of $n$ cells it touches cells
 # $\lfloor (c - s/2) n \rfloor$ up to, but not including, $\lceil (c + s/2) n \rceil$. Rows and
-# columns are computed apart; a cell is inside if both its row and its column are. (Padded cells, of
-# which this scene has none, are neither object nor background: `location_mask(..., valid)`.)
+# columns are computed apart; a cell is inside if both its row and its column are. (`location_mask`
+# also knows padded cells, which are neither object nor background, and boxes without an area.)
 
 # %%
 def touched(centre, side, n):
     """Which of the n cells of an axis each box touches: (K,), (K,) -> (K, n) bool."""
     first = ((centre - side / 2) * n + 1e-4).floor()                    # 1e-4: rounding errors must
     end = ((centre + side / 2) * n - 1e-4).ceil()                       # not add a cell
-    own = torch.where(centre == 1, n - 1, (centre * n).floor())         # a thin box on an edge has
-    first, end = torch.minimum(first, own), torch.maximum(end, own + 1)     # its centre's cell
     cell = torch.arange(n)
     return (first[:, None] <= cell) & (cell < end[:, None])
 
@@ -360,8 +358,7 @@ def masks(boxes, H, W):
 H, W = 4, 6
 two_boxes = torch.tensor([[2.5 / W, 2.0 / H, 3 / W, 2 / H],             # rows 1, 2; columns 1, 2, 3
                           [1.5 / W, 1.5 / H, 1 / W, 1 / H]])            # row 1; column 1
-odd_boxes = torch.tensor([[0.5, 0.5, 0., 0.], [0.5, 0.5, 1., 1.], [2., 2., 0.1, 0.1]])
-for some in two_boxes, odd_boxes, odd_boxes[:0]:        # thin, everywhere, off the map; none at all
+for some in two_boxes, two_boxes[:0]:                                   # two objects; none
     for mine, theirs in zip(masks(some, H, W), location_mask(some, H, W)):
         assert_close(mine, theirs)
 

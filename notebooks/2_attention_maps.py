@@ -268,38 +268,28 @@ def uniform(gaze, cell):
     return plots.even_mass(gaze["truth"], (WIDTH, HEIGHT), HEIGHT // cell, WIDTH // cell)
 
 
-def asked_about_the_car(name):
+panels = {}
+for name in "Deformable DETR", "DINO":
     asked = {role: gazes[name, role, "asked"][drawn] for role in families[name]}
-    scene = {"image": picture, "truth": asked["teacher"]["truth"][car]}
-    teacher = attention(asked["teacher"], 2)[car]
-    panels = {"the scene": scene,
-              "teacher": scene | {"heat": teacher, "answer": asked["teacher"]["boxes"][car]}}
-    baseline = uniform(asked["teacher"], 2)[car]
-    panels[f"{BASELINE}: agrees {agreement(teacher, baseline):.2f}"] = scene | {"heat": baseline}
-    for role in ("student alone", "distilled", "untrained"):
-        heat = attention(asked[role], 2)[car]
-        panel = panels[f"{role}: agrees {agreement(teacher, heat):.2f}"] = scene | {"heat": heat}
-        if role in FILES:
-            panel["answer"] = asked[role]["boxes"][car]
-    return plots.around_object(panels, f"{name}: all are asked about the car (last layer, cells of "
-                                       "2 pixels)")
-
-
-asked_about_the_car("Deformable DETR")
+    maps = {role: attention(gaze, 2)[car] for role, gaze in asked.items()}           # (24, 80)
+    maps[BASELINE] = uniform(asked["teacher"], 2)[car]
+    agrees = {whose: agreement(maps["teacher"], map_).item() for whose, map_ in maps.items()}
+    print(f"{name}: {BASELINE} {agrees[BASELINE]:.2f}, untrained {agrees['untrained']:.2f}")
+    for role in FILES:
+        title = f"{name}, {role}"
+        if role != "teacher":
+            title += f": agrees {agrees[role]:.2f}"
+        panels[title] = {"image": picture, "truth": asked[role]["truth"][car], "heat": maps[role],
+                         "answer": asked[role]["boxes"][car]}
+plots.around_object(panels, "All are asked about the car (last decoder layer, cells of 2 pixels)")
 
 # %% [markdown]
-# *The distilled student answers nearly the teacher's box and agrees by .51; the lone one by .25, no
-# more than the baseline (.27) or the untrained model (.28).* The teacher's box is too small for the
-# car; the student copies that mistake too. Its attention lies in the box that it answers, so what
-# it learned may be the box.
-
-# %%
-asked_about_the_car("DINO")
-
-# %% [markdown]
-# *All look at the car, also the untrained one, whose sampling points start as a star as large as
-# the box.* Here the lone student agrees more than the distilled one, and the baseline more than
-# both. But this is one object. What do 120 images say?
+# *Deformable DETR's distilled student answers nearly the teacher's box and agrees by .51; the lone
+# one by .25, no more than the baseline (.27) or an untrained model (.28).* The teacher's box is too
+# small for the car; the student copies that mistake too. Its attention lies in the box that it
+# answers, so what it learned may be the box. With DINO the lone student agrees more than the
+# distilled one, and the baseline (.41) more than both. But this is one object. What do 120 images
+# say?
 #
 # ## The cell size decides
 #
