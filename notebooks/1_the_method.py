@@ -78,9 +78,9 @@ plots.detections([picture], [truth], results, val.classes)
 
 # %% [markdown]
 # *Look at the two pedestrians: the student alone misses both (dotted), because its boxes there have
-# scores of .36 and .34, below the threshold of .4. The distilled one is sure enough.* This scene was
-# picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 % interval
-# +0.106 to +0.158; [results](../results/README.md)).
+# scores of .36 and .34, below the threshold of .4. The distilled one is sure enough.* This scene
+# was picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 %
+# interval +0.106 to +0.158; [results](../results/README.md)).
 #
 # This student goes without two pieces that belong to the method as it is described [T]. Both are
 # opened below: the mask $S$ in part 1, the label as a query's content in part 2.
@@ -463,10 +463,10 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # content tells the decoder its answer ([notebook 3](3_ablations.ipynb) measures it). So the student
 # at the top was asked with the teacher's *learned* contents instead (`content="own"`).
 #
-# Each object may be asked for in $G$ *groups* [P: 3], with noise on the boxes [P: none]. The queries
-# stand object by object: query $i$ asks for object $\lfloor i / G \rfloor$, in group
-# $g_i = i \bmod G$. In a batch, images with fewer objects have *padding rows*, with $v_i = 0$; for
-# all others $v_i = 1$. Query $i$ may attend to query $j$ where $m_{ij} = 1$:
+# Each object may be asked for in $G$ *groups* [P: 3], with noise on the boxes [P: none]. The
+# queries stand object by object: query $i$ asks for object $\lfloor i / G \rfloor$, and its group
+# is $g_i = i \bmod G$. In a batch, images with fewer objects have *padding rows*, where $v_i = 0$;
+# else $v_i = 1$. Query $i$ may attend to query $j$ where $m_{ij} = 1$:
 #
 # $$m_{ij} = 1 \text{ if } (g_i = g_j \text{ and } v_i v_j = 1) \text{ or } i = j,
 #   \text{ else } 0$$
@@ -640,16 +640,9 @@ content, reference, attend, valid = target_queries(batch.labels, batch.boxes,
 with torch.no_grad():
     t_out = teacher.decode(t_memory, content, reference, attend)        # logits (3, 1, 4, 3)
     s_out = alone.decode(s_memory, content, reference, attend)          # logits (2, 1, 4, 3)
-    # Once more, now allowed to see the teacher's own queries, as its denoising queries are.
-    own = teacher.learned_queries(t_memory)[0]                          # 24 queries
-    may = torch.ones(1, 28, 28, dtype=torch.bool)
-    may[:, :24, 24:] = False
-    seeing = teacher.decode(t_memory, torch.cat([own.content, content], 1),
-                            torch.cat([own.boxes, reference], 1), may)  # logits (3, 1, 28, 3)
 answers = s_out.logits, s_out.boxes, t_out.logits, t_out.boxes
-for name, logits in {"apart": t_out.logits, "seeing": seeing.logits[:, :, 24:]}.items():
-    print(f"w in the middle layer, {name}:",
-          *(f"{w:.2f}" for w in logits[1, 0].sigmoid().amax(1)))
+print("w in the teacher's middle layer:",
+      *(f"{w:.2f}" for w in t_out.logits[1, 0].sigmoid().amax(1)))
 
 parts = {}
 for k, label in enumerate(truth["labels"]):
@@ -669,8 +662,7 @@ plots.stacked(parts, "part of L_log, all layers",
 #
 # The names have the last layer's $w$; the bars add up both layers. In the middle layer, from which
 # the student's first one learns, $w$ is only .05 to .22, for objects that were the teacher's best
-# proposals. The mask may be a reason: in training the teacher's denoising queries see its learned
-# ones, target-aware queries do not. Allowed to see them, these four have .59 to .91.
+# proposals. (Why? See exercise 3.)
 #
 # # Part 3: both
 # ## The total
@@ -708,9 +700,9 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # 2. **Read the gradient norms** that a run logs every 200 steps. A part without one is not
 #    connected. If the detection loss stops falling, the ratios are too large (a rule of thumb, not
 #    measured).
-# 3. **If you can afford trials**, try memory 3, 12 and 50, with answers a fiftieth of it (1/16, 1/4,
-#    1), and the best of them without $S$ (`scale=False`). Train each for a quarter of the steps, and
-#    compare on a tuning split that no table reports. If they tie, take the default.
+# 3. **If you can afford trials**, try memory 3, 12 and 50, with answers a fiftieth of it (1/16,
+#    1/4, 1), and the best of them without $S$ (`scale=False`). Train each for a quarter of the
+#    steps, and compare on a tuning split that no table reports. If they tie, take the default.
 #
 # Why 50? It is the one ratio that did well on both sets of images. With DINO, one seed each (seeds
 # scatter by .01 to .02):
@@ -721,9 +713,9 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # | toy, no $S$, 400 steps | by hand: 1/4, 1, 4 times the best | .163, .222, .203 |
 # | toy, no $S$, 400 steps | ratio 50; no teacher | .195; .107 |
 #
-# On KITTI ratios from 3 to 50 tie and 200 is too much; on the toy a quarter of the best weight costs
-# .06. The lambdas that won on the toy are ratios of 56, 19 and 129 for memory (DINO, Deformable
-# DETR, DAB-DETR) and about 1 for the answers.
+# On KITTI ratios from 3 to 50 tie and 200 is too much; on the toy a quarter of the best weight
+# costs .06. The lambdas that won on the toy are ratios of 56, 19 and 129 for memory (DINO,
+# Deformable DETR, DAB-DETR) and about 1 for the answers.
 #
 # Here is the ratio of one step by hand, on a fresh student and 8 training images.
 
@@ -842,10 +834,10 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | $M$ minus a plain copy, Deformable DETR | 3, half | +0.003 (-0.020 to +0.027) | undecided |
 # | with $S$ minus without (DINO) | 5, all | -0.021 (-0.037 to -0.004) | costs AP at the weights tried |
 #
-# Real photographs: on [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064) with
-# both parts and $S$, five seeds. The parts alone have one seed, which decides nothing: .301 alone,
-# .303 with the logit part, .363 with the memory part, .352 with both. Of the masks and the rivals it
-# says nothing so far.
+# Real photographs: on [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064)
+# with both parts and $S$, five seeds. The parts alone have one seed, which decides nothing: .301
+# alone, .303 with the logit part, .363 with the memory part, .352 with both. Of the masks and the
+# rivals it says nothing so far.
 #
 # # Exercises
 #
@@ -897,15 +889,36 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # ```
 # </details>
 #
-# **3. From memory.** Draw DINO's forward pass on paper. Where do the reference boxes of its own
+# **3. Why is the teacher so unsure in its middle layer?** In training its denoising queries, also
+# made of true boxes, see its learned queries; target-aware ones do not. Let them, and look at $w$.
+#
+# <details><summary>Answer</summary>
+#
+# It was .05 to .22 and is .59 to .91. So for these four queries the mask is a reason.
+#
+# ```python
+# content, reference, _, _ = target_queries(batch.labels, batch.boxes, teacher.label_embedding)
+# learned = teacher.learned_queries(t_memory)[0]                          # 24 queries
+# may = torch.ones(1, 28, 28, dtype=torch.bool)
+# may[:, :24, 24:] = False
+# with torch.no_grad():
+#     seeing = teacher.decode(t_memory, torch.cat([learned.content, content], 1),
+#                             torch.cat([learned.boxes, reference], 1), may)  # logits (3, 1, 28, 3)
+# w = seeing.logits[1, 0, 24:].sigmoid().amax(1)
+# print(w)                                                                # .76, .59, .89, .91
+# assert w.min() > 0.5
+# ```
+# </details>
+#
+# **4. From memory.** Draw DINO's forward pass on paper. Where do the reference boxes of its own
 # queries come from, and those of the target-aware ones? Your loss has a memory part whose gradient
 # is a tenth of detection's: which lambda do you start with? What is shown about $M$?
 #
 # <details><summary>Answer</summary>
 #
-# The drawing stands in "DINO's forward pass, opened". Its own boxes are the proposals of the 24 best
-# tokens of the memory; the target-aware ones are the true boxes. Lambda is 50 / 0.1 = 500 times what
-# it was. $M$ is undecided: without $S$ it has +0.003 (-0.020 to +0.027) on a plain copy.
+# The drawing stands in "DINO's forward pass, opened". Its own boxes are the proposals of the 24
+# best tokens of the memory; the target-aware ones are the true boxes. Lambda is 50 / 0.1 = 500
+# times what it was. $M$ is undecided: without $S$ it has +0.003 (-0.020 to +0.027) on a plain copy.
 # </details>
 #
 # **Next:** [what the memory holds, and where decoders look](2_attention_maps.ipynb), [the
