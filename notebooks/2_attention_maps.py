@@ -151,9 +151,9 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
 
 # %% [markdown]
 # *Compare the green dots with the orange ones, and both with the black bar.* The lead is larger on
-# objects in all three: .45, .40 and .25, against .05, .25 and .10 on the background. Yet the
-# background gains too, whose cells weigh 1/500 of an object's. Perhaps because the same encoder
-# writes both (not tested).
+# objects in all three: .45, .40 and .25, against .05, .25 and .10 on the background. The background
+# gains too, although its cells weigh 1/500 of an object's: perhaps because the same encoder writes
+# both (not tested).
 #
 # # Where decoders look
 #
@@ -174,10 +174,10 @@ assert last.points.shape == last.weights.shape + (2,)                   # x and 
 # %% [markdown]
 # For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
 # learned query with the largest product of its answer's IoU with the object and its score for the
-# object's class. *Asked* is the target-aware query, made of the true box, the same for all models.
-# To compare maps, all attention is counted on a grid of cells, as the mean over heads: a sampling
-# point's weight is shared between the cells whose centres surround it, a dense weight is spread
-# evenly over its cell.
+# object's class. *Asked* is the target-aware query, made of the true box and of the teacher's
+# learned contents, the same for all models. To compare maps, all attention is counted on a grid of
+# cells, as the mean over heads: a sampling point's weight is shared between the cells whose centres
+# surround it, a dense weight is spread evenly over its cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
