@@ -397,6 +397,8 @@ class CLoCKDistill(nn.Module):
             random_fixed=True,      # [P] the same ones at every step; False: new ones (KD-DETR)
             learned=False,          # [O] on in [P]: the teacher's own queries too; the caller appends
                                     # them
+            sees_learned=False,     # [O] queries attend to each model's learned ones, as DINO's
+                                    # denoising ones do; the caller's mask lets them
             at_least=0,             # [O] slots for so many objects, see target_queries
             # --- logit part
             cls_weight=1.0,         # [T, P]
@@ -412,6 +414,9 @@ class CLoCKDistill(nn.Module):
         _check_choice("content", content, ("label", "own", "random_label", "random", "zero"))
         if content == "random_label" and num_classes is None:
             raise ValueError('content="random_label" needs num_classes')
+        if lambda_log and not (target or random_queries or learned):
+            raise ValueError("the logit part has no queries: target=False needs random_queries or "
+                             "learned=True, or lambda_log=0")
         self.lambda_mem, self.lambda_log = lambda_mem, lambda_log
         self.logit_weights = {"cls": cls_weight, "l1": l1_weight, "giou": giou_weight}
         self.memory_options = dict(alpha=alpha, beta=beta, location=location, scale=scale)
@@ -421,7 +426,8 @@ class CLoCKDistill(nn.Module):
             at_least=at_least, rows="label" if content in ("label", "random_label") else "slot")
         self.logit_options = dict(temperature=temperature, classes=classes, confidence=confidence,
                                   normalise=normalise, layers=layers)
-        self.content, self.target, self.learned = content, target, learned
+        self.content, self.target = content, target
+        self.learned, self.sees_learned = learned, sees_learned
         self.checked = False                            # whether a batch with objects was looked at
 
         # Drawn from their own seed: a student's first weights and its data order are the same with

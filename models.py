@@ -691,6 +691,7 @@ class Queries(NamedTuple):
     attend: Tensor | None = None       # (B, Q, Q) bool, True where the row may attend; None: all
     valid: Tensor | None = None        # (B, Q) bool, False in padding rows; for the caller's loss
     position: Tensor | None = None     # (B, Q, D), where the detector does not make it from boxes
+    sees_learned: bool = False         # in a joint pass: whether they attend to the learned ones too
 
 
 def attention_groups(learned: int, extra: Queries | None, device, groups: int = 0,
@@ -700,7 +701,7 @@ def attention_groups(learned: int, extra: Queries | None, device, groups: int = 
     Queries come in the order [denoising, learned, extra]. A denoising group, of 2 * objects
     queries, attends to itself and the learned queries; learned queries attend to learned ones only,
     because a noised object would give the answer away. Extra queries attend as their own `attend`
-    says and to nothing else. None: all attend to all.
+    says and, if `sees_learned`, to the learned ones. None: all attend to all.
     """
     if not groups and extra is None:
         return None
@@ -712,6 +713,7 @@ def attention_groups(learned: int, extra: Queries | None, device, groups: int = 
     batch, count = extra.content.shape[:2]
     attend = F.pad(attend.expand(batch, -1, -1), (0, count, 0, count))   # (B, Q + E, Q + E), False
     attend[:, len(group):, len(group):] = True if extra.attend is None else extra.attend
+    attend[:, len(group):, len(noised):len(group)] = extra.sees_learned
     return attend
 
 
@@ -774,7 +776,7 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None,
                 extra: tuple | None = None) -> Output:
-        """Decode the learned queries and the caller's in one pass, unseen by each other.
+        """Decode the learned queries and the caller's in one pass; learned ones see no other.
 
         targets: per image "labels" (K_b,) and "boxes" (K_b, 4); only DINO reads them, for denoising
         queries. extra: `Queries`, or a tuple in their order (content, boxes, attend, valid).

@@ -672,6 +672,9 @@ def test_the_module_says_what_is_missing():
         CLoCKDistill(content="random_label")
     with pytest.raises(ValueError, match="teacher's embedding"):
         CLoCKDistill().queries(LABELS, BOXES)
+    with pytest.raises(ValueError, match="the logit part has no queries"):
+        CLoCKDistill(target=False)
+    CLoCKDistill(target=False, lambda_log=0)                              # needs none
     with pytest.raises(ValueError, match="labels of"):
         CLoCKDistill(8, 8)(None, None, None, None, None, None, LABELS, BOXES[::-1], SHAPES, None, None)
 

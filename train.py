@@ -68,14 +68,17 @@ def clockdistill_step(student, teacher, batch, method, generator=None):
     with torch.no_grad():
         t_memory = teacher.encode(batch.images, batch.padding)
         if method.lambda_log:
-            contents = {"label": teacher.label_embedding, "own": teacher.learned_content}
-            content = contents.get(method.content)         # None: the method has frozen ones
-            queries = method.queries(batch.labels, batch.boxes, content, generator)
+            queries = method.queries(batch.labels, batch.boxes, asked_with(teacher, method.content),
+                                     generator)
             queries = models.Queries(*queries)              # content, boxes, attend, valid
             if method.learned:                              # [P]: the teacher's own queries too
                 queries = teacher.with_learned(queries, t_memory)
-            t = teacher.decode(t_memory, queries.content, queries.boxes, queries.attend,
-                               queries.position)
+            if method.sees_learned:                         # [O]: beside its learned queries
+                queries = queries._replace(sees_learned=True)
+                t = teacher.answer(t_memory, *teacher.learned_queries(t_memory), queries).extra
+            else:
+                t = teacher.decode(t_memory, queries.content, queries.boxes, queries.attend,
+                                   queries.position)
 
     # 2. The student decodes its learned, its denoising and the same target-aware queries in ONE
     #    pass. An attention mask isolates the groups. Linear maps join models of unequal widths.
@@ -90,6 +93,11 @@ def clockdistill_step(student, teacher, batch, method, generator=None):
         output.memory.tokens, t_memory.tokens, s.logits, s.boxes, t.logits, t.boxes,
         batch.labels, batch.boxes, output.memory.shapes, output.memory.padding,
         queries and queries.valid, batch.extent)
+
+
+def asked_with(teacher, content):
+    """The teacher's part in `content`, or None: it has none, or the method has frozen ones."""
+    return {"label": teacher.label_embedding, "own": teacher.learned_content}.get(content)
 
 
 def plain_step(student, teacher, batch, method, generator=None):
@@ -753,6 +761,10 @@ def open_method(cfg, teacher, student):
              "levels": student.config.get("feature_levels", 1)}
     wanted = inspect.signature(kind).parameters.keys() & given.keys()
     method = kind(**{name: given[name] for name in wanted}, **cfg.method_options)
+    if kind is CLoCKDistill and method.lambda_log:
+        # A teacher without what it is to be asked with is refused now, not at the first step.
+        method.queries([torch.zeros(0).long()], [torch.zeros(0, 4)],
+                       asked_with(teacher, method.content))
     return method.to(next(student.parameters()).device)
 
 

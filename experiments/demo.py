@@ -320,9 +320,8 @@ def query_attention(scene, picture, truth, networks, method, classes):
     scene: the batch of one image.  picture, truth: the same image as it is drawn, its objects.
     """
     teacher, boxes = networks["teacher"], scene.boxes[0]
-    embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
     queries = models.Queries(*method.queries(
-        scene.labels, scene.boxes, embeddings.get(method.content), box_noise=0.))
+        scene.labels, scene.boxes, train.asked_with(teacher, method.content), box_noise=0.))
     largest = boxes[:, 2:].prod(1).argsort(descending=True)[:3].cpu()
     first_group = largest * method.query_options["groups"]
     attention = {}

@@ -878,35 +878,6 @@ def curves(histories, ylabel="AP", title=None):
     return figure
 
 
-def curves_and_gains(panels, ylabel, title):
-    """A score against steps with bands over seeds; below it the paired gain, its 95 % interval.
-
-    panels: dict heading -> {"student": {step: [score of each seed]}, "distilled": the same,
-    "teacher": its last score, "gain": {step: {"mean", "low", "high"}}}.
-    """
-    figure = _figure(4.8)
-    grid = figure.subplots(2, max(len(panels), 1), sharex="col", sharey="row",
-                           height_ratios=(1.7, 1), squeeze=False)
-    for (above, below), (heading, panel) in zip(grid.T, panels.items()):
-        above.axhline(panel["teacher"], linestyle="--", color=TEACHER,
-                      label="teacher, trained for longer")
-        for name, label in (("student", "student alone"), ("distilled", "distilled")):
-            _banded(above, panel[name], 0.25, label=label, **model_style(name))
-        for step, gain in panel["gain"].items():
-            below.errorbar(step, gain["mean"], _interval(gain), color=DISTILLED, **INTERVAL)
-        below.axhline(0, color=INK, linewidth=0.8)
-        _title(above, heading)
-        leftmost = above is grid[0, 0]
-        plain(above, "", ylabel * leftmost)
-        plain(below, "training step", "gain, 95 % interval" * leftmost)
-        above.margins(x=0.05)
-        below.margins(x=0.05)
-    keys, _ = grid[0, 0].get_legend_handles_labels()
-    _keys(figure, keys)
-    _heading(figure, title)
-    return figure
-
-
 def verdict(gain):
     """What an interval says of the sign: "more", "less", or "undecided" where it holds 0.
 
@@ -917,29 +888,41 @@ def verdict(gain):
     return "more" if gain["mean"] > 0 else "less"
 
 
-def gains(rows, title=None, xlabel="gain over the student alone (bar: 95 % interval)"):
+def gains(rows, title=None, xlabel="gain in AP over the student alone (bar: 95 % interval)",
+          zero="no difference", chosen=()):
     """Paired gains with their 95 % intervals, in blocks of rows; the colour is the verdict.
 
     rows: list of (block, label, {"mean", "low", "high"}), a label once in a block; low and high are
-    None of one seed: no interval is drawn. The mean stands at the right.
+    None of one seed: a hollow dot, no interval. The mean stands at the right. zero: what the line
+    at 0 is called. chosen: labels that stand out.
     """
     blocks = {}
     for block, label, gain in rows:
         blocks.setdefault(block, {})[label] = gain
-    figure = _figure(0.8 + 0.24 * (len(rows) + len(blocks)), 7)
+    figure = _figure(1 + 0.24 * (len(rows) + len(blocks)), 7)
     axes = figure.subplots()
     plain(axes, xlabel, "")
     axes.margins(x=0.03)
     axes.axvline(0, color=INK, linewidth=1.2)
+    axes.annotate(zero, (0, 1), (0, 2), xycoords=axes.get_xaxis_transform(),
+                  textcoords="offset points", ha="center", fontsize=8, color=INK)
     lines = [line for block in blocks.values() for line in block.items()]
-    for place, (_, gain) in zip(_rows(axes, blocks), lines):
-        color = VERDICTS[verdict(gain)]
+    places, keys = _rows(axes, blocks), {}
+    for place, (label, gain), name in zip(places, lines, axes.get_yticklabels()):
+        alone = gain["low"] is None
+        color, meaning = VERDICTS["one seed" if alone else verdict(gain)]
+        face, capsize = ("white", 0) if alone else (color, 3)
+        keys[meaning] = _key(meaning, color=color, marker="o", markerfacecolor=face)
+        weight = "bold" if label in chosen else "normal"
+        if label in chosen:
+            axes.axhspan(place - 0.5, place + 0.5, color="#EEEEEE", zorder=0)
+        name.set_fontweight(weight)
         axes.errorbar(gain["mean"], place, xerr=_interval(gain), linewidth=1.3, color=color,
-                      **INTERVAL)
+                      markerfacecolor=face, **INTERVAL | {"capsize": capsize})
         axes.text(1.01, place, f"{gain['mean']:+.3f}", transform=axes.get_yaxis_transform(),
-                  fontsize=8, va="center", color=color)
-    _title(axes, title or "What distillation adds", 10, loc="left")
-    _keys(figure, [_key(name, color=color, marker="o") for name, color in VERDICTS.items()])
+                  fontsize=8, va="center", color=color, weight=weight)
+    _title(axes, title or "What distillation adds", 10, loc="left", pad=16)
+    _keys(figure, [keys[meaning] for _, meaning in VERDICTS.values() if meaning in keys])
     return figure
 
 
@@ -1033,11 +1016,12 @@ def dots(panels, title, marks=None, one_scale=False):
     return figure
 
 
-def reading(answers, title=None):
+def reading(answers, title=None, always=None):
     """A teacher's accuracy on target-aware queries from three memories: does it read the image?
 
     answers: dict detector -> dict content of the query -> {"own", "another's", "noise": accuracy},
     the image's own memory, another image's, and noise, as experiments.look.reading measures.
+    always: (class, accuracy) of naming this class for every query, a line.
     """
     memories = {"own": "the image's own memory", "another's": "another image's memory",
                 "noise": "noise"}
@@ -1046,8 +1030,15 @@ def reading(answers, title=None):
         rows[detector] = {content: {memories[memory]: part for memory, part in parts.items()}
                           for content, parts in contents.items()}
     figure = dots({"part of the queries whose class the teacher names right": rows},
-                  title or "What a query with its answer inside teaches: right even on noise")
-    figure.axes[0].set_xlim(0, 1.02)
+                  title or "How often the teacher names the right class, "
+                           "by the query's content and by what the decoder reads")
+    axes = figure.axes[0]
+    axes.set_xlim(0, 1.02)
+    if always:
+        name, part = always
+        axes.axvline(part, color=INK, linestyle="--", linewidth=1.2, zorder=1)
+        axes.annotate(f"always {name}: {part:.2f}", (part, 1), (3, -3), va="top", fontsize=8,
+                      xycoords=axes.get_xaxis_transform(), textcoords="offset points", color=INK)
     return figure
 
 
@@ -1114,9 +1105,10 @@ def latency(rows):
         for x, row in zip(ms, programs):
             axes.plot(x, row["AP"], fillstyle=formats[row["format"]], **style)
     # Last: a limit that is set no longer follows what is drawn.
+    highest = max((row["AP"] for row in rows), default=0) or 1
     for axes in panels:
         axes.margins(0.08)
-        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.set(xlim=(0, None), ylim=(0, 1.1 * highest))
     styles = {role: model_style(role) | {"linestyle": ""} for role in roles}
     styles |= {name: {"linestyle": "", "marker": "o", "fillstyle": fill}
                for name, fill in formats.items()}
@@ -1194,8 +1186,11 @@ def losses(history):
 
 # The dot and the caps of an interval.
 INTERVAL = {"fmt": "o", "capsize": 3, "markersize": 4}
-# Of a difference, by its interval.
-VERDICTS = {"more": DISTILLED, "less": "#D55E00", "undecided": "#777777"}
+# Of a difference, by its interval: colour, and what the legend says.
+VERDICTS = {"more": (DISTILLED, "more: the interval lies above 0"),
+            "less": ("#D55E00", "less: it lies below 0"),
+            "undecided": ("#777777", "undecided: it holds 0"),
+            "one seed": ("#777777", "one seed: no interval")}
 
 
 def _interval(gain):

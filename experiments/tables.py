@@ -769,14 +769,20 @@ def draw(tables, done, reading, folder):
                 panels(varied.values()), varied["student"]["AP"],
                 f"{detector}: AP of the distilled student, one setting at a time")
 
-    # Every row's gain over the student alone.
+    # Every row's gain over the student alone; rivals from the largest to the smallest.
     for name in ("main", "rivals", "ablation", "masks"):
-        gains = [(line["detector"], line["method"], line["gain"])
-                 for line in tables.get(name, []) if line["gain"]]
-        if gains:
-            figures[f"gains_{name}"] = plots.gains(gains, TITLES[name])
+        rows = [line for line in tables.get(name, []) if line["gain"]]
+        if name == "rivals":
+            rows.sort(key=lambda line: (line["detector"], -line["gain"]["mean"]))
+        if rows:
+            seeds = sorted({len(line["seeds"]) for line in rows})
+            figures[f"gains_{name}"] = plots.gains(
+                [(line["detector"], line["method"], line["gain"]) for line in rows],
+                f"{TITLES[name]}: {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}",
+                zero="student alone", chosen=("clockdistill", "both parts: clockdistill"))
     if reading:
-        figures["reading"] = plots.reading(reading)
+        answers = dict(reading)
+        figures["reading"] = plots.reading(answers, always=answers.pop("always", None))
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -828,26 +834,31 @@ def images_per_second(study):
 
 
 def what_is_read(study):
-    """{detector: {content of the queries: look.reading}} of the shipped teachers, on "tune"."""
+    """What each shipped teacher answers on "tune", and the most frequent class for comparison.
+
+    {detector: {content of the queries: look.reading}, "always": (class, its part of the objects)}
+    """
     reading = {}
     for detector, path in study.shipped.items():
         teacher, _ = train.load_model(path)
         cfg = make_job(study, detector, "student", split="tune").cfg
         images = train.build_data(dataclasses.replace(cfg, limit=200), cfg.val_split)
         batches = list(data.eval_loader(images, 20))
-        embeddings = {"label": teacher.label_embedding, "own": teacher.learned_content}
         contents = {"label": 0., "label, noise 0.25": .25, "random_label": 0., "own": 0.,
                     "random": 0., "zero": 0.}          # {name: how many of the labels are wrong}
         reading[detector] = {}
         for name, noise in contents.items():
             content, _, _ = name.partition(",")
-            embedding = embeddings.get(content)
-            if content in embeddings and embedding is None:            # this detector has none
+            embedding = train.asked_with(teacher, content)
+            if content in ("label", "own") and embedding is None:      # this detector has none
                 continue
             width = teacher.config["hidden_dim"]
             method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
                                   num_classes=teacher.num_classes)
             reading[detector][name] = look.reading(teacher, method, embedding, batches)
+        # The same images for every teacher.
+        counts = torch.cat([labels for batch in batches for labels in batch.labels]).bincount()
+        reading["always"] = images.classes[counts.argmax()], (counts.max() / counts.sum()).item()
     return reading
 
 

@@ -3,16 +3,20 @@
 #
 # [clockdistill.py](../clockdistill.py) needs torch and torchvision only, and takes tensors of any
 # DETR whose decoder can be asked about a place. Here it distils three detectors that are not ours:
+# a dense DETR of `nn.MultiheadAttention` with a softmax head, and from `transformers`
+# [Deformable DETR](https://arxiv.org/abs/2010.04159) and
+# [RT-DETR v2](https://arxiv.org/abs/2407.17140), with sigmoids.
 #
-# | detector | whose code | attention | class head |
-# |---|---|---|---|
-# | a dense DETR | yours, of `nn.MultiheadAttention` | dense | softmax |
-# | [Deformable DETR](https://arxiv.org/abs/2010.04159) | `transformers` | points | sigmoids |
-# | [RT-DETR v2](https://arxiv.org/abs/2407.17140) | `transformers` | points | sigmoids |
+# What you copy:
 #
-# At the end you have a step of training, an adapter of 17 to 39 lines to start from, the option
-# that fits your class head, the lines that set the loss weights, a step for several processes, and
-# a checklist, each line of which is a test.
+# 1. `clockdistill.py`;
+# 2. from this page `step`, `together`, `hooked`, and the adapter nearest to your detector, 17 to 39
+#    lines that you change;
+# 3. the checklist, to test your adapter;
+# 4. the option for your class head, and `weigh`, which sets the weights of the losses;
+# 5. for several processes, `Learner`.
+#
+# For DETR, Conditional DETR and MMDetection see [other codebases](#Other-codebases), too.
 #
 # The models are tiny, start from random weights and see six images: this shows that the wiring is
 # right, not how much distillation gains. Nothing is downloaded. You need
@@ -65,8 +69,10 @@ plots.wiring_drawing()
 #
 # - `case`: a pair and a batch. The pair is `teacher`, `student`, `distill` (a `CLoCKDistill`),
 #   `ask` (the adapter) and `embedding`, what the queries ask with: a table of labels or of learned
-#   queries. The batch is `images`, `mask` (1 in an image), `labels`, `boxes`, `targets` (both in
-#   the detector's own form) and `extent`, the part of the padded batch image that an image covers;
+#   queries. The batch is `images`, `mask` (1 in an image), `labels` and `boxes` (a tensor for each
+#   image; boxes are (cx, cy, w, h), fractions of the image's *own* size), `targets` (the same, as
+#   the detector's loss wants them) and `extent`, the part of the padded batch image that an image
+#   covers;
 # - `content`, `reference`: the queries made of the embedding, and the true boxes;
 # - `attend`: which of ours see one another; `valid`: False for padding rows, of images with fewer
 #   objects.
@@ -125,24 +131,31 @@ def hooked(modules, before, after=None):
 # the teacher's memory first, level by level (not tried here). Under autocast the losses are still
 # computed in float32.
 #
+# **What to look for.** Each line of the table is a question to your decoder's call. References are
+# fractions of each image's own size in all four; `~` turns a mask round.
+#
+# | | dense DETR | Deformable DETR | RT-DETR v2 | MMDetection's DINO |
+# |---|---|---|---|---|
+# | memory | `memory` | `encoder_hidden_states` | `encoder_hidden_states` | `value` |
+# | shapes | `shapes` | `spatial_shapes_list` | `spatial_shapes_list` | `spatial_shapes` |
+# | padding | `padding` | `~encoder_attention_mask` | none | `key_padding_mask` |
+# | content | `content`, zeros | `inputs_embeds` | `inputs_embeds` | `query` |
+# | position | `position` | `object_queries_...` | made inside | made inside |
+# | reference | `points` | `reference_points` | the same, as **logits** | `reference_points` |
+# | mask | `attn_mask` | `attention_mask` | `encoder_attention_mask` | `self_attn_mask` |
+# | ... of the form | True: may **not** | additive | additive | True: may **not** |
+# | heads | outside | outside, one per layer | inside | outside, `bbox_head` |
+#
 # ### The dense DETR
 #
 # It is in [three_detectors.py](three_detectors.py). One map of stride 16; a query is a learned
-# position, from which a reference *point* is computed. All one must know is its decoder's call:
-#
-#     states = decoder(content, position, points, memory, where, padding, shapes, attn_mask)
+# position, from which a reference *point* is computed.
 #
 # - **Content and position.** Contents start as zeros here; what is learned is the *position*. So
 #   `content="own"` asks with the teacher's learned positions, and they go where positions go.
-# - **Reference.** The centre of the true box, as a fraction of the image's own size. Width and
-#   height cannot be told to a detector whose references are points.
-# - **Mask.** `nn.MultiheadAttention` wants the opposite of ours, True where a row may *not* attend,
-#   once per head: `(~may).repeat_interleave(heads, 0)`.
-# - **Heads.** Softmax over the classes and "no object": `classes="softmax"`. The weight of an
-#   answer is then the largest probability of a real class; a teacher that is sure of *nothing*
-#   weighs little.
-# - **No references at all**, as in DETR itself? Then a true box cannot be asked for. Use the memory
-#   part, and the logit part on the teacher's own learned queries (`target=False`, `learned=True`).
+# - **Reference.** The centre of the true box: a point cannot be told width and height.
+# - **Mask.** `nn.MultiheadAttention` wants it once per head: `(~may).repeat_interleave(heads, 0)`.
+# - **Heads.** Softmax over the classes and "no object": `classes="softmax"`.
 
 # %%
 @contextmanager
@@ -151,7 +164,8 @@ def ask_dense(detector, content, boxes, attend, alone=False):
 
     content (B, Q, D), boxes (B, Q, 4), attend (B, Q, Q): see clockdistill.target_queries. Once the
     detector has run, the answer holds memory (B, S, D), shapes, padding (B, S), logits
-    (L, B, Q, C), boxes (L, B, Q, 4), and `own`, what the detector's own queries are asked with.
+    (L, B, Q, C), boxes (L, B, Q, 4), and for the checklist `own`: contents (here positions) and
+    references of the detector's own queries.
     """
     answer, points = SimpleNamespace(), boxes[..., :2]
 
@@ -177,16 +191,13 @@ def ask_dense(detector, content, boxes, attend, alone=False):
 #
 # - **Content.** It has no label embedding. The queries ask with frozen random numbers, one row per
 #   class: `content="random_label"`.
-# - **Reference.** A fraction of the image's own size; the decoder's `valid_ratios` turn it into one
-#   of the padded image.
 # - **Position.** The two-stage model makes it from a box (`pos_trans`), and so do we. A one-stage
 #   model learned a position for each query and none for boxes: it gets a fixed random map of the
 #   box's sine encoding, and looks from the centre, as its first layer was trained to.
-# - **Mask.** The decoder has no argument for one, but hands unknown arguments down to
-#   self-attention: `attention_mask`. `transformers` wants it **additive**, 0 or minus infinity (a
-#   boolean one only works with some of its attention kernels).
-# - **Heads.** They stand outside of the decoder, one per layer, and correct the references that the
-#   layer before left.
+# - **Mask.** The decoder hands arguments that it does not know down to self-attention:
+#   `attention_mask`. `transformers` wants it **additive**, 0 or minus infinity (a boolean one only
+#   works with some of its attention kernels).
+# - **Heads.** One per layer; each corrects the references that the layer before left.
 
 # %%
 def additive(may):
@@ -242,16 +253,12 @@ def ask_deformable_detr(detector, content, boxes, attend, alone=False):
 # %% [markdown]
 # ### RT-DETR v2
 #
-# - **Memory.** The encoder is hybrid: attention on the coarsest level, then a pyramid of
-#   convolutions. Memory is what the decoder reads, all levels after `decoder_input_proj`, one after
-#   the other. There is no padding.
+# - **Memory.** What the decoder reads: all levels after `decoder_input_proj`, one after the other,
+#   without padding.
 # - **Content.** Trained with denoising queries, it has a label embedding,
 #   `denoising_class_embed`; its last row is no class.
-# - **Reference.** The decoder wants **logits** of boxes, takes the sigmoid itself, and makes
-#   positions from the boxes.
-# - **Mask.** Its name is `encoder_attention_mask`, but it goes to self-attention. In training it
+# - **Mask.** `encoder_attention_mask` goes to self-attention, in spite of its name. In training it
 #   keeps the denoising groups apart, so ours goes around theirs.
-# - **Heads.** Inside of the decoder: logits and boxes of all layers come with its output.
 
 # %%
 @contextmanager
@@ -283,6 +290,65 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
         yield answer
 
 # %% [markdown]
+# ### Other codebases
+#
+# Three more detectors were distilled once, by `step` as above: DETR and Conditional DETR of
+# `transformers` 5.24, and DINO of MMDetection 3.3 (on a CPU, without its compiled operators). Their
+# own answers moved by less than 1e-6; their own queries, asked through the adapter, got the same
+# answers. Conditional DETR passed the whole checklist. Where the decoder's call lacks something:
+#
+# - **No mask** (Conditional DETR). Set it in a hook on each self-attention, see `at_self_attention`
+#   below. A second call of the decoder with ours alone is not enough: among ours, a row would see
+#   padding rows and other groups.
+# - **No shapes** (DETR, Conditional DETR). The input of `model.input_projection` has height and
+#   width.
+# - **References made inside**, from positions (Conditional DETR). A hook behind
+#   `decoder.ref_point_head` puts the logits of our points in our rows. The decoder returns
+#   `reference_points` as (all, B, 2): cut the first axis.
+# - **No references** (DETR). Then a true box cannot be asked for. In `step`, ask with the teacher's
+#   learned positions in place of `distill.queries`: `content = embedding.expand(B, -1, -1)`,
+#   `reference = None`, `attend` and `valid` all True, (B, N, N) and (B, N).
+# - **No states of the first layers** (DETR, Conditional DETR). Configure `auxiliary_loss=True`.
+# - **Arguments without names.** They are in the hook's `args`, not in `call`.
+#
+# **Boxes, too.** When a DETR processor of `transformers` pads, its boxes are fractions of the
+# *padded* image. Leave `targets` so, and give the method `boxes[i] / extent[i].repeat(2)`. In
+# MMDetection they are corners in pixels: `box_convert(bboxes, "xyxy", "cxcywh")`, divided by
+# (w, h, w, h) of the image's `img_shape`.
+#
+# <details><summary>The adapter for MMDetection's DINO</summary>
+#
+# ```python
+# @contextmanager
+# def ask_mmdet_dino(detector, content, boxes, attend, alone=False):
+#     answer = SimpleNamespace()
+#
+#     def before(decoder, args, call):
+#         answer.memory, answer.padding = call["value"], call["key_padding_mask"]
+#         answer.shapes = call["spatial_shapes"].tolist()
+#         answer.own = call["query"], call["reference_points"]
+#         kept = answer.kept = 0 if alone else call["query"].shape[1]
+#         ours = {"query": content, "reference_points": boxes}
+#         call |= {key: torch.cat([call[key][:, :kept], rows], 1) for key, rows in ours.items()}
+#         theirs = call["self_attn_mask"] if kept else None         # of denoising, in training
+#         may = together(kept, attend, None if theirs is None else ~theirs)
+#         heads = decoder.layers[0].self_attn.num_heads
+#         return args, call | {"self_attn_mask": (~may).repeat_interleave(heads, 0)}
+#
+#     def after(decoder, args, output):
+#         states, places = output                                   # (L, B, all, D), (L + 1, ...)
+#         kept = answer.kept
+#         answer.logits, answer.boxes = detector.bbox_head(states[:, :, kept:], places[:, :, kept:])
+#         return output if alone else (states[:, :, :kept], places[:, :, :kept])
+#
+#     with hooked([detector.decoder], before, after):
+#         yield answer
+# ```
+# In `step` the teacher runs as `teacher.forward_transformer(teacher.extract_feat(images), samples)`
+# and the student as `student.loss(images, samples)`: a dictionary, whose sum is the own loss. Ask
+# with `content="label"` and `teacher.dn_query_generator.label_embedding.weight`.
+# </details>
+#
 # ## Something to run it on
 #
 # A teacher is 64 wide with three decoder layers, a student 32 wide with two. Two things surprise in
@@ -313,8 +379,7 @@ for norm in batch_norms:
 # %% [markdown]
 # The dense DETR and Deformable DETR pad: images of two sizes share a batch, and `mask` is 1 where
 # an image is. RT-DETR cannot be told of padding (it takes a mask and ignores it), so all images are
-# stretched to one size. Boxes are fractions of each image's own size in all cases, as the detectors
-# and `clockdistill.py` want them.
+# stretched to one size.
 
 # %%
 data.make_toy("datasets/toy")
@@ -334,9 +399,8 @@ print(f"padded {tuple(padded.images.shape)}, stretched {tuple(stretched.shape)},
       f"objects {[len(l) for l in labels]}")
 
 # %% [markdown]
-# Teachers get forty steps of their own loss. (Random ones would not do: RT-DETR's box heads start
-# at zero, teacher and student would give the same boxes, and two of the four terms would be tested
-# on nothing.)
+# Teachers get forty steps of their own loss. (Fresh ones would not do: RT-DETR's box heads start at
+# zero, so teacher and student would give the same boxes.)
 
 # %%
 def fit(parameters, losses, steps):
@@ -408,14 +472,13 @@ for name, case in cases.items():
 #
 # | head | `classes=` | answers that are compared | weight $w$ |
 # |---|---|---|---|
-# | sigmoids: Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
+# | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
 # | softmax with "no object": DETR | `"softmax"` | one distribution, of $z / T$ | largest probability of a real class |
 # | sigmoids, as one distribution | `"softmax_of_sigmoid"` | a softmax of $z / T$ | largest sigmoid of $z$ |
 #
-# **Claim.** A softmax head under the wrong name turns the weight round. Take an answer by which the
-# teacher says "no object". Read as a softmax, it weighs next to nothing. Read as sigmoids, "no
+# **Claim.** A softmax head under the wrong name turns the weight round, without an error message.
+# Where the teacher says "no object", its answer should weigh next to nothing. Read as sigmoids, "no
 # object" is one more class, of which the teacher is sure, and its box is copied with full weight.
-# There is no error message.
 
 # %%
 no_object = torch.tensor([0.0, 0, 0, 4]).view(1, 1, 1, 4)          # three classes, then "no object"
@@ -432,10 +495,9 @@ assert weight["softmax"] < 0.02 and weight["bernoulli"] > 0.98
 # %% [markdown]
 # ## How heavy?
 #
-# The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more: is that much or
-# little? The numbers do not say. The rule, `--balance memory=50 cls+l1+giou=1` in `train.py`,
-# compares gradients instead; [notebook 1, part 3](1_the_method.ipynb), tells it whole, with the
-# trials to make if you can afford them.
+# The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more. That does not
+# say whether they are heavy. The rule of [notebook 1, part 3](1_the_method.ipynb), compares
+# gradients instead (in `train.py` it is `--balance memory=50 cls+l1+giou=1`).
 #
 # In your own code it is ten lines around six pieces of [train.py](../train.py). Copy
 # `is_detection`, `gradients_of`, `length`, `gradient_ratio`, `process_count` and `Balance`; they
@@ -473,9 +535,9 @@ for name, case in cases.items():
     assert 25 < now[0] < 100 and 0.5 < now[1] < 2
 
 # %% [markdown]
-# `lambda_mem` differs by a factor of over 20 between the three detectors, at equal widths: a
-# lambda tuned for one is no guide for another. The last two numbers of a line are those of the next
-# step. They move on from there; the weights stay.
+# `lambda_mem` differs by a factor of over 20 between the three detectors, at equal widths: a lambda
+# tuned for one is no guide for another. The last two numbers are those of the next step; they move
+# on from there, the weights stay.
 #
 # ## The student learns
 #
@@ -510,12 +572,11 @@ plots.lines(own, "step", "own loss, % of the first", "Six images, sixty steps: t
 # sign: the lone one has nothing else to learn. Success is that all four terms of the method fall,
 # as here, and that the checklist below says yes.
 #
-# **A gain shows only in AP on other images**: six images are learned by heart. On the toy, DINO's
-# distilled student is at AP .21 after 400 of 1,200 steps and the lone one at .10, means of five
-# seeds. So run the student alone first. Is the distilled one below its AP at a third of the steps?
-# Take a quarter of both ratios (not tested as a rule). Do not begin above 50 and 1: with 200 and 4
-# a KITTI run had AP .128 on `tune` in place of .194 (one seed each). If memory's loss does not fall
-# at all, see the checklist.
+# **A gain shows only in AP on other images**: six images are learned by heart. So train both for a
+# third of your steps, and compare. With this rule DINO came to AP .195 on the toy, the lone student
+# to .107 (one seed each, [notebook 1](1_the_method.ipynb)). Is your distilled student below? Take a
+# quarter of both ratios (not tested as a rule). Do not begin above 50 and 1: 200 and 4 gave .128 in
+# place of .194 on KITTI (one seed each). If memory's loss does not fall at all, see the checklist.
 #
 # ## The detector does not notice
 #
@@ -581,35 +642,28 @@ plots.self_attention(masks, groups=groups, title="Which query may attend to whic
 
 # %% [markdown]
 # The five padding rows of image 0 attend only to themselves (the small squares). In training
-# RT-DETR has two denoising groups in addition. They are apart from each other and from ours, and
-# may see its own queries, which never see them.
-#
-# One pass is also cheaper than two: each decoder layer projects the whole memory, however few the
-# queries are, and a second pass would do that again.
-#
-# "My decoder takes no mask; can I call it once more with our queries alone?" Only in part. That
-# keeps ours and its own apart. But *among ours* the mask is needed too: without it a row attends to
-# the padding rows of images with fewer objects, and to other groups (`groups`, `random_queries`).
-# So give the mask to self-attention, by a hook on it as `at_self_attention` above, or decode one
-# image at a time with `groups=1` and no random queries.
+# RT-DETR has two denoising groups, apart from each other and from ours. They see its own queries,
+# which never see them.
 #
 # ## Several processes
 #
-# Three things can go wrong, all without an error message.
+# Three rules; most errors against them are silent.
 #
-# 1. **The two maps drift apart** when `distill` stands outside of `DistributedDataParallel`: each
-#    process trains its own. Wrap student and method *as one module*.
-# 2. **A process without objects.** Its logit loss is 0 but still attached to the student's graph,
-#    so every parameter gets a gradient (of zeros) and DDP's all-reduce finds its partner. With
-#    `at_least=1` attention has a row to work on. Nothing hangs.
-# 3. **The mean of means.** The logit loss divides by the number of valid queries. That number is
-#    summed over all processes, inside `CLoCKDistill.forward`, so that the averaged gradient is the
-#    whole batch's. Hence *every process must call it at every step*: `if objects: distill(...)`
-#    leaves the others waiting for ever.
+# 1. **One module.** Wrap student and method together, as `Learner` below. When `distill` stands
+#    outside of `DistributedDataParallel`, each process trains two linear maps of its own.
+# 2. **A process may have no objects.** Its logit loss is 0 but still attached to the student's
+#    graph: every parameter gets a gradient (of zeros), and DDP's all-reduce finds its partner. With
+#    `at_least=1` attention has a row to work on. So nothing hangs.
+# 3. **Every process calls `distill` at every step.** The logit loss divides by the number of valid
+#    queries of *all* processes, so that the averaged gradient is the whole batch's. `if objects:
+#    distill(...)` leaves the others waiting for ever.
+#
+# Call `weigh` in every process, before you wrap: `Balance` averages the ratios over the processes,
+# so their lambdas agree, and DDP then hands out the first process's student.
 #
 # **Claim.** Two processes, one of them with images without objects, get the gradients that one
 # process gets from the whole batch. (They are forked here, which needs Linux; `torchrun` starts
-# yours. [tests/test_train.py](../tests/test_train.py) has the same test for `train.py`.)
+# yours.)
 
 # %%
 class Learner(nn.Module):
@@ -664,7 +718,8 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # ## Checklist for any other DETR
 #
 # Each check is a way in which such code is wrong, mostly without an error message. What you would
-# see instead stands below its name (reasoned, not measured). First what the checks share.
+# see instead stands below its name (reasoned, not measured). Set your student's dropout to 0 first:
+# it draws other numbers when there are more queries, and a right adapter would look wrong.
 
 # %%
 def largest(difference):
@@ -689,7 +744,8 @@ def moved(case, factor=1.0):
     """How far the teacher's boxes move, at most, when image 1 is taken out of the padded batch."""
     content, reference, attend, valid = ours(case)
     padded, _ = ask_teacher(case, content, reference * factor, attend)
-    image = items[1][0][None]
+    real = case.mask[1].bool()                            # (H, W): the image fills a rectangle
+    image = case.images[1][:, real.any(1)][:, :, real.any(0)][None]
     single = variant(case, images=image, mask=torch.ones_like(image[:, 0]).long())
     single, _ = ask_teacher(single, content[1:2], reference[1:2], attend[1:2])
     return largest((padded.boxes[-1, 1] - single.boxes[-1, 0])[valid[1]])
@@ -728,7 +784,7 @@ def teacher_is_frozen_and_in_eval_mode(case):
 
 
 def student_learns_as_a_whole(case):
-    """Memory's loss stops falling early: the backbone cannot follow."""
+    """Memory's loss stops falling early (or you froze a part of the backbone on purpose)."""
     return all(p.requires_grad for p in case.student.parameters())
 
 
@@ -872,10 +928,9 @@ for check, row in zip(CHECKS, zip(*results.values())):
 assert results["dense, mask inverted"].count(False) == 6
 
 # %% [markdown]
-# Six checks find it. In the image with the most objects no row is padding. With the mask inverted
-# its rows have nothing to attend to when the teacher decodes them alone: NaN. With `groups=3` they
-# would see the other groups, and training would run: the detector would learn to rely on the true
-# boxes.
+# Six checks find it: in the image with the most objects, the teacher's rows now have nothing to
+# attend to, and it answers NaN. With `groups=3` they would see the other groups, and training would
+# run: the detector would learn to rely on the true boxes.
 #
 # No error of shapes would betray a missing layer: only the check `every layer answers` does. Here
 # the teacher has three decoder layers and the student two. `logit_loss` pairs student layer $i$

@@ -45,8 +45,8 @@ plots.deployment_drawing()
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
 # For your own student add a photo, `--image PHOTO.jpg`, or `--size H,W`: the file is for that size.
-# A photo of another shape is stretched to it by the program, which `predict` does not do. So export
-# one file for each shape.
+# The program stretches a photo of another shape to it, which `predict` does not do. So export one
+# file for each shape. (`export` is for this repository's detectors: it needs their checkpoints.)
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
@@ -107,8 +107,9 @@ assert len(lines) == 18
 # %% [markdown]
 # The program runs in a process in which importing torch is an error. The photo is the first
 # validation scene with four or more objects. *Dashes without a colour beside them are missed: the
-# other cyclist and two pedestrians far away.* **Look at** the green rider in the middle: what does
-# the student call him?
+# other cyclist and two pedestrians far away.* (The dark person in the middle and the red car on the
+# right do not count: the toy marks them as ignored.) **Look at** the green rider: what does the
+# student call him?
 
 # %%
 scenes = data.build("toy", "datasets/toy", "val")
@@ -173,16 +174,14 @@ assert apart < 1e-4 and sure.any()
 # w \approx s q, \qquad -127 \le q \le 127
 # $$
 #
-# What comes out of them keeps 32 bits until the next such operator reads it. This is not ONNX
-# Runtime's default, and on real KITTI it decides. The backbone there, an EfficientNet-lite, cuts
-# what comes out of 32 of its convolutions to 0 to 6 (ReLU6). Before the cut, the range of the
-# median one is 8 times as wide, that of the widest 34 times. Of the 256 steps of 8 bits only 33,
-# or 8, then fall between 0 and 6. On 90 tuning images the distilled DINO student has .356 AP in 32
-# bits, .300 with rounded outputs, and .353 without.
+# What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
+# rounds it, too, and on real KITTI that decides: of .356 AP on 90 tuning images the distilled DINO
+# student keeps .353 as here, and .300 with rounded outputs. Its backbone cuts most of what comes out
+# of a convolution (ReLU6: to 0 to 6), so few of the 256 steps would be left. The trials are in
+# [results](../results/README.md#deployed).
 #
-# All other operators keep 32 bits, attention's products among them (exercise 3). The exporter
-# writes a linear layer as `MatMul` and `Add`; before it quantises, ONNX Runtime makes one `Gemm` of
-# both.
+# All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
+# linear layer.
 #
 # **Claim.** The file is less than half as large, and the program reads it as it is. (`train.py
 # export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise` as here, with
@@ -243,8 +242,8 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # %% [markdown]
 # *ONNX Runtime answers more than three times as fast as PyTorch, in less than a tenth of the memory.
 # On real KITTI it is 2 times (teacher: 1.5), in an eighth (a fifth) of the memory.* 8 bits make the
-# file smaller and the answer **not** faster: probably the steps into 8 bits and back cost what the
-# short products save. (All 27 rows of the toy:
+# file smaller and the answer **not** faster, but for a gain of 4 % in KITTI's teacher: probably the
+# steps into 8 bits and back cost what the short products save. (All 27 rows of the toy:
 # [results/deploy](../results/deploy/toy.md).) Times hold for one processor, here the one named
 # there. Measure on yours, at your image size and with nothing else running, by these lines at the
 # end of `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
@@ -260,8 +259,8 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ```
 #
 # **On [real KITTI](../results/deploy/kitti.md) 8 bits cost no more than .005 AP** for each of the
-# three models; with rounded outputs they cost about .06. On the toy those cost less than .01, and
-# would have passed. So measure AP with your own detector and images before you ship 8 bits.
+# three models. With rounded outputs they cost .06 there and less than .01 on the toy: the toy would
+# not have shown it. So measure AP with your own detector and images before you ship 8 bits.
 #
 # Distillation moves a student up at no cost to the right:
 #
@@ -285,7 +284,7 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #     return ask(np.ascontiguousarray(picture[..., ::-1]))
 #
 # picture = np.array(scenes.raw(index)[0])
-# print([(scenes.classes[c], round(float(s), 2)) for s, c in zip(*swapped(picture)[1:])][:4])
+# print([(scenes.classes[c], round(float(s), 2)) for s, c in zip(*swapped(picture)[1:])][:5])
 # hundred = data.build("toy", "datasets/toy", "val", limit=100)
 # for program in (ask, swapped):
 #     print(round(deploy.average_precision(program, hundred, (48, 160))["AP"], 3))

@@ -667,6 +667,10 @@ def test_attention_groups_by_hand():
     among = torch.tensor([[[True, False], [True, True]]])
     extra = models.Queries(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), among)
     assert models.attention_groups(1, extra, "cpu")[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    extra = extra._replace(sees_learned=True)                             # its rows, not the learned one's
+    assert models.attention_groups(1, extra, "cpu")[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    denoising = models.attention_groups(1, extra, "cpu", 1, 1)[0].int().tolist()
+    assert denoising[-1] == [0, 0, 1, 1, 1]                               # of no denoising query
 
 
 @every

@@ -82,8 +82,6 @@ def pictures(objects, found):
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
-    pairs = {"student": {5: [.1]}, "distilled": {5: [.2]}, "teacher": .5,
-             "gain": {5: dict(mean=.1, low=.0, high=.2)}}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
             "maps_over_scene": (2 + 1 if found else 0, (image, boxes, heads if found else {},
@@ -99,7 +97,6 @@ def pictures(objects, found):
             "curves": (1, (history if found else {},)),
             "losses": (2, (terms if found else {},)),
             "paired": (1, ({"DINO": pair} if found else {}, "AP", "Title")),
-            "curves_and_gains": (2, ({"DINO": pairs} if found else {}, "AP", "Title")),
             "reading": (1, (answers if found else {},)),
             "dots": (2 if found else 1, (off if found else {}, "Title")),
             "stacked": (1, ({"a": {"memory": 1.}, "b": {}} if found else {}, "part", "Title")),
@@ -530,15 +527,21 @@ def test_gains_have_the_colour_of_their_verdict():
     assert [plots.verdict(each) for each in (gain, under, holds, one_seed)] == [
         "more", "less", "undecided", "undecided"]
     figure = plots.gains([("DINO", "a", gain), ("DINO", "b", under), ("DAB", "a", holds),
-                          ("DAB", "b", one_seed)], "Title")
-    bars = [container[2][0] for container in figure.axes[0].containers]
+                          ("DAB", "b", one_seed)], "Title", zero="student alone", chosen=("a",))
+    axes = figure.axes[0]
+    bars = [container[2][0] for container in axes.containers]
     assert [to_hex(bar.get_color()[0]) for bar in bars] == [
         color.lower() for color in (plots.DISTILLED, "#D55E00", "#777777", "#777777")]
     assert bars[0].get_segments()[0][:, 0] == pytest.approx([.05, .15])
     assert bars[3].get_segments()[0][:, 0].tolist() == [.1, .1]
-    assert [text.get_text() for text in figure.axes[0].texts] == [
-        "DINO", "DAB", "+0.100", "-0.100", "+0.100", "+0.100"]
-    assert legend(figure) == ["more", "less", "undecided"]
+    assert [text.get_text() for text in axes.texts] == [
+        "student alone", "DINO", "DAB", "+0.100", "-0.100", "+0.100", "+0.100"]
+    assert [name.get_fontweight() for name in axes.get_yticklabels()] == ["bold", "normal"] * 2
+    assert [text.split(":")[0] for text in legend(figure)] == [
+        "more", "less", "undecided", "one seed"]
+    # A legend has what is drawn, no more; no interval is drawn of one seed: a hollow dot.
+    assert legend(plots.gains([("", "a", one_seed)])) == ["one seed: no interval"]
+    assert axes.containers[3][0].get_markerfacecolor() == "white"
 
 
 def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
@@ -613,22 +616,12 @@ def test_pairs_are_those_of_the_seeds_that_both_have():
     assert joined == [(.1, .4), (.3, .5)]
 
 
-def test_curves_stand_over_their_gains():
-    gain = {10: {"mean": .1, "low": -.1, "high": .3}}
-    figure = plots.curves_and_gains({"DINO": {"student": {10: [.1, .3]}, "distilled": {10: [.3]},
-                                              "teacher": .6,
-                                              "gain": gain}}, "AP", "Title")
-    above, below = figure.axes
-    assert [line.get_ydata()[0] for line in above.lines] == [.6, .2, .3]
-    assert legend(figure) == ["teacher, trained for longer", "student alone", "distilled"]
-    (bar,) = below.collections[0].get_segments()
-    assert np.allclose(bar, [[10, -.1], [10, .3]])
-
-
 def test_reading_names_the_memories():
     figure = plots.reading({"DINO": {"label": {"own": 1., "another's": .75, "noise": .5}}})
     assert legend(figure) == ["the image's own memory", "another image's memory", "noise"]
     assert dots(figure.axes[0]) == [(1, 1), (.75, 1), (.5, 1)]
+    line = plots.reading({}, always=("Car", .45)).axes[0]
+    assert line.texts[0].get_text() == "always Car: 0.45" and line.lines[0].get_xdata() == [.45] * 2
 
 
 def test_stacked_parts_start_where_the_last_ended():
@@ -664,8 +657,8 @@ def test_latency_has_a_marker_per_program_and_a_line_per_model():
     dino, dab = figure.axes
     assert [dino.get_title(), dab.get_title()] == ["dino", "dab_detr"]
     assert dots(dino) == [(30, .5), (20, .5), (10, .3)] and dots(dab) == [(9, .8)]
-    # The scale that all panels share reaches from 0 to the highest AP of any.
-    assert dino.get_ylim()[0] == 0 and dino.get_ylim()[1] > .8
+    # The scale that all panels share reaches from 0 beyond the highest AP of any: no marker is cut.
+    assert dino.get_ylim() == pytest.approx((0, .88))
     line, pytorch, onnx = dino.lines[:3]
     assert [*line.get_xdata()] == [30, 20] and line.get_color() == plots.TEACHER
     assert [pytorch.get_fillstyle(), onnx.get_fillstyle()] == ["full", "none"]

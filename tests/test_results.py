@@ -1,10 +1,14 @@
-"""The tables of README.md and results/README.md hold the figures of results/toy/tables.json."""
+"""README.md and results/README.md: their tables hold the figures of tables.json, their code runs."""
 import json
+import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from clockdistill import CLoCKDistill
 from experiments import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,3 +106,35 @@ def test_where_real_kitti_gains():
             gain = tables.gain(distilled, alone)
             assert cell.startswith("{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain)), (name, gain)
             assert cell.endswith("undecided") == (gain["low"] < 0 < gain["high"]), name
+
+
+def test_the_step_that_the_readme_gives_to_copy_runs():
+    """Two images, three classes, two decoder layers, a memory of 6 x 20 and 3 x 10 cells."""
+    def ask(width, images, content, reference, attend):
+        queries = content.shape[1]
+        assert content.shape == (2, queries, width) and reference.shape == (2, queries, 4)
+        assert attend.shape == (2, queries, queries)
+        return (torch.randn(2, 150, width, requires_grad=True), torch.randn(2, 2, queries, 3),
+                torch.rand(2, 2, queries, 4))
+
+    code = re.search(r"( {4}distill = .*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {"CLoCKDistill": CLoCKDistill, "torch": torch, "ask": ask, "student": 96, "teacher": 128,
+             "images": None, "teacher_contents": torch.randn(24, 128), "padding": None,
+             "labels": [torch.tensor([0, 1]), torch.tensor([2])], "shapes": [(6, 20), (3, 10)],
+             "boxes": [torch.full((2, 4), .3), torch.full((1, 4), .3)]}
+    exec(textwrap.dedent(code), names)
+    assert set(names["losses"]) == {"memory", "cls", "l1", "giou"}
+    assert names["losses"]["memory"].requires_grad
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/kitti/README.md", "results/bench.md",
+                                  "results/deploy/README.md", "weights/README.md", "figures/README.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        path, _, anchor = link.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        if not link.startswith("http"):
+            assert file.exists(), link
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else []
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in anchors, link

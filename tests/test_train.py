@@ -214,9 +214,12 @@ def test_the_teacher_is_frozen_and_every_term_reaches_the_student(toy, teacher):
 LEVELS = dict(feature_levels=3, points=2)
 
 
-@pytest.mark.parametrize("detector, own", [
+every_detector = pytest.mark.parametrize("detector, own", [
     ("dino", LEVELS | dict(denoising=6)), ("deformable_detr", LEVELS | dict(box_refine=True)),
-    ("dab_detr", dict(feature_stride=8))])
+    ("dab_detr", dict(feature_stride=8, num_patterns=2))])
+
+
+@every_detector
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_a_rival(toy, detector, own):
     """What is compared is the same of both: queries, states, attention, matches. So every loss is 0, but for those that
     generate, or sharpen, what they compare."""
@@ -239,6 +242,26 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_a_rival(toy, de
                 assert losses[term] > 0
             else:
                 assert losses[term].abs() < 1e-4, (name, term)
+
+
+@every_detector
+def test_target_aware_queries_see_the_learned_ones_where_asked(toy, detector, own):
+    """A student that is its teacher answers alike. Once its own learned contents differ, only what sees them does not."""
+    dataset = data.build("toy", toy, "train")
+    batch = next(iter(data.loader(dataset, 2, steps=1)))
+    common = {name: value for name, value in TINY.items() if name not in ("denoising", *LEVELS)}
+    torch.manual_seed(0)
+    teacher = train.build_model(Config(**common, **own, detector=detector), len(dataset.classes)).eval()
+    student = copy.deepcopy(teacher.requires_grad_(False))
+    student.training = True                               # of the outermost module alone: DINO's denoising queries
+    for changed in (False, True):
+        if changed:
+            student.learned_content.normal_()
+        for sees in (False, True):
+            method = train.CLoCKDistill(16, 16, content="own", sees_learned=sees, confidence=False)
+            losses = Learner(student, method)(teacher, batch)
+            differs = sum(losses[term].item() for term in ("cls", "l1", "giou")) > 1e-5
+            assert differs == (changed and sees), (changed, sees, losses)
 
 
 def test_distillation_off_is_plain_training_to_the_last_bit(toy, teacher, tmp_path):
@@ -286,6 +309,15 @@ def test_a_pair_that_cannot_work_is_refused_in_one_line(toy, teacher, tmp_path, 
     assert train.main(["distill", "--out", str(tmp_path / "run"), "--workers", "0", *flags(settings)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_a_teacher_without_what_it_is_asked_with_is_refused_before_the_run():
+    """Deformable DETR has no label embedding. Without a logit part nobody asks."""
+    common = {name: value for name, value in TINY.items() if name != "denoising"}
+    teacher = student = train.build_model(Config(**common, detector="deformable_detr"), 3)
+    with pytest.raises(ValueError, match='content="label" needs the teacher'):
+        train.open_method(Config(method="clockdistill"), teacher, student)
+    train.open_method(Config(method="clockdistill", method_options=dict(lambda_log=0.)), teacher, student)
 
 
 # --- recipes for a few hundred pictures -------------------------------------------------------------------------------
