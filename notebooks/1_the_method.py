@@ -460,8 +460,8 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # $c_k$ is the object's class, $E$ an embedding of the classes [T, P]; we take the teacher's, frozen
 # [O]. DINO has one, `label_embedding`, of which it makes its denoising queries. Deformable DETR and
 # DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A label as
-# content tells the decoder its answer ([notebook 3](3_ablations.ipynb) measures it). So the student
-# at the top was asked with the teacher's *learned* contents instead (`content="own"`).
+# content can give the answer away ([notebook 3](3_ablations.ipynb) measures it). So the student at
+# the top was asked with the teacher's *learned* contents instead (`content="own"`).
 #
 # Each object may be asked for in $G$ *groups* [P: 3], with noise on the boxes [P: none]. The
 # queries stand object by object: query $i$ asks for object $\lfloor i / G \rfloor$, and its group
@@ -510,8 +510,8 @@ plots.self_attention({"the scene, 4 objects": attend[0], "the other image, 2 obj
 # | **learned** | no | yes | no |
 # | **target-aware** | no | no | its own group, as above |
 #
-# Target-aware queries do not even see the learned ones. So the student's are decoded just as the
-# teacher's, which has nothing else in its pass.
+# Target-aware queries do not even see the learned ones [O]. So the student's are decoded just as
+# the teacher's, which has nothing else in its pass.
 #
 # **Claim.** Learned queries see learned ones only. So the detections are the same with and without
 # target-aware queries. (The wiring is tested for all three detectors in `tests/test_models.py`.)
@@ -797,6 +797,7 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | no noise on boxes and labels | [P] | `box_noise`, `label_noise` |
 # | one group ([P]: 3) | [O] | `groups` |
 # | no random queries, not the learned ones ([P]: 300, on) | [O] | `random_queries`, `learned` |
+# | target-aware queries do not see the learned ones | [O] | `sees_learned` |
 # | 1 KL + 5 L1 + 2 (1 - GIoU) | [T, P] | `cls_weight`, `l1_weight`, `giou_weight` |
 # | times the teacher's confidence, summed over layers | [T, P] | `confidence`, `layers` |
 # | temperature 10, times its square | [P] | `temperature` |
@@ -894,7 +895,8 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 #
 # <details><summary>Answer</summary>
 #
-# It was .05 to .22 and is .59 to .91. So for these four queries the mask is a reason.
+# It was .05 to .22 and is .59 to .91. So for these four queries the mask is a reason. The switch
+# `sees_learned=True` trains so; no table has it.
 #
 # ```python
 # content, reference, _, _ = target_queries(batch.labels, batch.boxes, teacher.label_embedding)
