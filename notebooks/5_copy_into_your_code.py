@@ -10,8 +10,8 @@
 # What you copy:
 #
 # 1. `clockdistill.py`;
-# 2. from this page `step`, `together`, `hooked`, and the adapter nearest to your detector, 17 to 39
-#    lines that you change;
+# 2. from this page `step`, `variant`, `together`, `hooked`, and the adapter nearest to your
+#    detector, 20 to 40 lines that you change;
 # 3. the checklist, to test your adapter;
 # 4. the option for your class head, and `weigh`, which sets the weights of the losses;
 # 5. for several processes, `Learner`.
@@ -65,7 +65,9 @@ plots.wiring_drawing()
 #
 # This is all of it. The teacher runs as `teacher.model`, without the heads of its own queries, and
 # decodes ours alone. The student decodes ours in addition to its own, and returns its own loss as
-# before. What the names mean:
+# before. So a step costs about one of the student and a forward pass of the teacher
+# ([measured](../results/bench.md#speed) for our detectors). After training the student is the plain
+# detector: save it alone. What the names mean:
 #
 # - `case`: a pair and a batch. The pair is `teacher`, `student`, `distill` (a `CLoCKDistill`),
 #   `ask` (the adapter) and `embedding`, what the queries ask with: a table of labels or of learned
@@ -292,7 +294,7 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
 # %% [markdown]
 # ### Other codebases
 #
-# Three more detectors were distilled once, by `step` as above: DETR and Conditional DETR of
+# Three more detectors were distilled once, with the changes below: DETR and Conditional DETR of
 # `transformers` 5.24, and DINO of MMDetection 3.3 (on a CPU, without its compiled operators). Their
 # own answers moved by less than 1e-6; their own queries, asked through the adapter, got the same
 # answers. Conditional DETR passed the whole checklist. Where the decoder's call lacks something:
@@ -433,7 +435,9 @@ for name, (teacher, _) in pairs.items():
 # %% [markdown]
 # What a step needs of each. The optimizer has the parameters of `distill` too: two linear maps
 # between the widths. `at_least=1` makes one padding row for a batch without objects:
-# `nn.MultiheadAttention` fails on 0 queries.
+# `nn.MultiheadAttention` fails on 0 queries. All other switches of `CLoCKDistill` have their
+# defaults. Think of two: the scale mask is on (off: `scale=False`; on the toy the mask costs AP), and
+# true boxes are asked for exactly (in the recipes of the toy and of small KITTI: `box_noise=0.4`).
 
 # %%
 def variant(case, **changes):
@@ -718,8 +722,10 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # ## Checklist for any other DETR
 #
 # Each check is a way in which such code is wrong, mostly without an error message. What you would
-# see instead stands below its name (reasoned, not measured). Set your student's dropout to 0 first:
-# it draws other numbers when there are more queries, and a right adapter would look wrong.
+# see instead stands below its name (reasoned, not measured). The names are those of `transformers`:
+# put yours for `config.id2label`, `config.decoder_layers`, `logits`, `pred_boxes`, and for the
+# parts `backbone.` and `decoder.`. Set your student's dropout to 0 first: it draws other numbers
+# when there are more queries, and a right adapter would look wrong.
 
 # %%
 def largest(difference):
@@ -769,7 +775,9 @@ def parts(case):
 
 def against_itself(case):
     """The same step with the teacher as its own student."""
-    distill = CLoCKDistill(64, 64, num_classes=3, content=case.distill.content, at_least=1,
+    width = ours(case)[0].shape[-1]                       # the teacher's
+    distill = CLoCKDistill(width, width, num_classes=len(case.teacher.config.id2label), at_least=1,
+                           content=case.distill.content,
                            classes=case.distill.logit_options["classes"])
     return variant(case, student=case.teacher, distill=distill)
 
