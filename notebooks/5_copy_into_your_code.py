@@ -65,9 +65,9 @@ plots.wiring_drawing()
 #
 # This is all of it. The teacher runs as `teacher.model`, without the heads of its own queries, and
 # decodes ours alone. The student decodes ours in addition to its own, and returns its own loss as
-# before. So a step costs about one of the student and a forward pass of the teacher
-# ([measured](../results/bench.md#speed) for our detectors). After training the student is the plain
-# detector: save it alone. What the names mean:
+# before: minimise `output.loss + sum(terms.values())`. A step costs about one of the student and a
+# forward pass of the teacher ([measured](../results/bench.md#speed) for our detectors). After
+# training the student is the plain detector: save it alone. What the names mean:
 #
 # - `case`: a pair and a batch. The pair is `teacher`, `student`, `distill` (a `CLoCKDistill`),
 #   `ask` (the adapter) and `embedding`, what the queries ask with: a table of labels or of learned
