@@ -225,17 +225,20 @@ def reading(teacher, method, embedding, batches, seed=0):
 
     Right is the class that a query asks for, when the memory is the image's own, another image's of
     the batch, or noise of the same mean and spread in each channel. An answer that is as good from
-    noise was in the question.
+    noise was in the question. And how much would an answer count? w of L_log is the largest score.
 
     method: CLoCKDistill with groups=1 and nothing but target-aware queries. embedding: what its
     queries ask with. batches: data.Batch of several images. Returns {"own", "another's", "noise":
-    accuracy}.
+    accuracy; "w": mean of each decoder layer, from its own memory, "w beside learned": the same
+    when the queries see the teacher's learned ones}.
     """
     generator = torch.Generator().manual_seed(seed)
     right, asked = {"own": 0, "another's": 0, "noise": 0}, 0
+    weight = {"w": 0, "w beside learned": 0}
     for batch in batches:
-        content, boxes, attend, valid = method.queries(batch.labels, batch.boxes, embedding,
-                                                       generator=generator)
+        queries = models.Queries(*method.queries(batch.labels, batch.boxes, embedding,
+                                                 generator=generator))
+        content, boxes, attend, valid = queries[:4]
         own = teacher.encode(batch.images, batch.padding)
         tokens = own.tokens                                               # (B, S, D)
         noise = torch.randn(tokens.shape, generator=generator).to(tokens)
@@ -247,7 +250,14 @@ def reading(teacher, method, embedding, batches, seed=0):
             memory = dataclasses.replace(own, tokens=tokens)
             logits = teacher.decode(memory, content, boxes, attend).logits[-1]   # (B, K, C)
             right[name] += int((logits.argmax(-1) == wanted)[valid].sum())
-    return {name: count / max(asked, 1) for name, count in right.items()}
+        beside = teacher.answer(own, *teacher.learned_queries(own),
+                                queries._replace(sees_learned=True)).extra
+        alone = teacher.decode(own, content, boxes, attend)
+        for name, answers in zip(weight, (alone, beside)):
+            w = answers.logits.sigmoid().amax(3)                          # (L, B, K)
+            weight[name] += w[:, valid].sum(1)                            # (L,)
+    parts = {name: count / max(asked, 1) for name, count in right.items()}
+    return parts | {name: (total / max(asked, 1)).tolist() for name, total in weight.items()}
 
 
 def add_options(parser):

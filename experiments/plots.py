@@ -610,7 +610,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     looks = {name: _tensors(look) for name, look in looks.items()}
     first = next(iter(looks.values()), {"weights": (), "boxes": None})
     count = len(first["weights"])
-    # Maps on one grid can be compared. Those of dense attention are drawn, times an even spread.
+    # Maps on one grid can be compared. Those of dense attention are drawn; 1 is uniform.
     maps = {name: attention_mass(look["places"], look["weights"], *(grid or look["places"]))
             for name, look in looks.items() if grid or look["weights"].ndim == 3}    # (q, H, W)
     heat = {name: mass.numpy() * mass.shape[1:].numel() for name, mass in maps.items()
@@ -670,7 +670,7 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             left, top, right, bottom = _window(looks.values(), row, size, shape, context)
             axes.set(xlim=(left, right), ylim=(bottom, top))
     if heat:
-        _bar(figure, panels, drawn, "attention of a cell, times an even spread over the image")
+        _bar(figure, panels, drawn, "attention of a cell; 1 is uniform attention over the image")
     _keys(figure, _attention_keys(looks.values()))
     if grid and count and first["boxes"] is not None:
         even = agreement(target, even_mass(first["boxes"], size, *grid)).mean()
@@ -684,7 +684,7 @@ def around_object(panels, title):
 
     panels: dict name -> dict(image, truth (4,)): the true box is dotted. Optional entries:
       heat     (H, W), attention on cells over the whole image. The colour is the attention of a
-               cell times an even spread, logarithmic, one scale; less than an even spread is bare
+               cell over that of uniform attention, logarithmic, one scale; below 1 is bare
       answer   (4,), the box that a model answers, in the colour of the role in the panel's name
     """
     heat = {}
@@ -713,7 +713,7 @@ def around_object(panels, title):
         axes.set(xlim=(left, right), ylim=(bottom, top))
         _title(axes, name, 8.5, pad=3)
     if heat:
-        _bar(figure, grid, drawn, "attention of a cell, times an even spread over the image")
+        _bar(figure, grid, drawn, "attention of a cell; 1 is uniform attention over the image")
     answered = any("answer" in panel for panel in panels.values())
     keys = [_key("true box", linestyle=REFERENCE)] + [_key("answered box")] * answered
     _keys(figure, keys)
@@ -779,8 +779,8 @@ def self_attention(weights, shown=None, names=(), groups=None,
     order; None: all. names: of the shown, "" for none. groups: dict name -> how many of the shown,
     in order (denoising, learned, extra), or such a dict for each matrix, by the matrix's name. They
     draw borders, and their names where `names` has none. The colour is the weight times the number
-    of queries that the row may look at, so 1 is an even spread. Raises ValueError when the groups
-    are not all the shown.
+    of queries that the row may look at, so 1 is uniform attention. Raises ValueError when the
+    groups are not all the shown.
     """
     groups = groups or {}
     heat = {}
@@ -798,15 +798,18 @@ def self_attention(weights, shown=None, names=(), groups=None,
     columns = min(max(len(heat), 1), 3)
     lines = math.ceil(max(len(heat), 1) / columns)
     inches = min((PAGE_INCHES - 1) / columns, 3.4)
+    # A few queries need no square: a row is as high as a name.
+    tall = min(inches, 0.22 * max([4, *map(len, heat.values())]))
+    aspect = "auto" if tall < inches else "equal"
     below = 0.75 if len(masks) < len(heat) else 0.25                      # a colour bar
-    figure = _figure((inches + 0.3) * lines + below, inches * columns + 1)
+    figure = _figure((tall + 0.3) * lines + below, inches * columns + 1)
     panels = _grid(figure, lines, columns, len(heat))
     for index, (axes, (name, values)) in enumerate(zip(panels.flat, heat.items())):
         leftmost = index % columns == 0
         count = len(values)
         side = max(count, 1)
         drawn = axes.imshow(np.ma.masked_less_equal(values, 0), extent=(0, side, side, 0),
-                            norm=norm, cmap=WEIGHT_MAP, interpolation="nearest")
+                            norm=norm, cmap=WEIGHT_MAP, interpolation="nearest", aspect=aspect)
         axes.set_facecolor("#DDDDDD")
         parts = groups.get(name, groups)
         borders = np.cumsum([0, *parts.values()])
@@ -830,7 +833,7 @@ def self_attention(weights, shown=None, names=(), groups=None,
         axes.set_ylabel("query that looks" * leftmost, fontsize=8, color=INK)
         _title(axes, name, 8.5, pad=3)
     if len(masks) < len(heat):
-        _bar(figure, panels, drawn, "attention, times an even spread (grey: may not look)")
+        _bar(figure, panels, drawn, "attention; 1 is uniform over all it may see (grey: may not)")
     _heading(figure, title)
     return _legible(figure)
 
@@ -1017,14 +1020,14 @@ def reading(answers, title=None, always=None):
     """A teacher's accuracy on target-aware queries from three memories: does it read the image?
 
     answers: dict detector -> dict content of the query -> {"own", "another's", "noise": accuracy},
-    the image's own memory, another image's, and noise, as experiments.look.reading measures.
+    the image's own memory, another image's, and noise, of what experiments.look.reading measures.
     always: (class, accuracy) of naming this class for every query, a line.
     """
     memories = {"own": "the image's own memory", "another's": "another image's memory",
                 "noise": "noise"}
     rows = {}
     for detector, contents in answers.items():
-        rows[detector] = {content: {memories[memory]: part for memory, part in parts.items()}
+        rows[detector] = {content: {name: parts[memory] for memory, name in memories.items()}
                           for content, parts in contents.items()}
     figure = dots({"part of the queries whose class the teacher names right": rows},
                   title or "How often the teacher names the right class, "
@@ -1549,8 +1552,9 @@ def _cells(axes, values, norm):
 
 
 def _heat(axes, values, norm):
-    """A map over the grey image, bare below an even spread; colour and opacity grow with it."""
-    alpha = np.ma.filled(norm(values), 0).clip(0, 1) * 0.9
+    """A map over the grey image, bare below uniform attention; colour and opacity grow with it."""
+    # The root keeps attention visible that is spread over many cells.
+    alpha = 0.9 * np.ma.filled(norm(values), 0).clip(0, 1) ** 0.5
     return axes.imshow(values, extent=axes.images[0].get_extent(), norm=norm, cmap=WEIGHT_MAP,
                        interpolation="bilinear", alpha=alpha)
 

@@ -54,7 +54,7 @@ from experiments import plots
 # Three DINO detectors lie in `weights/`: a teacher, a student trained alone, and the same student
 # distilled: the same first weights, the same 1,200 steps, the same images. They were trained on
 # generated street scenes of 160 x 48 pixels, the *toy KITTI*. Here is a scene that none of them was
-# trained on.
+# trained on. (AP is COCO's measure of a detector, from 0 to 1.)
 
 # %%
 data.make_toy("datasets/toy")                           # drawn on first use
@@ -78,15 +78,12 @@ plots.detections([picture], [truth], results, val.classes)
 
 # %% [markdown]
 # *Look at the two pedestrians: the student alone misses both (dotted), because its boxes there have
-# scores of .36 and .34, below the threshold of .4. The distilled one is sure enough.* One scene was
-# picked to show it, and one run is one run: over five seeds the distilled student has +0.132 AP
-# (95 % interval +0.106 to +0.158; [results](../results/README.md)).
+# scores of .36 and .34, below the threshold of .4. The distilled one is sure enough.* This scene
+# was picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 %
+# interval +0.106 to +0.158; [results](../results/README.md)).
 #
-# **Two pieces of the method are not in this student.** The mask $S$ (part 1) costs DINO .021 AP on
-# the toy (.004 to .037, five seeds), at the weights tried. A label as a query's content (part 2)
-# tells the decoder its answer ([notebook 3](3_ablations.ipynb) measures it). Both belong to the
-# method as it is described [T], so they are opened here. The recipes for KITTI and COCO keep $S$;
-# whether it helps on large images is not known.
+# This student goes without two pieces that belong to the method as it is described [T]. Both are
+# opened below: the mask $S$ in part 1, the label as a query's content in part 2.
 #
 # ## A DETR, and the method, in one drawing
 
@@ -166,15 +163,15 @@ with torch.no_grad():
     tokens = torch.cat([x.flatten(2).mT for x in maps], 1)              # (1, 160, 64)
 
     # Where a token is: a sine code of its cell, plus a learned vector of its level.
-    unpadded = [torch.zeros(1, *shape, dtype=torch.bool) for shape in shapes]
+    padded = [torch.zeros(1, *shape, dtype=torch.bool) for shape in shapes]     # no cell is
     places = [image_positions(mask, 64, encoder.temperature) + level
-              for mask, level in zip(unpadded, encoder.level_embed)]
+              for mask, level in zip(padded, encoder.level_embed)]
     position = torch.cat([place.flatten(1, 2) for place in places], 1)  # (1, 160, 64)
 
     # Each token reads around the centre of its own cell.
-    centres = token_centres(shapes, torch.ones(1, 3, 2))                # (1, 160, 2), x and y
+    centres = token_centres(shapes, torch.ones(1, 3, 2))    # (1, 160, 2), x and y; 1: unpadded part
     unit = 1 / torch.tensor([[[(w, h) for h, w in shapes]]])            # (1, 1, 3, 2)
-    padding = torch.cat([mask.flatten(1) for mask in unpadded], 1)      # (1, 160), False
+    padding = torch.cat([mask.flatten(1) for mask in padded], 1)      # (1, 160), False
     for layer in encoder.layers:
         read = layer.attention(tokens + position, centres[:, :, None], unit, tokens, padding,
                                shapes)
@@ -332,16 +329,14 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
 #
 # A box is `(cx, cy, w, h)` in fractions of the image. On an axis of $n$ cells it touches cells
 # $\lfloor (c - s/2) n \rfloor$ up to, but not including, $\lceil (c + s/2) n \rceil$. Rows and
-# columns are computed apart; a cell is inside if both its row and its column are. (Padded cells, of
-# which this scene has none, are neither object nor background: `location_mask(..., valid)`.)
+# columns are computed apart; a cell is inside if both its row and its column are. (`location_mask`
+# also knows padded cells, which are neither object nor background, and boxes without an area.)
 
 # %%
 def touched(centre, side, n):
     """Which of the n cells of an axis each box touches: (K,), (K,) -> (K, n) bool."""
     first = ((centre - side / 2) * n + 1e-4).floor()                    # 1e-4: rounding errors must
     end = ((centre + side / 2) * n - 1e-4).ceil()                       # not add a cell
-    own = torch.where(centre == 1, n - 1, (centre * n).floor())         # a thin box on an edge has
-    first, end = torch.minimum(first, own), torch.maximum(end, own + 1)     # its centre's cell
     cell = torch.arange(n)
     return (first[:, None] <= cell) & (cell < end[:, None])
 
@@ -360,8 +355,7 @@ def masks(boxes, H, W):
 H, W = 4, 6
 two_boxes = torch.tensor([[2.5 / W, 2.0 / H, 3 / W, 2 / H],             # rows 1, 2; columns 1, 2, 3
                           [1.5 / W, 1.5 / H, 1 / W, 1 / H]])            # row 1; column 1
-odd_boxes = torch.tensor([[0.5, 0.5, 0., 0.], [0.5, 0.5, 1., 1.], [2., 2., 0.1, 0.1]])
-for some in two_boxes, odd_boxes, odd_boxes[:0]:        # thin, everywhere, off the map; none at all
+for some in two_boxes, two_boxes[:0]:                                   # two objects; none
     for mine, theirs in zip(masks(some, H, W), location_mask(some, H, W)):
         assert_close(mine, theirs)
 
@@ -418,9 +412,12 @@ plots.location_masks(picture, truth["boxes"], levels)
 # %% [markdown]
 # *At level 0 the two pedestrians are the brightest, though they are the smallest.* Objects have 79
 # and not 80 % of $S$, since the cars overlap. At level 2 the boxes touch every cell: there is no
-# background, and two fifths of the image count as pedestrian. That may be why $S$ costs AP on the
-# toy (not tested). Another possible reason: of the three weights of memory tried with $S$ the
-# heaviest won, so a heavier one might do better. In a KITTI image most cells are background.
+# background, and two fifths of the image count as pedestrian.
+#
+# **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
+# That may be due to level 2, or to these weights: the heaviest of three won (neither is tested). In
+# a KITTI image most cells are background. The recipes for KITTI and COCO keep $S$; whether it helps
+# there is not known.
 #
 # ## What each mask does
 #
@@ -462,17 +459,20 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 #
 # $c_k$ is the object's class, $E$ an embedding of the classes [T, P]; we take the teacher's, frozen
 # [O]. DINO has one, `label_embedding`, of which it makes its denoising queries. Deformable DETR and
-# DAB-DETR have none; there a frozen random row per class stands in (`random_label`).
+# DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A label as
+# content can give the answer away ([notebook 3](3_ablations.ipynb) measures it). So the student at
+# the top was asked with the teacher's *learned* contents instead (`content="own"`).
 #
-# Each object may be asked for in several *groups* [P: 3], with noise on the boxes [P: none]. In a
-# batch, images with fewer objects have *padding rows*. Query $i$ may attend to query $j$ where
-# $m_{ij} = 1$. With $g_i$ the group of query $i$, and $v_i = 1$ unless it is a padding row:
+# Each object may be asked for in $G$ *groups* [P: 3], with noise on the boxes [P: none]. The
+# queries stand object by object: query $i$ asks for object $\lfloor i / G \rfloor$, and its group
+# is $g_i = i \bmod G$. In a batch, images with fewer objects have *padding rows*, where $v_i = 0$;
+# else $v_i = 1$. Query $i$ may attend to query $j$ where $m_{ij} = 1$:
 #
 # $$m_{ij} = 1 \text{ if } (g_i = g_j \text{ and } v_i v_j = 1) \text{ or } i = j,
 #   \text{ else } 0$$
 #
-# Each row sees at least itself, since a softmax over nothing is NaN. Here a second image, of two
-# objects, joins the scene, and each object is asked for twice.
+# In words: a query sees its group, and each row sees itself, since a softmax over nothing is NaN.
+# Here a second image, of two objects, joins the scene, and each object is asked for twice.
 
 # %%
 pair = data.collate([val[NUMBER], next(item for item in val if len(item[1]["labels"]) == 2)])
@@ -510,8 +510,8 @@ plots.self_attention({"the scene, 4 objects": attend[0], "the other image, 2 obj
 # | **learned** | no | yes | no |
 # | **target-aware** | no | no | its own group, as above |
 #
-# Target-aware queries do not even see the learned ones. So the student's are decoded just as the
-# teacher's, which has nothing else in its pass.
+# Target-aware queries do not even see the learned ones [O]. So the student's are decoded just as
+# the teacher's, which has nothing else in its pass.
 #
 # **Claim.** Learned queries see learned ones only. So the detections are the same with and without
 # target-aware queries. (The wiring is tested for all three detectors in `tests/test_models.py`.)
@@ -536,9 +536,8 @@ plots.self_attention(among, [*range(2 * group), *range(noised, noised + learned 
                      title="One pass of the student: who attends to whom")
 
 # %% [markdown]
-# *Grey is forbidden: the three rows are those of the table.* Learned queries are grey in the first
-# and the last column. In colour, 1 is uniform attention over all that a query may see. (Two of the
-# 12 denoising groups are drawn.)
+# *Grey is forbidden: the three rows are those of the table.* (Two of the 12 denoising groups are
+# drawn.)
 #
 # ## One question, two answers
 #
@@ -641,16 +640,9 @@ content, reference, attend, valid = target_queries(batch.labels, batch.boxes,
 with torch.no_grad():
     t_out = teacher.decode(t_memory, content, reference, attend)        # logits (3, 1, 4, 3)
     s_out = alone.decode(s_memory, content, reference, attend)          # logits (2, 1, 4, 3)
-    # Once more, now allowed to see the teacher's own queries, as its denoising queries are.
-    own = teacher.learned_queries(t_memory)[0]                          # 24 queries
-    may = torch.ones(1, 28, 28, dtype=torch.bool)
-    may[:, :24, 24:] = False
-    seeing = teacher.decode(t_memory, torch.cat([own.content, content], 1),
-                            torch.cat([own.boxes, reference], 1), may)  # logits (3, 1, 28, 3)
 answers = s_out.logits, s_out.boxes, t_out.logits, t_out.boxes
-for name, logits in {"apart": t_out.logits, "seeing": seeing.logits[:, :, 24:]}.items():
-    print(f"w in the middle layer, {name}:",
-          *(f"{w:.2f}" for w in logits[1, 0].sigmoid().amax(1)))
+print("w in the teacher's middle layer:",
+      *(f"{w:.2f}" for w in t_out.logits[1, 0].sigmoid().amax(1)))
 
 parts = {}
 for k, label in enumerate(truth["labels"]):
@@ -669,9 +661,8 @@ plots.stacked(parts, "part of L_log, all layers",
 # never read the teacher's embedding, so its classes are off, and $L_\mathrm{log}$ will teach it.
 #
 # The names have the last layer's $w$; the bars add up both layers. In the middle layer, from which
-# the student's first one learns, $w$ is only .05 to .22. Why is the teacher so unsure of what were
-# its best proposals? In training its denoising queries see the learned ones; target-aware queries
-# do not. Allowed to see them, they have .59 to .91 here.
+# the student's first one learns, $w$ is only .05 to .22, for objects that were the teacher's best
+# proposals. (Why? See exercise 3.)
 #
 # # Part 3: both
 # ## The total
@@ -691,9 +682,9 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # %% [markdown]
 # ## How to choose the weights for your data: one rule
 #
-# The two losses have units of their own: $\alpha = 5 \cdot 10^{-5}$ belongs to 256 channels and
-# images of 800 x 1333 pixels. A lambda tuned on one data set says little on another. What can be
-# compared is how hard a part pulls, relative to detection:
+# A lambda tuned on one data set says little on another: $\alpha = 5 \cdot 10^{-5}$ belongs to 256
+# channels and images of 800 x 1333 pixels. What can be compared is how hard a part pulls, relative
+# to detection:
 #
 # > Set each part's weight so that its gradient norm has a wanted ratio $r$ to detection's, as
 # > `--balance` does (`train.Balance`).
@@ -704,18 +695,17 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # The norms are over the student's parameters that both losses reach. In the first 8 steps of a run
 # the student trains alone while the ratios are measured. So, on data of your own:
 #
-# 1. Start with memory 50, answers 1, the default of all recipes but the toy's:
+# 1. **Start with memory 50, answers 1**, the default of all recipes but the toy's:
 #    `python train.py distill --recipe small-student ... --balance memory=50 cls+l1+giou=1`.
-# 2. Read the gradient norms that a run logs every 200 steps. A part without one is not connected.
-#    If the detection loss stops falling, the ratios are too large (a rule of thumb, not measured).
-# 3. If you can afford trials: memory 3, 12 and 50, with answers a fiftieth of it (1/16, 1/4, 1).
-#    Train each for a quarter of the steps, and compare on a tuning split that no table reports. On
-#    KITTI these three tied; on the toy a quarter of the best weight cost .06. If yours tie, take
-#    the default.
+# 2. **Read the gradient norms** that a run logs every 200 steps. A part without one is not
+#    connected. If the detection loss stops falling, the ratios are too large (a rule of thumb, not
+#    measured).
+# 3. **If you can afford trials**, try memory 3, 12 and 50, with answers a fiftieth of it (1/16,
+#    1/4, 1), and the best of them without $S$ (`scale=False`). Train each for a quarter of the
+#    steps, and compare on a tuning split that no table reports. If they tie, take the default.
 #
-# Where do 50 and 1 come from? The lambdas that won on the toy (without $S$) are ratios of 56, 19
-# and 129 for memory (DINO, Deformable DETR, DAB-DETR) and about 1 for the answers. What was tried
-# with DINO, one seed each; seeds scatter by .01 to .02:
+# Why 50? It is the one ratio that did well on both sets of images. With DINO, one seed each (seeds
+# scatter by .01 to .02):
 #
 # | tried on | weight of memory | AP |
 # |---|---|---|
@@ -723,8 +713,9 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # | toy, no $S$, 400 steps | by hand: 1/4, 1, 4 times the best | .163, .222, .203 |
 # | toy, no $S$, 400 steps | ratio 50; no teacher | .195; .107 |
 #
-# On KITTI (answers a fiftieth of memory) ratios from 3 to 50 tie and 200 is too much. 50 is the one
-# value that did well on both: on the toy it is far above no teacher and .027 below the best.
+# On KITTI ratios from 3 to 50 tie and 200 is too much; on the toy a quarter of the best weight
+# costs .06. The lambdas that won on the toy are ratios of 56, 19 and 129 for memory (DINO,
+# Deformable DETR, DAB-DETR) and about 1 for the answers.
 #
 # Here is the ratio of one step by hand, on a fresh student and 8 training images.
 
@@ -788,11 +779,10 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 
 # %% [markdown]
 # *The first eight points are those that the rule measured; their geometric mean is 50.* Step 0
-# alone would have given 1,160; the ratio rises within the eight steps, so their mean gives 0.6
-# times that. (Clipping scales all gradients of a step alike and leaves the ratio as it is.)
-# Then the ratio goes its own way: the rule says where a run starts, not what it keeps, and 50 is an
-# order of magnitude. It does not mean that memory rules the whole student: its gradient never
-# reaches the decoder and the heads, which learn from detection and the answers.
+# alone would have given 1,160. (Clipping scales all gradients of a step alike and leaves the ratio
+# as it is.) Then the ratio goes its own way: the rule says where a run starts, not what it keeps.
+# Nor does 50 mean that memory rules the whole student: its gradient never reaches the decoder and
+# the heads, which learn from detection and the answers.
 #
 # # Every choice, and how sure it is
 #
@@ -807,6 +797,7 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | no noise on boxes and labels | [P] | `box_noise`, `label_noise` |
 # | one group ([P]: 3) | [O] | `groups` |
 # | no random queries, not the learned ones ([P]: 300, on) | [O] | `random_queries`, `learned` |
+# | target-aware queries do not see the learned ones | [O] | `sees_learned` |
 # | 1 KL + 5 L1 + 2 (1 - GIoU) | [T, P] | `cls_weight`, `l1_weight`, `giou_weight` |
 # | times the teacher's confidence, summed over layers | [T, P] | `confidence`, `layers` |
 # | temperature 10, times its square | [P] | `temperature` |
@@ -844,8 +835,10 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | $M$ minus a plain copy, Deformable DETR | 3, half | +0.003 (-0.020 to +0.027) | undecided |
 # | with $S$ minus without (DINO) | 5, all | -0.021 (-0.037 to -0.004) | costs AP at the weights tried |
 #
-# Real photographs: [real KITTI](../results/kitti/README.md) has DINO's gain with both parts, seed by
-# seed. Of the parts, the masks and the rivals it says nothing so far.
+# Real photographs: on [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064)
+# with both parts and $S$, five seeds. The parts alone have one seed, which decides nothing: .301
+# alone, .303 with the logit part, .363 with the memory part, .352 with both. Of the masks and the
+# rivals it says nothing so far.
 #
 # # Exercises
 #
@@ -856,8 +849,8 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # <details><summary>Answer</summary>
 #
 # A has 4 cells, B has 6, and they share cell (1, 1), which the smaller box A wins. The background
-# has 3 cells, where $M$ is 0. B keeps 5 of its 6 cells: 5/6. The queries stand in the order A in
-# group 0, A in group 1, B in group 0, B in group 1, so each sees every other row.
+# has 3 cells, where $M$ is 0. B keeps 5 of its 6 cells: 5/6. The queries are A in group 0, A in
+# group 1, B in group 0, B in group 1, so each sees every other row.
 #
 # ```python
 # A, B = [1 / 4, 1 / 3, 2 / 4, 2 / 3], [2.5 / 4, 2 / 3, 3 / 4, 2 / 3]      # cx, cy, w, h
@@ -897,8 +890,38 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # ```
 # </details>
 #
-# **3. From memory.** Draw DINO's forward pass on paper, then compare with the drawing in "DINO's
-# forward pass, opened". In your drawing, where do the reference boxes come from?
+# **3. Why is the teacher so unsure in its middle layer?** In training its denoising queries, also
+# made of true boxes, see its learned queries; target-aware ones do not. Let them, and look at $w$.
+#
+# <details><summary>Answer</summary>
+#
+# It was .05 to .22 and is .59 to .91. So for these four queries the mask is a reason. The switch
+# `sees_learned=True` trains so; no table has it.
+#
+# ```python
+# content, reference, _, _ = target_queries(batch.labels, batch.boxes, teacher.label_embedding)
+# learned = teacher.learned_queries(t_memory)[0]                          # 24 queries
+# may = torch.ones(1, 28, 28, dtype=torch.bool)
+# may[:, :24, 24:] = False
+# with torch.no_grad():
+#     seeing = teacher.decode(t_memory, torch.cat([learned.content, content], 1),
+#                             torch.cat([learned.boxes, reference], 1), may)  # logits (3, 1, 28, 3)
+# w = seeing.logits[1, 0, 24:].sigmoid().amax(1)
+# print(w)                                                                # .76, .59, .89, .91
+# assert w.min() > 0.5
+# ```
+# </details>
+#
+# **4. From memory.** Draw DINO's forward pass on paper. Where do the reference boxes of its own
+# queries come from, and those of the target-aware ones? Your loss has a memory part whose gradient
+# is a tenth of detection's: which lambda do you start with? What is shown about $M$?
+#
+# <details><summary>Answer</summary>
+#
+# The drawing stands in "DINO's forward pass, opened". Its own boxes are the proposals of the 24
+# best tokens of the memory; the target-aware ones are the true boxes. Lambda is 50 / 0.1 = 500
+# times what it was. $M$ is undecided: without $S$ it has +0.003 (-0.020 to +0.027) on a plain copy.
+# </details>
 #
 # **Next:** [what the memory holds, and where decoders look](2_attention_maps.ipynb), [the
 # evidence](3_ablations.ipynb), [real data](4_kitti_and_coco.ipynb), [your own

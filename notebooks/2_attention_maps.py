@@ -3,11 +3,11 @@
 #
 # A distilled student copies two things: what the teacher's encoder **remembers** of an image, and
 # what its decoder **answers** when both are asked about the same objects. Did it work? Here we look
-# into [DAB-DETR](https://arxiv.org/abs/2201.12329),
-# [Deformable DETR](https://arxiv.org/abs/2010.04159) and [DINO](https://arxiv.org/abs/2203.03605):
-# the teacher, the student trained alone, the same student distilled, and, for comparison, before
-# training. All images are new to all of them. ([Notebook 1](1_the_method.ipynb) opens the method;
-# read it first.)
+# into [DAB-DETR](https://arxiv.org/abs/2201.12329), [Deformable
+# DETR](https://arxiv.org/abs/2010.04159) and [DINO](https://arxiv.org/abs/2203.03605): the teacher,
+# the student trained alone, the same student distilled, and, for comparison, before training. None
+# was trained on the images shown. ([Notebook 1](1_the_method.ipynb) opens the method; read it
+# first.)
 #
 # Four things to take home, each measured below:
 #
@@ -15,12 +15,10 @@
 #    the best linear map. It is closest on objects.
 # 2. An attention map need not lie on the object. Dense attention here mostly does not.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
-#    DAB-DETR's and Deformable DETR's distilled students attend clearly more like the teacher than
-#    the lone ones. DINO's does by .03 at most, and not on cells of 8 pixels. (One pair of students
-#    each.)
-# 4. A teacher can be wrong. Asked with target-aware queries that have its learned contents, two of
-#    the three teachers are wrong more often than right; with DAB-DETR the surest answers are wrong
-#    nearly as often as the others.
+#    the distilled DAB-DETR and Deformable DETR attend clearly more like the teacher than the lone
+#    ones. DINO does by .03 at most, and not on cells of 8 pixels. (One pair of students each.)
+# 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
+#    Deformable DETR are wrong more often than right.
 #
 # Numbers are mean ± half of the 95 % interval, over images. Each student is one run of one seed:
 # the intervals do not hold the luck of a seed.
@@ -65,11 +63,11 @@ val, tune = (data.build("toy", "datasets/toy", split) for split in ("val", "tune
 # %% [markdown]
 # # What the memory holds
 #
-# The memory is the encoder's output: a token of 64 numbers for each cell. Its *length* says
-# nothing, because each encoder layer ends in a LayerNorm: all tokens are about $\sqrt{64} = 8$
-# long. What a token holds is in its direction. To see directions, take the teacher's tokens of the
-# finest level, find their three principal components, and paint these as colours. All panels have
-# these same three axes; a colour stands for a direction, and for nothing else.
+# The memory is the encoder's output: a token of 64 numbers for each cell. All tokens are about
+# $\sqrt{64} = 8$ long, because each encoder layer ends in a LayerNorm: what a token holds is in its
+# direction. To see directions, take the teacher's tokens of the finest level, find their three
+# principal components, and paint these as colours. All panels have these same three axes: the same
+# colour is the same direction.
 #
 # A student trained alone has directions of its own, which would look like noise. So it gets help:
 # the linear map from its memory to the teacher's that is best (least squares) on 60 other images.
@@ -153,9 +151,9 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
 
 # %% [markdown]
 # *Compare the green dots with the orange ones, and both with the black bar.* The lead is larger on
-# objects in all three: .45, .40 and .25, against .05, .25 and .10 on the background. Yet the
-# background gains too, whose cells weigh 1/500 of an object's. Perhaps because the same encoder
-# writes both (not tested).
+# objects in all three: .45, .40 and .25, against .05, .25 and .10 on the background. The background
+# gains too, although its cells weigh 1/500 of an object's: perhaps because the same encoder writes
+# both (not tested).
 #
 # # Where decoders look
 #
@@ -176,10 +174,10 @@ assert last.points.shape == last.weights.shape + (2,)                   # x and 
 # %% [markdown]
 # For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
 # learned query with the largest product of its answer's IoU with the object and its score for the
-# object's class. *Asked* is the target-aware query, made of the true box, the same for all models.
-# To compare maps, all attention is counted on a grid of cells, as the mean over heads: a sampling
-# point's weight is shared between the cells whose centres surround it, a dense weight is spread
-# evenly over its cell.
+# object's class. *Asked* is the target-aware query, made of the true box and of the teacher's
+# learned contents, the same for all models. To compare maps, all attention is counted on a grid of
+# cells, as the mean over heads: a sampling point's weight is shared between the cells whose centres
+# surround it, a dense weight is spread evenly over its cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
@@ -214,9 +212,8 @@ plots.around_object(panels, "Where the teachers' own queries look that find one 
 
 # %% [markdown]
 # *Top, the first decoder layer; bottom, the last. DAB-DETR's query attends to the wall above the
-# car and the road below it more than to the car (faintly: spread over many cells).* Deformable
-# DETR's gathers on the car. DINO's is there at once: it starts from a box that the encoder
-# proposed.
+# car and the road below it more than to the car. Deformable DETR's gathers on the car. DINO's is
+# there at once:* it starts from a box that the encoder proposed.
 #
 # **Claim.** In the last layer most of the attention of sampling points lies in the object's box,
 # and most of DAB-DETR's outside. (It is still several times the box's share of the image.) An
@@ -268,48 +265,36 @@ def uniform(gaze, cell):
     return plots.even_mass(gaze["truth"], (WIDTH, HEIGHT), HEIGHT // cell, WIDTH // cell)
 
 
-def asked_about_the_car(name):
+panels = {}
+for name in "Deformable DETR", "DINO":
     asked = {role: gazes[name, role, "asked"][drawn] for role in families[name]}
-    scene = {"image": picture, "truth": asked["teacher"]["truth"][car]}
-    teacher = attention(asked["teacher"], 2)[car]
-    panels = {"the scene": scene,
-              "teacher": scene | {"heat": teacher, "answer": asked["teacher"]["boxes"][car]}}
-    baseline = uniform(asked["teacher"], 2)[car]
-    panels[f"{BASELINE}: agrees {agreement(teacher, baseline):.2f}"] = scene | {"heat": baseline}
-    for role in ("student alone", "distilled", "untrained"):
-        heat = attention(asked[role], 2)[car]
-        panel = panels[f"{role}: agrees {agreement(teacher, heat):.2f}"] = scene | {"heat": heat}
-        if role in FILES:
-            panel["answer"] = asked[role]["boxes"][car]
-    return plots.around_object(panels, f"{name}: all are asked about the car (last layer, cells of "
-                                       "2 pixels)")
-
-
-asked_about_the_car("Deformable DETR")
+    maps = {role: attention(gaze, 2)[car] for role, gaze in asked.items()}           # (24, 80)
+    maps[BASELINE] = uniform(asked["teacher"], 2)[car]
+    agrees = {whose: agreement(maps["teacher"], map_).item() for whose, map_ in maps.items()}
+    print(f"{name}: {BASELINE} {agrees[BASELINE]:.2f}, untrained {agrees['untrained']:.2f}")
+    for role in FILES:
+        title = f"{name}, {role}"
+        if role != "teacher":
+            title += f": agrees {agrees[role]:.2f}"
+        panels[title] = {"image": picture, "truth": asked[role]["truth"][car], "heat": maps[role],
+                         "answer": asked[role]["boxes"][car]}
+plots.around_object(panels, "All are asked about the car (last decoder layer, cells of 2 pixels)")
 
 # %% [markdown]
-# *The distilled student answers nearly the teacher's box and agrees by .51; the lone one by .25, no
-# more than the baseline (.27) or the untrained model (.28).* The teacher's box is too small for the
-# car; the student copies that mistake too. Its attention lies in the box that it answers, so what
-# it learned may be the box.
-
-# %%
-asked_about_the_car("DINO")
-
-# %% [markdown]
-# *All look at the car, also the untrained one, whose sampling points start as a star as large as
-# the box.* Here the lone student agrees more than the distilled one, and the baseline more than
-# both. But this is one object. What do 120 images say?
+# *Deformable DETR's distilled student answers nearly the teacher's box and agrees by .51; the lone
+# one by .25, no more than the baseline (.27) or an untrained model (.28).* The teacher's box is too
+# small for the car; the student copies that mistake too. Its attention lies in the box that it
+# answers, so what it learned may be the box. With DINO the lone student agrees more than the
+# distilled one, and the baseline (.41) more than both. But this is one object. What do 120 images
+# say?
 #
 # ## The cell size decides
 #
 # Cells of 8 pixels are as wide as a pedestrian: they hide where on an object a model looks. So we
-# count on cells of 8, 4, 2 and 1 pixels. (DAB-DETR's own maps have cells of 8 pixels and nothing
-# finer: its dots are the same in both panels.)
-#
-# Below 8 pixels the count says where sampling points lie, not what they read: a point on the
-# coarsest level blends tokens 32 pixels apart. And a smooth map has an advantage there: two sets of
-# points can miss each other narrowly, which uniform attention cannot.
+# count on cells of 8, 4, 2 and 1 pixels. (DAB-DETR's own maps have cells of 8 pixels: its dots are
+# the same in both panels.) Small cells have two faults. They say where sampling points lie, not
+# what they read: a point on the coarsest level blends tokens 32 pixels apart. And two sets of
+# points can miss each other narrowly, which the baseline cannot.
 
 # %%
 def agreements(name, kind, cell):
@@ -337,10 +322,9 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 
 # %% [markdown]
 # *Look at DINO's row, left: all marks are within .03 of the baseline, and the untrained model
-# agrees most.* There agreement says that the queries start from the right box, and nothing about
-# what was learned. Right, on cells of 2 pixels, the distilled student is ahead of the lone one, and
-# the baseline is ahead of both. Deformable DETR's lone student is level with the baseline on 8
-# pixels, and behind it on 2.
+# agrees most,* whose sampling points start as a star as large as the box. There agreement says that
+# the queries start from the right box, and nothing about what was learned. Right, on cells of 2
+# pixels, the distilled student is ahead of the lone one, and the baseline is ahead of both.
 #
 # The next picture takes the difference that matters, distilled minus alone, for every cell size:
 # left with target-aware queries, right with the own query of each model that fits an object best.
@@ -368,8 +352,8 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
            marks=SIZES, one_scale=True)
 
 # %% [markdown]
-# *Right of the bold line the distilled student agrees more with the teacher than the lone one does.
-# The larger the square, the larger the cells.*
+# *Right of the bold line the distilled student agrees more with the teacher than the lone one
+# does:*
 #
 # | distilled against alone | target-aware queries | own learned queries |
 # |---|---|---|
@@ -377,17 +361,17 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
 # | Deformable DETR | more, on all four sizes | more, on all four sizes |
 # | DINO | undecided on 8 pixels; a little more on 4, 2, 1 | *less* on 8 and 4; more on 2 and 1 |
 #
-# For DINO the answer depends on the cell size. "It looks where the teacher looks" is more than
-# these small leads support. How much two equally good models would agree is not known; it would
-# take a second teacher.
+# For DINO the answer depends on the cell size, and the leads are small: they do not support "it
+# looks where the teacher looks". How much two equally good models would agree is not known; it
+# would take a second teacher.
 #
 # # A teacher that answers wrongly
 #
-# The logit part copies the teacher's answers to target-aware queries, right or wrong, each with the
-# weight $w = \max_c \sigma(t_c)$ over the teacher's logits $t$ of the layer. The loss has such a
-# weight in each decoder layer; here $w$ and the answer are those of the **last** layer. Call an
-# answer **wrong** when it names another class, or when its box and the true one have an IoU below
-# 0.5. Here is, for each detector, the wrong answer of the largest $w$.
+# The logit part copies the teacher's answers to target-aware queries, right or wrong. In each
+# decoder layer it weighs them with the teacher's confidence, $w = \max_c \sigma(t_c)$ of the logits
+# $t$. Here $w$ and the answer are those of the last layer. Call an answer **wrong** when it names
+# another class, or when its box and the true one have an IoU below 0.5. Here is, for each detector,
+# the wrong answer of the largest $w$.
 
 # %%
 asked, own = ({name: look.answers(gazes[name, "teacher", kind]) for name in families}
@@ -408,12 +392,14 @@ plots.around_object(panels, "The wrong answer of the largest w")
 # the class right and the box too small. DINO's has the box right and takes a pedestrian for a
 # cyclist.
 #
-# **Claims.** DAB-DETR's teacher is wrong nearly every time when it is asked about a true box,
-# Deformable DETR's three times in five, DINO's one time in twelve. For the last two, $w$ tells
-# right from wrong: of the fifth of the answers with the least $w$ more are wrong than of the fifth
-# with the most. With DAB-DETR nearly all are wrong in both fifths, so this is undecided. By queries
-# of their own all three teachers find most of the same objects. (That is an upper bound: the best
-# of the own queries is chosen by the truth, and false alarms do not count.)
+# **Claims.**
+#
+# - Asked about a true box, DAB-DETR's teacher is wrong nearly every time, Deformable DETR's three
+#   times in five, DINO's one time in twelve.
+# - With the last two, $w$ tells right from wrong: of the fifth of the answers with the least $w$
+#   more are wrong than of the fifth with the most. With DAB-DETR this is undecided.
+# - By queries of their own all three teachers find most of the same objects. (That is an upper
+#   bound: the best of the own queries is chosen by the truth, and false alarms do not count.)
 
 # %%
 def sums(answer, values):
@@ -458,17 +444,17 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 
 # %% [markdown]
 # *Left, two circles far apart: confidence tells right from wrong. Right, from the hollow square to
-# the full one: what $w$ takes away from wrong answers.* With Deformable DETR it lowers their part
-# by .17 ± .02, with DINO by .03 ± .01; with DAB-DETR, .01 ± .02, this is undecided.
+# the full one: what $w$ takes away from wrong answers,* .17 ± .02 with Deformable DETR, .03 ± .01
+# with DINO; with DAB-DETR, .01 ± .02, this is undecided.
 #
 # Do wrong answers harm? Not measured here. Deformable DETR's logit part alone, with 24 random
 # queries besides, still gains +.029 ([results](../results/README.md)).
 #
-# Why are DINO's answers good and DAB-DETR's bad? One explanation, which nothing here tests: a
-# teacher answers well what it was trained on. DINO was trained to restore denoising queries, which
-# start near true boxes. Deformable DETR's own queries have learned positions, while target-aware
-# ones get a position that a frozen random layer makes of the box. DAB-DETR's learned anchors are
-# much larger than the objects:
+# Why are DINO's answers good and DAB-DETR's bad? Perhaps a teacher answers well what it was trained
+# on (not tested). DINO was trained to restore denoising queries, which start near true boxes.
+# Deformable DETR's own queries have learned positions, while target-aware ones get a position that
+# a frozen random layer makes of the box. DAB-DETR's learned anchors are much larger than the
+# objects:
 
 # %%
 anchors = families["DAB-DETR"]["teacher"].anchors.weight.detach().sigmoid()           # (60, 4)

@@ -215,6 +215,9 @@ def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
         found[content] = look.reading(teacher, method, embedding, batches)
         assert found[content]["own"] > 0.8
         assert found[content]["own"] > found[content]["another's"] + 0.1
+    # Denoising queries hold labels and see the learned queries: asked like them it is surer.
+    alone, beside = (torch.tensor(found["label"][name]) for name in ("w", "w beside learned"))
+    assert alone.shape == (3,) and (beside > alone).all() and beside[1] > alone[1] + 0.2
     assert found["label"]["noise"] > 0.55 > 0.45 > found["own"]["noise"]
 
 
