@@ -241,7 +241,7 @@ figure
 # The scale mask S, which lets each object count the same, near or far, went out by such a choice
 # too: for all three detectors the best of four trials without S was above the best of four with it
 # ([numbers](../results/README.md)). With S the best weight lay at an end of what was tried, so S
-# may have had too few trials. That was the *choice*. The *result*, on `val`, comes now.
+# may have had too few trials. That was the *choice*; the *result*, on `val`, comes now.
 #
 # ## Which part does it?
 #
@@ -291,9 +291,9 @@ forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 #   undecided: an effect of .03 either way would not show.
 # - **M** against a plain copy is undecided. **S costs AP at the weights tried**: with both parts
 #   two of three bars say so. Is the memory part with M and S behind a plain copy? That copy was
-#   trained twice, apart by rounding alone: it is behind the first, and undecided against the second.
-#   A possible reason for the cost, not tested: S gives each of the three levels the same weight,
-#   and the coarsest has ten cells, where objects are neighbours.
+#   trained twice, apart by rounding alone: behind the first, and undecided against the second.
+#   (Why S costs AP is not tested. Perhaps because the coarsest level, ten cells, weighs as much as
+#   the finest.)
 # - **Target-aware queries** teach Deformable DETR less than random ones. (Alone they gain .013.)
 # - **Contents.** The learned ones beat a random row per class by .008, and are undecided against
 #   one random row by .029: the larger difference is the less certain one.
@@ -327,8 +327,8 @@ forest(of, "The toy: CLoCKDistill minus each rival, three seeds")
 # %% [markdown]
 # Without S it is ahead of all four that teach the decoder, and of GKD and MGD; against FitNets, the
 # plain copy, and FGD it is undecided. With S it is behind three of those that copy the memory on
-# average, each undecided. Most rivals were made for other students and larger images: this ranks
-# methods on the toy, and nowhere else.
+# average, each undecided. Most rivals were made for larger images: this ranks methods on the toy,
+# and nowhere else.
 #
 # ## How much care do the settings need?
 #
@@ -393,9 +393,8 @@ forest({"Distilled minus alone": {"half the steps": tables.gain(half, nothing),
 # %% [markdown]
 # From half to once the steps the gain *grows*. From once to twice **it shrinks**, and then it is
 # itself undecided. If distillation only saved time, this is what one would see; if it also raised
-# the ceiling, the gain would stop shrinking at some length. All runs are far from converged, so
-# neither has been shown. Nor, for the same minutes, that a teacher beats training alone twice as
-# long.
+# the ceiling, the gain would stop shrinking at some length. All runs are far from converged:
+# neither is shown. Nor, for the same minutes, that a teacher beats training alone twice as long.
 #
 # ## What the toy can show, and what it cannot
 #

@@ -9,7 +9,7 @@
 # - let a detector overfit two images, the first test of any new data (2);
 # - look at your boxes (3);
 # - read what small runs on real KITTI taught (4), what the paper's size would cost (5), and how a
-#   published teacher is read (6). Six checks and three exercises end the page.
+#   published teacher is read (6).
 #
 # **Nothing of full size has been trained with this code**, and no published teacher was at hand:
 # sections 5 and 6 are prepared, not tried. No image of KITTI or COCO is needed here: the toy is
@@ -334,8 +334,8 @@ figure
 #
 # **Of KITTI's types none is lost silently.** The class map decides which are objects. All others
 # are *ignored*: detections there count neither way. `kitti3` is the default, the three classes of
-# the authors' earlier public code. (That the paper uses the same is not confirmed.) Converters
-# often make background of the ignored types: that is `others="background"`.
+# the authors' earlier public code. Converters often make background of the ignored types: that is
+# `others="background"`.
 #
 # | class map | Car | Van | Truck | Pedestrian | Person_sitting | Cyclist | Tram, Misc | DontCare |
 # |---|---|---|---|---|---|---|---|---|
@@ -412,7 +412,7 @@ figure
 
 # %% [markdown]
 # At step 1,600 the student whose learning rate is still high is no worse than the one that looks
-# done (.285 and .270, one run each), and it goes on to .339. Only a longer run tells.
+# done (.285 and .270, one run each), and it goes on to .339.
 #
 # ## 5. The paper's size: decisions, and the cost
 #
@@ -433,7 +433,7 @@ for recipe in ("kitti-student", "coco-student"):
 #
 # - **The learning rate belongs to a total batch.** KITTI's 8 images per GPU are the authors'
 #   earlier public code's; on how many GPUs it does not say. The rates are official, for 16 or 32
-#   images. That combination is ours, and has not been run.
+#   images. Together they have not been run.
 # - **The weights are ratios of gradients**, 50 for memory and 1 for answers, for the table's rivals
 #   too. They were chosen on the toy. On small KITTI a sixteenth of both did as well, four times
 #   both did not (one run each). At full size nothing tunes them.

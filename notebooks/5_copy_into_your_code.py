@@ -16,7 +16,7 @@
 # 4. the option for your class head, and `weigh`, which sets the weights of the losses;
 # 5. for several processes, `Learner`.
 #
-# For DETR, Conditional DETR and MMDetection see [other codebases](#Other-codebases), too.
+# DETR, Conditional DETR, MMDetection: see [other codebases](#Other-codebases), too.
 #
 # The models are tiny, start from random weights and see six images: this shows that the wiring is
 # right, not how much distillation gains. Nothing is downloaded. You need
@@ -379,9 +379,8 @@ for norm in batch_norms:
     nn.init.ones_(norm.weight)
 
 # %% [markdown]
-# The dense DETR and Deformable DETR pad: images of two sizes share a batch, and `mask` is 1 where
-# an image is. RT-DETR cannot be told of padding (it takes a mask and ignores it), so all images are
-# stretched to one size.
+# The dense DETR and Deformable DETR pad: images of two sizes share a batch. RT-DETR cannot be told
+# of padding (it takes a mask and ignores it), so all images are stretched to one size.
 
 # %%
 data.make_toy("datasets/toy")
@@ -436,8 +435,8 @@ for name, (teacher, _) in pairs.items():
 # What a step needs of each. The optimizer has the parameters of `distill` too: two linear maps
 # between the widths. `at_least=1` makes one padding row for a batch without objects:
 # `nn.MultiheadAttention` fails on 0 queries. All other switches of `CLoCKDistill` have their
-# defaults. Think of two: the scale mask is on (off: `scale=False`; on the toy the mask costs AP), and
-# true boxes are asked for exactly (in the recipes of the toy and of small KITTI: `box_noise=0.4`).
+# defaults. Think of two: the scale mask is on (off: `scale=False`; on the toy it costs AP), and true
+# boxes are asked for exactly (in the recipes of the toy and of small KITTI: `box_noise=0.4`).
 
 # %%
 def variant(case, **changes):
@@ -499,9 +498,8 @@ assert weight["softmax"] < 0.02 and weight["bernoulli"] > 0.98
 # %% [markdown]
 # ## How heavy?
 #
-# The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more. That does not
-# say whether they are heavy. The rule of [notebook 1, part 3](1_the_method.ipynb), compares
-# gradients instead (in `train.py` it is `--balance memory=50 cls+l1+giou=1`).
+# A term's size does not say how heavy it is. The rule of [notebook 1, part 3](1_the_method.ipynb),
+# compares gradients instead (in `train.py` it is `--balance memory=50 cls+l1+giou=1`).
 #
 # In your own code it is ten lines around six pieces of [train.py](../train.py). Copy
 # `is_detection`, `gradients_of`, `length`, `gradient_ratio`, `process_count` and `Balance`; they
@@ -585,8 +583,8 @@ plots.lines(own, "step", "own loss, % of the first", "Six images, sixty steps: t
 # ## The detector does not notice
 #
 # **Claim.** A detector's own queries give the same answers when ours are decoded in the same pass,
-# in one-stage models too. To show that the test can fail, it is run again with the mask taken away
-# from self-attention: then the answers move.
+# in one-stage models too. With the mask taken away from self-attention they move: the test can
+# fail.
 
 # %%
 def at_self_attention(detector, hook):
@@ -656,8 +654,8 @@ plots.self_attention(masks, groups=groups, title="Which query may attend to whic
 # 1. **One module.** Wrap student and method together, as `Learner` below. When `distill` stands
 #    outside of `DistributedDataParallel`, each process trains two linear maps of its own.
 # 2. **A process may have no objects.** Its logit loss is 0 but still attached to the student's
-#    graph: every parameter gets a gradient (of zeros), and DDP's all-reduce finds its partner. With
-#    `at_least=1` attention has a row to work on. So nothing hangs.
+#    graph: every parameter gets a gradient (of zeros), and DDP's all-reduce finds its partner. So
+#    nothing hangs.
 # 3. **Every process calls `distill` at every step.** The logit loss divides by the number of valid
 #    queries of *all* processes, so that the averaged gradient is the whole batch's. `if objects:
 #    distill(...)` leaves the others waiting for ever.
