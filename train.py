@@ -760,12 +760,14 @@ def open_method(cfg, teacher, student):
              "teacher_dim": teacher.config["hidden_dim"], "num_classes": student.num_classes,
              "levels": student.config.get("feature_levels", 1)}
     wanted = inspect.signature(kind).parameters.keys() & given.keys()
-    method = kind(**{name: given[name] for name in wanted}, **cfg.method_options)
+    device = next(student.parameters()).device
+    method = kind(**{name: given[name] for name in wanted}, **cfg.method_options).to(device)
     if kind is CLoCKDistill and method.lambda_log:
-        # A teacher without what it is to be asked with is refused now, not at the first step.
-        method.queries([torch.zeros(0).long()], [torch.zeros(0, 4)],
-                       asked_with(teacher, method.content))
-    return method.to(next(student.parameters()).device)
+        # A teacher without what it is to be asked with is refused now, not at the first step. An
+        # image without objects asks, and nothing is drawn.
+        nothing = torch.zeros(0, device=device)
+        method.queries([nothing], [nothing], asked_with(teacher, method.content), random_queries=0)
+    return method
 
 
 def check_pair(teacher, student, dataset):

@@ -318,6 +318,11 @@ def test_a_teacher_without_what_it_is_asked_with_is_refused_before_the_run():
     with pytest.raises(ValueError, match='content="label" needs the teacher'):
         train.open_method(Config(method="clockdistill"), teacher, student)
     train.open_method(Config(method="clockdistill", method_options=dict(lambda_log=0.)), teacher, student)
+    # With what it has, on the models' device ("meta" stands for a GPU), and without a random number drawn.
+    before = torch.get_rng_state()
+    options = train.PRESETS["deformable_detr"] | dict(random_fixed=False)
+    train.open_method(Config(method="clockdistill", method_options=options), teacher.to("meta"), student)
+    assert torch.get_rng_state().equal(before)
 
 
 # --- recipes for a few hundred pictures -------------------------------------------------------------------------------
