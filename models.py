@@ -691,7 +691,7 @@ class Queries(NamedTuple):
     attend: Tensor | None = None       # (B, Q, Q) bool, True where the row may attend; None: all
     valid: Tensor | None = None        # (B, Q) bool, False in padding rows; for the caller's loss
     position: Tensor | None = None     # (B, Q, D), where the detector does not make it from boxes
-    sees_learned: bool = False         # in a joint pass: whether they attend to the learned ones too
+    sees_learned: bool = False         # in a joint pass: they attend to the learned ones too
 
 
 def attention_groups(learned: int, extra: Queries | None, device, groups: int = 0,

@@ -670,8 +670,10 @@ def test_the_module_says_what_is_missing():
         CLoCKDistill(content="labels")
     with pytest.raises(ValueError, match="num_classes"):
         CLoCKDistill(content="random_label")
-    with pytest.raises(ValueError, match="teacher's embedding"):
+    with pytest.raises(ValueError, match='teacher\'s embedding.*content="own", "random_label"'):
         CLoCKDistill().queries(LABELS, BOXES)
+    with pytest.raises(ValueError, match='teacher\'s embedding.*content="random_label"'):
+        CLoCKDistill(content="own").queries(LABELS, BOXES)
     with pytest.raises(ValueError, match="the logit part has no queries"):
         CLoCKDistill(target=False)
     CLoCKDistill(target=False, lambda_log=0)                              # needs none

@@ -781,8 +781,9 @@ def draw(tables, done, reading, folder):
                 f"{TITLES[name]}: {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}",
                 zero="student alone", chosen=("clockdistill", "both parts: clockdistill"))
     if reading:
-        answers = dict(reading)
-        figures["reading"] = plots.reading(answers, always=answers.pop("always", None))
+        always = reading.get("always")
+        answers = {name: parts for name, parts in reading.items() if name != "always"}
+        figures["reading"] = plots.reading(answers, always=always)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
