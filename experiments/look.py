@@ -246,15 +246,15 @@ def reading(teacher, method, embedding, batches, seed=0):
         wanted = pad_sequence(batch.labels, batch_first=True)             # (B, K)
         asked += int(valid.sum())
         memories = {"own": tokens, "another's": tokens.roll(1, 0), "noise": noise}
-        for name, tokens in memories.items():
-            memory = dataclasses.replace(own, tokens=tokens)
-            logits = teacher.decode(memory, content, boxes, attend).logits[-1]   # (B, K, C)
-            right[name] += int((logits.argmax(-1) == wanted)[valid].sum())
+        answers = {name: teacher.decode(dataclasses.replace(own, tokens=tokens), content, boxes,
+                                        attend).logits                    # (L, B, K, C)
+                   for name, tokens in memories.items()}
+        for name, logits in answers.items():
+            right[name] += int((logits[-1].argmax(-1) == wanted)[valid].sum())
         beside = teacher.answer(own, *teacher.learned_queries(own),
                                 queries._replace(sees_learned=True)).extra
-        alone = teacher.decode(own, content, boxes, attend)
-        for name, answers in zip(weight, (alone, beside)):
-            w = answers.logits.sigmoid().amax(3)                          # (L, B, K)
+        for name, logits in zip(weight, (answers["own"], beside.logits)):
+            w = logits.sigmoid().amax(3)                                  # (L, B, K)
             weight[name] += w[:, valid].sum(1)                            # (L,)
     parts = {name: count / max(asked, 1) for name, count in right.items()}
     return parts | {name: (total / max(asked, 1)).tolist() for name, total in weight.items()}

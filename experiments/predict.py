@@ -84,8 +84,8 @@ def run(checkpoint, images, out, min_score, size=None, device="auto", precision=
         listed.append({"image": str(file), "drawn": drawn.name, "detections": [
             {"class": classes[label], "score": round(score, 4), "box": [round(x, 1) for x in box]}
             for label, score, box in zip(*columns)]})
-    write_json(out / "predictions.json", listed)
     if listed:
+        write_json(out / "predictions.json", listed)
         print(f"{len(listed)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and "
               "pictures beside it")
     if broken:

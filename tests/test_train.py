@@ -785,6 +785,10 @@ def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, 
         for found in entry["detections"]:
             x0, y0, x1, y1 = found["box"]
             assert 0 <= x0 <= x1 <= 160 and 0 <= y0 <= y1 <= 48
+    # Where nothing can be read, what an earlier call found is left alone.
+    again = ["predict", "--checkpoint", str(teacher), "--out", str(tmp_path / "out"), str(images / "broken.png")]
+    assert train.main(again) == 2
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == listed
 
 
 def test_resuming_notices_images_that_are_gone(toy, tmp_path, capsys):
