@@ -10,13 +10,13 @@
 # What you copy:
 #
 # 1. `clockdistill.py`;
-# 2. from this page `step`, `together`, `hooked`, and the adapter nearest to your detector, 17 to 39
-#    lines that you change;
+# 2. from this page `step`, `variant`, `together`, `hooked`, and the adapter nearest to your
+#    detector, 20 to 40 lines that you change;
 # 3. the checklist, to test your adapter;
 # 4. the option for your class head, and `weigh`, which sets the weights of the losses;
 # 5. for several processes, `Learner`.
 #
-# For DETR, Conditional DETR and MMDetection see [other codebases](#Other-codebases), too.
+# DETR, Conditional DETR, MMDetection: see [other codebases](#Other-codebases), too.
 #
 # The models are tiny, start from random weights and see six images: this shows that the wiring is
 # right, not how much distillation gains. Nothing is downloaded. You need
@@ -65,7 +65,9 @@ plots.wiring_drawing()
 #
 # This is all of it. The teacher runs as `teacher.model`, without the heads of its own queries, and
 # decodes ours alone. The student decodes ours in addition to its own, and returns its own loss as
-# before. What the names mean:
+# before: minimise `output.loss + sum(terms.values())`. A step costs about one of the student and a
+# forward pass of the teacher ([measured](../results/bench.md#speed) for our detectors). After
+# training the student is the plain detector: save it alone. What the names mean:
 #
 # - `case`: a pair and a batch. The pair is `teacher`, `student`, `distill` (a `CLoCKDistill`),
 #   `ask` (the adapter) and `embedding`, what the queries ask with: a table of labels or of learned
@@ -292,7 +294,7 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
 # %% [markdown]
 # ### Other codebases
 #
-# Three more detectors were distilled once, by `step` as above: DETR and Conditional DETR of
+# Three more detectors were distilled once, with the changes below: DETR and Conditional DETR of
 # `transformers` 5.24, and DINO of MMDetection 3.3 (on a CPU, without its compiled operators). Their
 # own answers moved by less than 1e-6; their own queries, asked through the adapter, got the same
 # answers. Conditional DETR passed the whole checklist. Where the decoder's call lacks something:
@@ -377,9 +379,8 @@ for norm in batch_norms:
     nn.init.ones_(norm.weight)
 
 # %% [markdown]
-# The dense DETR and Deformable DETR pad: images of two sizes share a batch, and `mask` is 1 where
-# an image is. RT-DETR cannot be told of padding (it takes a mask and ignores it), so all images are
-# stretched to one size.
+# The dense DETR and Deformable DETR pad: images of two sizes share a batch. RT-DETR cannot be told
+# of padding (it takes a mask and ignores it), so all images are stretched to one size.
 
 # %%
 data.make_toy("datasets/toy")
@@ -433,7 +434,9 @@ for name, (teacher, _) in pairs.items():
 # %% [markdown]
 # What a step needs of each. The optimizer has the parameters of `distill` too: two linear maps
 # between the widths. `at_least=1` makes one padding row for a batch without objects:
-# `nn.MultiheadAttention` fails on 0 queries.
+# `nn.MultiheadAttention` fails on 0 queries. All other switches of `CLoCKDistill` have their
+# defaults. Think of two: the scale mask is on (off: `scale=False`; on the toy it costs AP), and true
+# boxes are asked for exactly (in the recipes of the toy and of small KITTI: `box_noise=0.4`).
 
 # %%
 def variant(case, **changes):
@@ -495,9 +498,8 @@ assert weight["softmax"] < 0.02 and weight["bernoulli"] > 0.98
 # %% [markdown]
 # ## How heavy?
 #
-# The four terms above stand at 0.01 to 3, the detectors' own losses at 14 and more. That does not
-# say whether they are heavy. The rule of [notebook 1, part 3](1_the_method.ipynb), compares
-# gradients instead (in `train.py` it is `--balance memory=50 cls+l1+giou=1`).
+# A term's size does not say how heavy it is. The rule of [notebook 1, part 3](1_the_method.ipynb),
+# compares gradients instead (in `train.py` it is `--balance memory=50 cls+l1+giou=1`).
 #
 # In your own code it is ten lines around six pieces of [train.py](../train.py). Copy
 # `is_detection`, `gradients_of`, `length`, `gradient_ratio`, `process_count` and `Balance`; they
@@ -581,8 +583,8 @@ plots.lines(own, "step", "own loss, % of the first", "Six images, sixty steps: t
 # ## The detector does not notice
 #
 # **Claim.** A detector's own queries give the same answers when ours are decoded in the same pass,
-# in one-stage models too. To show that the test can fail, it is run again with the mask taken away
-# from self-attention: then the answers move.
+# in one-stage models too. With the mask taken away from self-attention they move: the test can
+# fail.
 
 # %%
 def at_self_attention(detector, hook):
@@ -652,8 +654,8 @@ plots.self_attention(masks, groups=groups, title="Which query may attend to whic
 # 1. **One module.** Wrap student and method together, as `Learner` below. When `distill` stands
 #    outside of `DistributedDataParallel`, each process trains two linear maps of its own.
 # 2. **A process may have no objects.** Its logit loss is 0 but still attached to the student's
-#    graph: every parameter gets a gradient (of zeros), and DDP's all-reduce finds its partner. With
-#    `at_least=1` attention has a row to work on. So nothing hangs.
+#    graph: every parameter gets a gradient (of zeros), and DDP's all-reduce finds its partner. So
+#    nothing hangs.
 # 3. **Every process calls `distill` at every step.** The logit loss divides by the number of valid
 #    queries of *all* processes, so that the averaged gradient is the whole batch's. `if objects:
 #    distill(...)` leaves the others waiting for ever.
@@ -718,8 +720,10 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # ## Checklist for any other DETR
 #
 # Each check is a way in which such code is wrong, mostly without an error message. What you would
-# see instead stands below its name (reasoned, not measured). Set your student's dropout to 0 first:
-# it draws other numbers when there are more queries, and a right adapter would look wrong.
+# see instead stands below its name (reasoned, not measured). The names are those of `transformers`:
+# put yours for `config.id2label`, `config.decoder_layers`, `logits`, `pred_boxes`, and for the
+# parts `backbone.` and `decoder.`. Set your student's dropout to 0 first: it draws other numbers
+# when there are more queries, and a right adapter would look wrong.
 
 # %%
 def largest(difference):
@@ -769,7 +773,9 @@ def parts(case):
 
 def against_itself(case):
     """The same step with the teacher as its own student."""
-    distill = CLoCKDistill(64, 64, num_classes=3, content=case.distill.content, at_least=1,
+    width = ours(case)[0].shape[-1]                       # the teacher's
+    distill = CLoCKDistill(width, width, num_classes=len(case.teacher.config.id2label), at_least=1,
+                           content=case.distill.content,
                            classes=case.distill.logit_options["classes"])
     return variant(case, student=case.teacher, distill=distill)
 

@@ -34,9 +34,9 @@ from experiments import deploy, plots
 plots.deployment_drawing()
 
 # %% [markdown]
-# Everything that can be forgotten on the way is inside of the file: the normalisation of pixels
-# before the detector, the choice of the best detections behind it. Only what depends on the photo's
-# size is outside: the resize, and the way back to its pixels.
+# Everything that can be forgotten on the way is in the file: the normalisation of pixels before the
+# detector, the choice of the best detections behind it. Only what depends on the photo's size is
+# outside: the resize, and the way back to its pixels.
 #
 # ## One file
 #
@@ -46,7 +46,11 @@ plots.deployment_drawing()
 #
 # For your own student add a photo, `--image PHOTO.jpg`, or `--size H,W`: the file is for that size.
 # The program stretches a photo of another shape to it, which `predict` does not do. So export one
-# file for each shape. (`export` is for this repository's detectors: it needs their checkpoints.)
+# file for each shape.
+#
+# `export` needs a checkpoint of this repository. Its core, `deploy.to_onnx`, needs a module alone:
+# one from pixels to boxes, scores and labels, as `deploy.Program` makes it of a detector. It is
+# `torch.export` and `torch.onnx.export`, one call each.
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
@@ -151,7 +155,8 @@ assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
 # **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores and
-# boxes.
+# boxes. (A toy photo has the file's size, so Pillow's resize does nothing here. On real KITTI, where
+# it shrinks photos to a third, the AP of all three models is within .001 of that with training's.)
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -166,9 +171,9 @@ assert apart < 1e-4 and sure.any()
 # %% [markdown]
 # ## Eight bits
 #
-# ONNX Runtime's own quantisation stores the weights of convolutions and linear layers as 8-bit
-# integers $q$, one scale $s$ for each output channel. What flows into these operators is rounded to
-# 8 bits as well, with a range that is read from training images:
+# ONNX Runtime's own quantisation (`deploy.quantise` is a call of `quantize_static`) stores the
+# weights of convolutions and linear layers as 8-bit integers $q$, one scale $s$ for each output
+# channel. What flows into them is rounded to 8 bits as well, in a range read from training images:
 #
 # $$
 # w \approx s q, \qquad -127 \le q \le 127
@@ -177,8 +182,8 @@ assert apart < 1e-4 and sure.any()
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
 # rounds it, too, and on real KITTI that decides: of .356 AP on 90 tuning images the distilled DINO
 # student keeps .353 as here, and .300 with rounded outputs. Its backbone cuts most of what comes out
-# of a convolution (ReLU6: to 0 to 6), so few of the 256 steps would be left. The trials are in
-# [results](../results/README.md#deployed).
+# of a convolution (ReLU6: to 0 to 6), so few of the 256 steps would be left: [the
+# trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
 # linear layer.
@@ -226,7 +231,7 @@ assert len(costs) == 9 and 0 < max(costs) < 0.01
 # that it has more than the student alone. Each figure is that of one model, so whether a row's cost
 # is .001 or .002 says nothing.
 #
-# DINO in its three forms. Memory is the peak of a process that answers ten
+# Now DINO in PyTorch and as the two files. Memory is the peak of a process that answers ten
 # pictures, libraries included; a time is the median of one picture on one thread. (PyTorch's file
 # is small because it holds 16-bit weights and no program.)
 
@@ -242,9 +247,9 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # %% [markdown]
 # *ONNX Runtime answers more than three times as fast as PyTorch, in less than a tenth of the memory.
 # On real KITTI it is 2 times (teacher: 1.5), in an eighth (a fifth) of the memory.* 8 bits make the
-# file smaller and the answer **not** faster, but for a gain of 4 % in KITTI's teacher: probably the
-# steps into 8 bits and back cost what the short products save. (All 27 rows of the toy:
-# [results/deploy](../results/deploy/toy.md).) Times hold for one processor, here the one named
+# file smaller and the answer **not** faster. On one thread only KITTI's teacher gains, 4 %; on two all
+# twelve models lose, 3 to 15 %. Probably the steps into 8 bits and back cost what the short products
+# save. (All rows: [results/deploy](../results/deploy/README.md).) Times hold for the processor named
 # there. Measure on yours, at your image size and with nothing else running, by these lines at the
 # end of `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
 #
@@ -313,7 +318,7 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ```
 # Floats are refused: the file wants uint8. Rounded, nearly all pixels are 0, 1 or 2, the picture is
 # black, no detection reaches 0.2, and there is no error message. So refusal is better, and it is why
-# the normalisation is inside of the file.
+# the normalisation is in the file.
 # </details>
 #
 # **3** (after exercise 1). `deploy.QUANTISED` names the operators that get 8 bits. Matrix products

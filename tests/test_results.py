@@ -1,4 +1,4 @@
-"""README.md and results/README.md: their tables hold the figures of tables.json, their code runs."""
+"""The pages: their tables hold the figures of the JSON files, their code runs, their links lead somewhere."""
 import json
 import re
 import textwrap
@@ -13,6 +13,9 @@ from experiments import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = json.loads((ROOT / "results/toy/tables.json").read_text())
+PAGES = ["README.md", "results/README.md", "results/kitti/README.md", "results/deploy/README.md", "results/bench.md",
+         "weights/README.md", "figures/README.md",
+         *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("[0-9]_*.py")))]
 NAMES = {"DAB-DETR": "dab_detr", "Deformable DETR": "deformable_detr", "DINO": "dino"}
 
 
@@ -127,14 +130,28 @@ def test_the_step_that_the_readme_gives_to_copy_runs():
     assert names["losses"]["memory"].requires_grad
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/kitti/README.md", "results/bench.md",
-                                  "results/deploy/README.md", "weights/README.md", "figures/README.md"])
+def test_the_shipped_detectors():
+    """AP and size in weights/README.md are those that deployment measured."""
+    rows = rows_of("weights/README.md", "| AP on `val`")
+    assert len(rows) == 4
+    for name, *scores, sizes in rows:
+        data, detector = re.fullmatch(r"(?:real )?(\w+): `(\w+)`", name).groups()
+        measured = json.loads((ROOT / f"results/deploy/{data.lower()}.json").read_text())["rows"]
+        files = [measured[f"{detector}, {role}, PyTorch"] for role in ("teacher", "student", "distilled")]
+        assert scores == [f"{file['AP']:.3f}".lstrip("0") for file in files]
+        assert sizes == ", ".join(f"{file['file_mb']:.1f}" for file in files)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+    text = (ROOT / page).read_text()
+    if page.endswith(".py"):                             # a notebook's text is comments
+        text = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    for link in re.findall(r"\]\(([^)\s]*[./#][^)\s]*)\)", text):           # x[0](y) is no link
         path, _, anchor = link.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
         if not link.startswith("http"):
             assert file.exists(), link
-            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else []
+            headings = re.findall(r"^(?:# )?#+ (.*)$", file.read_text(), re.M) if anchor else []
             anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-            assert not anchor or anchor in anchors, link
+            assert not anchor or anchor.lower() in anchors, link
