@@ -5,7 +5,7 @@
 # what its decoder **answers** when both are asked about the same objects. Did it work? Here we look
 # into [DAB-DETR](https://arxiv.org/abs/2201.12329), [Deformable
 # DETR](https://arxiv.org/abs/2010.04159) and [DINO](https://arxiv.org/abs/2203.03605): the teacher,
-# the student trained alone, the same student distilled, and, for comparison, before training. None
+# the student trained alone, the same student distilled, and, for comparison, an untrained one. None
 # was trained on the images shown. ([Notebook 1](1_the_method.ipynb) opens the method; read it
 # first.)
 #
@@ -20,8 +20,8 @@
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right.
 #
-# Numbers are mean ± half of the 95 % interval, over images. Each student is one run of one seed:
-# the intervals do not hold the luck of a seed.
+# Numbers are mean ± half of the 95 % interval, over images. Each student is one run: the intervals
+# do not include the scatter between seeds.
 
 # %%
 import os
@@ -150,10 +150,11 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
            marks={"place alone": MARK, "untrained, mapped": GREY}, one_scale=True)
 
 # %% [markdown]
-# *Compare the green dots with the orange ones, and both with the black bar.* The lead is larger on
-# objects in all three: .45, .40 and .25, against .05, .25 and .10 on the background. The background
-# gains too, although its cells weigh 1/500 of an object's: perhaps because the same encoder writes
-# both (not tested).
+# *Compare the green dots with the orange ones.* The lead is larger on objects in all three: .45,
+# .40 and .25, against .05, .25 and .10 on the background. The background gains too, although its
+# cells weigh 1/500 of an object's: perhaps because the same encoder writes both (not tested). *And
+# see the black bars:* of the background DAB-DETR's lone student explains no more than place alone
+# (.70 both).
 #
 # # Where decoders look
 #
@@ -208,7 +209,7 @@ for layer in (0, 2):
         gaze = gazes[name, "teacher", "own"][drawn]
         panels[f"{name}, layer {layer}"] = {"image": picture, "truth": gaze["truth"][car],
                                             "heat": attention(gaze, 2, layer)[car]}
-plots.around_object(panels, "Where the teachers' own queries look that find one car")
+plots.around_object(panels, "Where each teacher's own query for one car looks")
 
 # %% [markdown]
 # *Top, the first decoder layer; bottom, the last. DAB-DETR's query attends to the wall above the
@@ -322,7 +323,7 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 
 # %% [markdown]
 # *Look at DINO's row, left: all marks are within .03 of the baseline, and the untrained model
-# agrees most,* whose sampling points start as a star as large as the box. There agreement says that
+# agrees most.* (Its sampling points form a star as large as the box.) So here agreement says that
 # the queries start from the right box, and nothing about what was learned. Right, on cells of 2
 # pixels, the distilled student is ahead of the lone one, and the baseline is ahead of both.
 #
@@ -330,7 +331,7 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 # left with target-aware queries, right with the own query of each model that fits an object best.
 
 # %%
-SIZES = {f"cells of {cell} pixels": {"color": plots.INK, "marker": "s", "markersize": size}
+SIZES = {f"cells of {cell} px": {"color": plots.INK, "marker": "s", "markersize": size}
          for cell, size in {8: 9, 4: 6.5, 2: 4.5, 1: 2.5}.items()}
 panels, verdicts = {}, {}
 for kind, title in {"asked": "target-aware queries", "own": "own learned queries"}.items():
@@ -338,7 +339,7 @@ for kind, title in {"asked": "target-aware queries", "own": "own learned queries
     for name, cells in CELLS.items():
         numbers = [measured[name, kind, cell] for cell in cells]
         leads = [look.ratio(of["distilled"] - of["student alone"]) for of in numbers]
-        rows[name] = {f"cells of {cell} pixels": lead for cell, lead in zip(cells, leads)}
+        rows[name] = {f"cells of {cell} px": lead for cell, lead in zip(cells, leads)}
         verdicts[name, kind] = ["more" if lead > half else "less" if lead < -half else "undecided"
                                 for lead, half in leads]
     panels[f"distilled minus alone, {title}"] = {"": rows}
@@ -371,7 +372,7 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
 # decoder layer it weighs them with the teacher's confidence, $w = \max_c \sigma(t_c)$ of the logits
 # $t$. Here $w$ and the answer are those of the last layer. Call an answer **wrong** when it names
 # another class, or when its box and the true one have an IoU below 0.5. Here is, for each detector,
-# the wrong answer of the largest $w$.
+# the wrong answer with the largest $w$.
 
 # %%
 asked, own = ({name: look.answers(gazes[name, "teacher", kind]) for name in families}
@@ -385,7 +386,7 @@ for name, answer in asked.items():
              f"says {said}, w {answer['w']:.2f}, IoU {answer['iou']:.2f}")
     panels[title] = {"image": val.raw(chosen[answer["image"]])[0], "truth": answer["truth"],
                      "answer": answer["box"]}
-plots.around_object(panels, "The wrong answer of the largest w")
+plots.around_object(panels, "The wrong answer with the largest w")
 
 # %% [markdown]
 # *Dotted, the true box, of which the query is made; blue, the teacher's answer.* The first two have
@@ -396,9 +397,9 @@ plots.around_object(panels, "The wrong answer of the largest w")
 #
 # - Asked about a true box, DAB-DETR's teacher is wrong nearly every time, Deformable DETR's three
 #   times in five, DINO's one time in twelve.
-# - With the last two, $w$ tells right from wrong: of the fifth of the answers with the least $w$
-#   more are wrong than of the fifth with the most. With DAB-DETR this is undecided.
-# - By queries of their own all three teachers find most of the same objects. (That is an upper
+# - With the last two, $w$ tells right from wrong: more answers are wrong in the fifth with the
+#   least $w$ than in the fifth with the most. With DAB-DETR this is undecided.
+# - With their own queries all three teachers find most of the same objects. (That is an upper
 #   bound: the best of the own queries is chosen by the truth, and false alarms do not count.)
 
 # %%
