@@ -843,8 +843,8 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | with $S$ minus without (DINO) | 5, all | -0.021 (-0.037 to -0.004) | costs AP at the weights tried |
 #
 # On [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064) with both parts and
-# $S$, five seeds. The memory part alone gains +.058 (+.006 to +.109); the logit part alone,
-# +.007 (-.011 to +.024), is undecided (three seeds). Masks and rivals were not tried there.
+# $S$, five seeds. The memory part alone gains +.052 (+.020 to +.084); the logit part alone,
+# +.006 (-.004 to +.016), is undecided (four seeds). Masks and rivals were not tried there.
 #
 # # Exercises
 #
