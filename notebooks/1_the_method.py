@@ -843,7 +843,7 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | with $S$ minus without (DINO) | 5, all | -0.021 (-0.037 to -0.004) | costs AP at the weights tried |
 #
 # On [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064) with both parts and
-# $S$, five seeds. The memory part alone gains +.052 (+.020 to +.084); the logit part alone,
+# $S$, five seeds. The memory part alone gains +.049 (+.025 to +.072); the logit part alone,
 # +.006 (-.004 to +.016), is undecided (four seeds). Masks and rivals were not tried there.
 #
 # # Exercises
