@@ -844,7 +844,7 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 #
 # On [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064) with both parts and
 # $S$, five seeds. The memory part alone gains +.049 (+.025 to +.072); the logit part alone,
-# +.006 (-.004 to +.016), is undecided (four seeds). Masks and rivals were not tried there.
+# +.006 (-.001 to +.012), is undecided (five seeds). Masks and rivals were not tried there.
 #
 # # Exercises
 #
