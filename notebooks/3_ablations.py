@@ -496,9 +496,10 @@ forest(compared, "DINO: the parts on the toy (half the steps) and on real KITTI"
 # **Look for** crosses far right of the guess.
 
 # %%
-on_toy, on_kitti = (json.loads(Path(f"results/{folder}/reading.json").read_text())["dino"]
+of_toy, of_kitti = (json.loads(Path(f"results/{folder}/reading.json").read_text())
                     for folder in ("toy", "kitti"))
-toy_guess, kitti_guess = 377 / 831, 439 / 683
+on_toy, on_kitti = of_toy["dino"], of_kitti["dino"]
+(_, toy_guess), (_, kitti_guess) = of_toy["always"], of_kitti["always"]   # ("Car", its part)
 assert on_toy["label"]["noise"] > toy_guess + 0.15
 assert all(answers["noise"] < kitti_guess + 0.03 for answers in on_kitti.values())
 plots.reading({f"The toy (always Car: {toy_guess:.2f})": on_toy,
