@@ -460,9 +460,10 @@ class CLoCKDistill(nn.Module):
         """
         embedding = embedding if self.frozen_content is None else self.frozen_content
         if embedding is None:
-            others = '"own", ' * (self.content == "label") + '"random_label", "random" or "zero"'
+            others = [f'"{name}"' for name in ("own", "random_label", "random", "zero")
+                      if name != self.content]
             raise ValueError(f'content="{self.content}" needs the teacher\'s embedding; a teacher '
-                             f'without one can be asked with content={others}')
+                             f'without one can be asked with content={", ".join(others)}')
         if not self.target:
             labels, boxes = [l[:0] for l in labels], [b[:0] for b in boxes]
         options = self.query_options | changes

@@ -31,10 +31,10 @@ def clouds(rng):
 
 def written(digit, rng):
     """A digit, turned and resized -> its ink (h, w), 0 to 1, cut to where there is any."""
-    height = round(float(np.exp(rng.uniform(np.log(16), np.log(76)))))
+    side = round(float(np.exp(rng.uniform(np.log(16), np.log(76)))))
     image = Image.fromarray(digit.reshape(28, 28).astype(np.uint8))
     image = image.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR)
-    ink = np.asarray(image.resize((height, height), Image.Resampling.BILINEAR)) / 255
+    ink = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)) / 255
     rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
     return ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
@@ -49,7 +49,7 @@ def picture(digits, rng):
         height, width = ink.shape
         x, y = rng.integers(SIDE - width + 1), rng.integers(SIDE - height + 1)
         place = image[y:y + height, x:x + width]
-        # Ink of one colour, never quite opaque, so that some digits are hard to see.
+        # Ink of one colour, half to fully opaque, so that some digits are hard to see.
         share = rng.uniform(0.5, 1) * ink[..., None]
         place[:] = (1 - share) * place + share * rng.uniform(0, 255, 3)
         objects.append((int(label), (int(x), int(y), width, height)))

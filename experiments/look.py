@@ -234,7 +234,7 @@ def reading(teacher, method, embedding, batches, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     right, asked = {"own": 0, "another's": 0, "noise": 0}, 0
-    weight = {"w": 0, "w beside learned": 0}
+    weight = {name: torch.zeros(teacher.decoder_layers) for name in ("w", "w beside learned")}
     for batch in batches:
         queries = models.Queries(*method.queries(batch.labels, batch.boxes, embedding,
                                                  generator=generator))
@@ -255,7 +255,7 @@ def reading(teacher, method, embedding, batches, seed=0):
                                 queries._replace(sees_learned=True)).extra
         for name, logits in zip(weight, (answers["own"], beside.logits)):
             w = logits.sigmoid().amax(3)                                  # (L, B, K)
-            weight[name] += w[:, valid].sum(1)                            # (L,)
+            weight[name] += w[:, valid].sum(1).cpu()                      # (L,)
     parts = {name: count / max(asked, 1) for name, count in right.items()}
     return parts | {name: (total / max(asked, 1)).tolist() for name, total in weight.items()}
 

@@ -219,6 +219,7 @@ def test_a_query_that_holds_its_answer_is_answered_without_the_image(tmp_path):
     alone, beside = (torch.tensor(found["label"][name]) for name in ("w", "w beside learned"))
     assert alone.shape == (3,) and (beside > alone).all() and beside[1] > alone[1] + 0.2
     assert found["label"]["noise"] > 0.55 > 0.45 > found["own"]["noise"]
+    assert look.reading(teacher, method, embedding, [])["w"] == [0, 0, 0]         # nobody was asked
 
 
 LABELLED = {"labels": torch.tensor([2, 0]),
