@@ -192,7 +192,8 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
             row to itself
         valid (B, Q) bool, False in padding rows, which attend only to themselves and whose outputs
             must be ignored
-    Raises ValueError on noise outside 0..1, groups below 1, an unknown value of `rows`.
+    Raises ValueError on noise outside 0..1, groups below 1, an unknown value of `rows`, and, on the
+    CPU, a label without a row in the embedding.
     """
     _check_choice("rows", rows, ("label", "slot"))
     if not (0 <= box_noise <= 1 and 0 <= label_noise <= 1 and groups >= 1):
@@ -244,7 +245,12 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     alike = group[:, None] == group                                               # (Q, Q)
     itself = torch.eye(len(group), dtype=torch.bool, device=group.device)
     attend = alike & valid[:, :, None] & valid[:, None, :] | itself               # (B, Q, Q)
-    return embedding[row], boxes, attend, valid
+    try:
+        content = embedding[row]                                                  # (B, Q, D)
+    except IndexError:                          # of the CPU; looking at labels would stop a GPU
+        raise ValueError(f"label {int(row.max())} has no row in the embedding of {N}: number the "
+                         "classes from 0, and give an embedding with a row for each") from None
+    return content, boxes, attend, valid
 
 
 def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, valid,

@@ -350,6 +350,15 @@ def test_target_queries_refuse(bad):
         target_queries(LABELS, BOXES, EMBEDDING, **bad)
 
 
+def test_a_label_without_a_row_is_refused_and_the_refusal_stops_no_compiler():
+    """Classes numbered from 1, say. The check costs nothing: it is the look-up itself that fails."""
+    ask = lambda labels: target_queries(labels, BOXES, EMBEDDING)[0]
+    with pytest.raises(ValueError, match="label 3 has no row in the embedding of 3: number the classes from 0"):
+        ask([labels + 1 for labels in LABELS])
+    compiled = torch.compile(ask, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(LABELS), ask(LABELS))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Logit loss
 # ---------------------------------------------------------------------------------------------------------------------
