@@ -57,7 +57,6 @@ be handled is counted in `dataset.summary`. How AP here differs from KITTI's own
 """
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -272,9 +271,9 @@ class Dataset(torch.utils.data.Dataset):
         if not len(labels):
             return f"NO OBJECTS, nothing to learn or to find, {ignored} ignored regions"
         counts = labels.bincount(minlength=len(self.classes)).tolist()
-        most = sorted(zip(counts, self.classes), key=lambda pair: -pair[0])
-        listed = [f"{name} {count}" for count, name in most if count]
-        absent = [name for count, name in most if not count]
+        most = Counter(dict(zip(self.classes, counts))).most_common()
+        listed = [f"{name} {count}" for name, count in most if count]
+        absent = [name for name, count in most if not count]
         text = (f"{len(labels)} objects ({first_few(listed)}), at most {self.most_objects} an "
                 f"image, {ignored} ignored regions")
         if absent:
@@ -837,7 +836,7 @@ def evaluate(predictions, dataset):
     perfect hit.
     """
     judge = coco_eval(predictions, dataset)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):                               # pycocotools prints
         judge.evaluate()
         judge.accumulate()
 
@@ -878,8 +877,7 @@ def coco_eval(predictions, dataset):
             {"image_id": image_id, "category_id": dataset.category_ids[label], "score": score,
              "bbox": box, "area": box[2] * box[3]}
             for score, label, box in zip(scores, labels, boxes)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(dataset.coco, coco_object(dataset, annotations), "bbox")
+    judge = COCOeval(dataset.coco, coco_object(dataset, annotations), "bbox")
     judge.params.maxDets = [MAX_DETECTIONS]
     return judge
 
@@ -905,7 +903,7 @@ def coco_object(dataset, annotations):
         "categories": [{"id": i, "name": name}
                        for i, name in zip(dataset.category_ids, dataset.classes)],
         "annotations": [note | {"id": number} for number, note in enumerate(annotations, 1)]}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         coco.createIndex()
     return coco
 

@@ -14,7 +14,6 @@ once more, and writes evidence.json and evidence.md into the folder of the resul
 """
 import contextlib
 import copy
-import io
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ def judged(predictions, dataset):
     """A COCOeval that has compared every image, for `ap_of`; areas of all sizes together."""
     judge = data.coco_eval(predictions, dataset)
     judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):                               # pycocotools prints
         judge.evaluate()
     # One row per class, one column per image: a draw of images is a draw of columns.
     judge.evalImgs = np.array(judge.evalImgs, dtype=object).reshape(-1, len(judge.params.imgIds))
@@ -47,7 +46,7 @@ def ap_of(judge, sample=slice(None)):
     """
     drawn = copy.copy(judge)
     drawn.evalImgs = judge.evalImgs[:, sample].ravel().tolist()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         drawn.accumulate()
     precision = drawn.eval["precision"][..., 0, 0]                       # (10 IoUs, 101, C)
     return np.where(precision > -1, precision, np.nan).mean((0, 1))
