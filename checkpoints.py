@@ -166,8 +166,8 @@ def write_file(path: str | Path, write) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def load(path: str | Path, map_location="cpu") -> dict:
-    """Read what `save` wrote, or any .pth / .safetensors file, without ever executing code.
+def load(path: str | Path) -> dict:
+    """Read what `save` wrote, or any .pth / .safetensors file, to the CPU, without executing code.
 
     float16 weights stay float16. Raises FileNotFoundError or ValueError with one line: a missing or
     damaged file, a pickle that holds more than data, weights that are not finite.
@@ -180,7 +180,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
     # A safetensors file is known by what it holds: the length of a JSON header, then the header.
     if start[8:9] == b"{":
         try:
-            with safe_open(path, "pt", device=str(map_location)) as file:
+            with safe_open(path, "pt") as file:
                 payload = json.loads((file.metadata() or {}).get("payload", "{}"))
                 if not isinstance(payload, dict):
                     raise TypeError(f"its metadata is a {type(payload).__name__}, no dictionary")
@@ -192,7 +192,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
     try:
         # By its name alone torch would take a file for safetensors: it gets the opened one.
         with torch.serialization.safe_globals(INERT), open(path, "rb") as file:
-            payload = torch.load(file, map_location=map_location, weights_only=True)
+            payload = torch.load(file, map_location="cpu", weights_only=True)
     except Refused as error:
         raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None
     except Exception as error:                          # torch raises many kinds for a damaged file
@@ -205,8 +205,8 @@ def load(path: str | Path, map_location="cpu") -> dict:
     return payload
 
 
-def what_it_is(path: Path, start: bytes, error: Exception) -> str:
-    """What a file that cannot be read is, where its first bytes tell; otherwise what stopped it."""
+def what_it_is(path, start, error):
+    """What a file that cannot be read is, where its first bytes `start` tell; otherwise the error."""
     # torch's own pickles of old begin with a number by which they are known.
     pickled = start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
     if not start.strip(b"\0"):
@@ -230,12 +230,12 @@ def what_it_is(path: Path, start: bytes, error: Exception) -> str:
     return f"{path} is not a readable checkpoint: {what}"
 
 
-def weights_of(payload) -> dict[str, Tensor]:
+def weights_of(payload):
     """The state_dict in a payload, see `find_weights`."""
     return find_weights(payload)[0]
 
 
-def find_weights(payload) -> tuple[dict[str, Tensor], str]:
+def find_weights(payload):
     """-> (the state_dict, its place in the payload: "net.weights"; "" is the payload itself).
 
     Programs wrap their weights in dictionaries of many names, at most three deep. Averaged weights
@@ -250,8 +250,8 @@ def find_weights(payload) -> tuple[dict[str, Tensor], str]:
     mmengine = "steps" in states.get("ema_state_dict", {})
     averaged = [place for place in states if AVERAGED.search(place)] * (not ours and not mmengine)
     usual = [place for place in ("model", "state_dict", "") if place in states]
-    largest = sorted(states, key=lambda place: -len(states[place]))
-    place = next(iter(averaged + usual + largest), "")
+    largest = max(states, key=lambda place: len(states[place]), default="")
+    place = [*averaged, *usual, largest][0]
     return states.get(place) or tensors_of(payload), place
 
 
@@ -268,8 +268,8 @@ AVERAGED = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.I)
 ASIDE = re.compile("optim|sched|resume|scaler|criterion|(^|_)(loss|matcher|metric)", re.I)
 
 
-def tensors_of(part: dict) -> dict[str, Tensor]:
-    """The tensors and arrays of a dictionary, as tensors."""
+def tensors_of(part):
+    """The tensors and arrays of a dictionary -> {name: tensor}."""
     tensors = {}
     for key, value in part.items():
         if isinstance(value, np.ndarray):                    # torch takes no foreign byte order
@@ -279,7 +279,7 @@ def tensors_of(part: dict) -> dict[str, Tensor]:
     return tensors
 
 
-def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def inner(state):
     """The state without the first part of its names, if all share it; otherwise {}.
 
     Losses beside a model (Lightning's "criterion." beside "model.") and names without parts do not
@@ -293,7 +293,7 @@ def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return groups.popitem()[1] if len(groups) == 1 else {}
 
 
-def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(state):
     """The state without a wrapper's prefix: "module." of DDP, "_orig_mod." of torch.compile.
 
     Prefixes are stripped until the names are of a known format; if they never are, the state stays
@@ -307,8 +307,11 @@ def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
-    """Raises ValueError that names the first tensor with NaN or infinity, or of an odd kind."""
+def check_finite(state, origin):
+    """Raises ValueError that names the first tensor with NaN or infinity, or of an odd kind.
+
+    origin: the file, or what stands for it in the message.
+    """
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise ValueError(f"{origin}: {name} is a sparse, quantized or meta tensor: save it as "
@@ -617,11 +620,11 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     than the model (naming them), when nothing fits, when a part fits only partly, or when any other
     shape differs.
     """
-    origin = "state_dict" if isinstance(source_weights, dict) else str(source_weights)
-    if origin.startswith("hf:"):
-        payload = load_from_hub(origin.removeprefix("hf:"))
-    else:
-        payload = source_weights if isinstance(source_weights, dict) else load(source_weights)
+    origin, payload = "state_dict", source_weights
+    if not isinstance(payload, dict):
+        origin = str(source_weights)
+        hub = origin.startswith("hf:")
+        payload = load_from_hub(origin.removeprefix("hf:")) if hub else load(origin)
     state, where = find_weights(payload)
     check_finite(state, origin)
     held = len(state)
@@ -686,25 +689,24 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     return report
 
 
-def full(row: str) -> str:
+def full(row):
     return row.replace("E.", "encoder.layers.#.").replace("D.", "decoder.layers.#.")
 
 
-def regex(row: str) -> re.Pattern:
+def regex(row):
     return re.compile(full(row).replace(".", r"\.").replace("#", r"(\d+)"))
 
 
-def contains(state: dict, mark: str) -> bool:
+def contains(state, mark):
     return any(map(regex(mark).search, state))
 
 
-def count(names, mark: str) -> int:
+def count(names, mark):
     """How many layers or levels there are whose names begin like this."""
     return len({name.split(".")[2] for name in names if re.match(mark, name)})
 
 
-def translate(state: dict, source: str, detector: str | None,
-              origin: str) -> dict[str, tuple[str, Tensor]]:
+def translate(state, source, detector, origin):
     """-> {our name: (source name, value)}, heads numbered by layer; unknown names stay."""
     rows = [(regex(theirs), full(ours).replace("#", r"\1"))
             for theirs, ours in FORMATS[source][1] + OF_DETECTOR.get(detector, [])]
@@ -737,7 +739,7 @@ def translate(state: dict, source: str, detector: str | None,
     return found
 
 
-def options_of(found: dict, state: dict, source: str, detector: str | None) -> dict:
+def options_of(found, state, source, detector):
     """Options of models.build that a source was made with, by names, shapes and program.
 
     None where the source does not tell.
@@ -771,11 +773,11 @@ def options_of(found: dict, state: dict, source: str, detector: str | None) -> d
     return options
 
 
-def dict_of(payload: dict, key: str) -> dict:
+def dict_of(payload, key):
     return payload[key] if isinstance(payload.get(key), dict) else {}
 
 
-def said_by(payload: dict, origin: str) -> dict:
+def said_by(payload, origin):
     """Options of models.build by what the file says of itself."""
     args = payload.get("args")
     said = dict_of(payload, "config") | (vars(args) if isinstance(args, argparse.Namespace) else {})
@@ -786,7 +788,7 @@ def said_by(payload: dict, origin: str) -> dict:
             if name in SAID and isinstance(value, (bool, int, float))}
 
 
-def check_options(model: nn.Module, options: dict, origin: str) -> None:
+def check_options(model, options, origin):
     """Refuse a source made with other options than the model; a model without .config passes."""
     config = {name: value for name, value in getattr(model, "config", {}).items()
               if not (name.startswith("backbone") and model.config["backbone"] == "custom")}
@@ -800,7 +802,7 @@ def check_options(model: nn.Module, options: dict, origin: str) -> None:
                          f"made_with={{...}} if you know better")
 
 
-def share_heads(found: dict, own: dict, origin: str) -> dict:
+def share_heads(found, own, origin):
     """One head of the source for every layer of the model, or equal heads for the model's one."""
     def numbered(name, layer):
         return re.sub(r"_heads\.\d+\.", f"_heads.{layer}.", name)
@@ -817,7 +819,7 @@ def share_heads(found: dict, own: dict, origin: str) -> dict:
                       and numbered(name, 0) in found and numbered(name, 1) not in found}
 
 
-def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> tuple[list, list]:
+def class_names(payload, found, own, classes):
     """The source's classes and the model's: names, or [] where unknown.
 
     Numbers stand for names where rows are copied as they are.
@@ -843,8 +845,7 @@ def class_names(payload: dict, found: dict, own: dict, classes: list | None) -> 
     return [name.lower() for name in named], [name.lower() for name in known]
 
 
-def fit_rows(name: str, value: Tensor, own: Tensor, names: tuple,
-             detector: str | None) -> tuple | None:
+def fit_rows(name, value, own, names, detector):
     """-> ((our rows, the source's rows), the words for the report).
 
     None for a tensor that is copied whole, or not at all.
