@@ -206,7 +206,7 @@ def load(path: str | Path) -> dict:
 
 
 def what_it_is(path, start, error):
-    """What a file that cannot be read is, where its first bytes `start` tell; otherwise the error."""
+    """What an unreadable file is, where its first bytes `start` tell; otherwise the error."""
     # torch's own pickles of old begin with a number by which they are known.
     pickled = start[:1] == b"\x80" and start[2:13] != b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
     if not start.strip(b"\0"):
@@ -620,6 +620,7 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     than the model (naming them), when nothing fits, when a part fits only partly, or when any other
     shape differs.
     """
+    # Read the file, and find the model in it.
     origin, payload = "state_dict", source_weights
     if not isinstance(payload, dict):
         origin = str(source_weights)
@@ -628,6 +629,8 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     state, where = find_weights(payload)
     check_finite(state, origin)
     held = len(state)
+
+    # Which program made it, and which detector it is, is known by the names of its tensors.
     if source == "auto":
         state = unwrapped(state)
         source = next((name for name, (mark, _) in FORMATS.items() if contains(state, mark)), None)
@@ -641,15 +644,20 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         raise ValueError(f"{origin} holds a {detector}, the model is a {wanted}: build that "
                          "detector instead")
 
+    # What was done is written down in the report; `rows` are those of heads that are copied in part.
     own, report, rows = model.state_dict(), Report(f"{origin} ({source})"), {}
     if where not in ("", "model", "state_dict"):
         report.note = f"; of its weights those under {where!r} were taken"
     if held > len(state):
         report.note += f"; {held - len(state)} tensors beside the model were dropped"
+
+    # Its names become ours. Then its names, shapes and program tell the options it was made with.
     found = translate(state, source, detector, origin)           # {our name: (source name, value)}
     options = options_of(found, state, source, detector) | said_by(payload, origin)
     options |= made_with or {}
     check_options(model, options, report.source)
+
+    # Heads go to the model's layers, and their rows to the classes of the same name.
     found = share_heads(found, own, origin)
     if source_classes:
         payload = payload | {"classes": source_classes}
@@ -657,10 +665,14 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     if classes is not None and names[0] and not isinstance(names[0][0], str):
         report.note += ("; it names no classes, as many as the model has: heads were copied row by "
                         "row")
+
+    # Decide about each tensor: skipped, copied by rows, or copied whole.
+    extra = [name for name in found if name not in own and not IGNORED.search(name)]
+    report.skipped = [found[name][0] for name in extra]
     for name, (key, value) in found.items():
         if name not in own:
-            report.skipped += [] if IGNORED.search(name) else [key]
-        elif (fitted := fit_rows(name, value, own[name], names, detector)) is not None:
+            continue
+        if (fitted := fit_rows(name, value, own[name], names, detector)) is not None:
             rows[name], report.resized[name] = fitted
         elif value.shape == own[name].shape:
             report.loaded[name] = key
@@ -668,18 +680,21 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
             raise ValueError(f"{origin}: {key} is {tuple(value.shape)}, the model's {name} "
                              f"{tuple(own[name].shape)}: another architecture; build the model "
                              "with the checkpoint's sizes")
+
+    # A part of the model is loaded whole or not at all.
     done = report.loaded | report.resized
     report.missing = [name for name in own if name not in done and not IGNORED.search(name)]
     if not report.loaded:
         raise ValueError(f"{origin}: none of its {len(state)} tensors fits this model: is it "
                          "another architecture's?")
     parts = {name.split(".")[0] for name in report.loaded}
-    extra = [name for name in found if name not in own and not IGNORED.search(name)]
     strays = [name for name in report.missing + extra if name.split(".")[0] in parts]
     if strays:
         raise ValueError(f"{origin}: another architecture, {strays[0]} and {len(strays) - 1} more "
                          "have no counterpart; build the model with the checkpoint's depths and "
                          "options")
+
+    # Only now is the model changed.
     with torch.no_grad():
         for name in report.loaded:
             own[name].copy_(found[name][1])                 # state_dict() shares the model's memory
@@ -710,6 +725,7 @@ def translate(state, source, detector, origin):
     """-> {our name: (source name, value)}, heads numbered by layer; unknown names stay."""
     rows = [(regex(theirs), full(ours).replace("#", r"\1"))
             for theirs, ours in FORMATS[source][1] + OF_DETECTOR.get(detector, [])]
+    # Rename, row by row.
     found = {}
     for key, value in state.items():
         name = key
@@ -720,11 +736,15 @@ def translate(state, source, detector, origin):
             raise ValueError(f"{origin}: {key} differs from {found[name][0]}, but one should be "
                              "the other")
         found.setdefault(name, (key, value))
+
+    # Join the three matrices of attention.
     for name in [name for name in found if f".{FUSED[0]}." in name]:
         three = [name.replace(FUSED[0], matrix) for matrix in FUSED]
         if all(matrix in found for matrix in three):
             keys, values = zip(*map(found.pop, three))
             found[name.replace(f"{FUSED[0]}.", "in_proj_")] = ", ".join(keys), torch.cat(values)
+
+    # Number what depends on how many levels and layers there are.
     levels, layers = count(found, r"encoder\.project\.\d"), count(found, "decoder.layers.")
 
     def settle(name):         # one head more than decoder layers: the last is that of the proposals
