@@ -26,7 +26,7 @@ import models
 import train
 from clockdistill import location_mask
 from experiments import plots
-from experiments.predict import image_files, read_images
+from experiments.predict import add_image_options, image_files, read_images
 
 FILES = """writes for each image and checkpoint, named after the file or the folder of its run:
   000_NAME_MODEL_layers.png   attention of the best detections' queries, by decoder layer
@@ -179,7 +179,7 @@ def beside(picture, detectors, classes):
     looks = {name: watched["look"] for name, watched in detectors.items()}
     return plots.query_attention(
         picture, looks, row_names(first, classes), first["grid"],
-        title="Where the queries look that find the same object, and how far they agree")
+        title="Where each detector's queries look for the same objects, and how far they agree")
 
 
 def listed(detectors, classes):
@@ -220,7 +220,7 @@ def summary(objects, first, others):
 
 
 @torch.no_grad()
-def reading(teacher, method, embedding, batches, seed=0):
+def reading(teacher, method, embedding, batches):
     """Does the logit part read the image? A teacher's accuracy on target-aware queries.
 
     Right is the class that a query asks for, when the memory is the image's own, another image's of
@@ -232,7 +232,7 @@ def reading(teacher, method, embedding, batches, seed=0):
     accuracy; "w": mean of each decoder layer, from its own memory, "w beside learned": the same
     when the queries see the teacher's learned ones}.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     right, asked = {"own": 0, "another's": 0, "noise": 0}, 0
     weight = {name: torch.zeros(teacher.decoder_layers) for name in ("w", "w beside learned")}
     for batch in batches:
@@ -266,14 +266,11 @@ def add_options(parser):
     parser.add_argument("--checkpoint", required=True, action="append", metavar="FILE",
                         help=f"{train.CHECKPOINT_HELP}; given several times, the first one (the "
                              "teacher) says which objects are shown")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
-    parser.add_argument("--out", default="runs/look", help="folder (default: %(default)s)")
+    add_image_options(parser, "runs/look")
     parser.add_argument("--best", type=int, default=4,
                         help="how many of the best detections (default: %(default)s)")
     parser.add_argument("--layer", type=int,
                         help="decoder layer of the heads and of the comparison; default: the last")
-    train.add_options(parser, train.Config, only=("size", "precision"))
-    train.add_options(parser, train.Run, only=("device",))
 
 
 def open_detectors(paths, layer, size, device):
@@ -313,7 +310,8 @@ def run(checkpoint, images, out, best, layer, size=None, device="auto", precisio
     written = plots.readable(classes)
     out.mkdir(parents=True, exist_ok=True)
     entries, broken = [], []
-    for index, file, picture in read_images(files, "look", broken):
+    unresized = any(sides is None for _, sides in detectors.values())
+    for index, file, picture in read_images(files, "look", broken, unresized):
         watched, figures = {}, {}
         for name, (model, sides) in detectors.items():
             image = data.prepare(picture, sides)[None].to(device)         # (1, 3, h, w)
@@ -394,11 +392,11 @@ def answers(gazes):
     the class asked about and the answer's; w (N,), the answer's chance; box, truth (N, 4); iou (N,)
     of the two; wrong (N,), 1 where the class is another or the IoU is below 0.5, else 0.
     """
-    image = [torch.full_like(one["labels"], index) for index, one in enumerate(gazes)]
-    label, chances, box, truth = (torch.cat([one[key] for one in gazes])
+    image = [torch.full_like(gazed["labels"], index) for index, gazed in enumerate(gazes)]
+    label, chances, box, truth = (torch.cat([gazed[key] for gazed in gazes])
                                   for key in ("labels", "chances", "boxes", "truth"))
     w, said = chances.max(1)                                              # (N,) each
-    iou = torch.cat([box_iou(one["truth"], one["boxes"]).diagonal() for one in gazes])    # (N,)
+    iou = torch.cat([box_iou(gazed["truth"], gazed["boxes"]).diagonal() for gazed in gazes])
     wrong = ((said != label) | (iou < 0.5)).float()
     return {"image": torch.cat(image), "label": label, "said": said, "w": w, "box": box,
             "truth": truth, "iou": iou, "wrong": wrong}

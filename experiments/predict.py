@@ -34,8 +34,13 @@ def image_files(names):
     return files
 
 
-def read_images(files, title, broken):
-    """Yield (position, file, picture (3, H, W) uint8). Errors of broken files join `broken`."""
+def read_images(files, title, broken, unresized):
+    """Yield (position, file, picture (3, H, W) uint8). Errors of broken files join `broken`.
+
+    unresized: whether a detector of the toy reads them as they are. A line at the end tells of
+    pictures that are far larger than those it was trained on.
+    """
+    large = 0
     for index, file in enumerate(tqdm(files, title, mininterval=train.quiet_interval())):
         try:
             picture = data.read_image(file)
@@ -43,15 +48,24 @@ def read_images(files, title, broken):
             broken.append(str(error))
             continue
         yield index, file, picture
+        large += picture.shape[1] > 2 * 48
+    if unresized and large:
+        print(f"note: {large} of {len(files)} pictures far larger than the toy's 160 x 48 pixels, "
+              "on which the detector was trained; --size 48,160 resizes them")
 
 
 def add_options(parser):
     """The options of `train.py predict`."""
     parser.add_argument("--checkpoint", required=True, help=train.CHECKPOINT_HELP)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
-    parser.add_argument("--out", default="runs/predict", help="folder (default: %(default)s)")
+    add_image_options(parser, "runs/predict")
     parser.add_argument("--min-score", type=float, default=0.4,
                         help="leave out detections of a lower score (default: %(default)s)")
+
+
+def add_image_options(parser, folder):
+    """The options of a command that reads image files and writes into a folder."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
+    parser.add_argument("--out", default=folder, help="folder (default: %(default)s)")
     train.add_options(parser, train.Config, only=("size", "precision"))
     train.add_options(parser, train.Run, only=("device",))
 
@@ -69,7 +83,7 @@ def run(checkpoint, images, out, min_score, size=None, device="auto", precision=
     size = train.input_size(payload, size)
     out.mkdir(parents=True, exist_ok=True)
     files, listed, broken = image_files(images), [], []
-    for index, file, picture in read_images(files, "predict", broken):
+    for index, file, picture in read_images(files, "predict", broken, size is None):
         # One image is a batch without padding.
         image, sides = data.prepare(picture, size), picture.shape[1:]
         batch = data.collate([(image, {"image_id": index, "orig_size": torch.tensor(sides)})])

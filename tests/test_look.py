@@ -7,7 +7,7 @@ from torchvision.utils import save_image
 
 import checkpoints
 import data
-from experiments import look
+from experiments import look, predict
 import models
 import train
 from clockdistill import CLoCKDistill, location_mask
@@ -168,6 +168,17 @@ def test_look_says_in_one_line_what_is_wrong(tmp_path, capsys):
                            str(image)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_pictures_far_larger_than_the_toy_s_are_told(tmp_path, capsys):
+    """Where they are not resized: a detector of the toy knows objects of some 10 pixels."""
+    for height in (96, 97):
+        save_image(torch.zeros(3, height, 200), tmp_path / f"{height}.png")
+    files = sorted(tmp_path.iterdir())
+    for unresized in (True, False):
+        assert len(list(predict.read_images(files, "look", [], unresized))) == 2
+        said = capsys.readouterr().out
+        assert said.startswith("note: 1 of 2 pictures far larger than the toy's") if unresized else not said
 
 
 def test_look_takes_folders_and_leaves_out_what_it_cannot_read(tmp_path, capsys):
