@@ -112,11 +112,11 @@ def as_words(given):
     """{option: value} -> words of a command line."""
     words = []
     for name, value in given.items():
-        flag = name.replace("_", "-")
+        word = train.flag(name)
         if value is True or value is False:
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(word if value else word.replace("--", "--no-"))
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            words += [word, *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
