@@ -96,20 +96,23 @@ def clockdistill_step(student, teacher, batch, method, generator=None):
 
 
 def asked_with(teacher, content):
-    """The teacher's part in `content`, or None: it has none, or the method has frozen ones."""
+    """What queries of this `content` ask with: the teacher's label embedding or learned contents.
+
+    None where the teacher has none, or the method asks with frozen contents.
+    """
     return {"label": teacher.label_embedding, "own": teacher.learned_content}.get(content)
 
 
 def plain_step(student, teacher, batch, method, generator=None):
-    """The same of training without a teacher, whose place, and the method's, is None."""
+    """The losses of one step without a teacher: `teacher` and `method` are None."""
     output = student(batch.images, batch.padding, batch.targets)
     return student.weighted_losses(output, batch.targets)
 
 
 class Learner(nn.Module):
-    """Student and method as one module, so that DDP wraps one forward and averages both's gradients.
+    """Student and method as one module: DDP wraps one forward and averages the gradients of both.
 
-    The teacher is handed in at each step: it has no gradients, so it is no part of what learns.
+    The teacher is an argument of each step: it has no gradients, so it is no part of what learns.
     """
     def __init__(self, student, method=None):
         super().__init__()
@@ -181,7 +184,7 @@ def train_steps(learner, teacher, optimizer, batches, cfg, steps, start=0, scale
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value / len(parts)
 
-        # Clip and update. With fp16 the scaler itself leaves out a step that overflows.
+        # Clip and update. With fp16 the scaler itself skips a step that overflows.
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(everything, cfg.clip)
         if not scaler.is_enabled() and not norm.isfinite():
@@ -238,14 +241,14 @@ def is_detection(name):
 
 
 def gradients_of(loss, parameters):
-    """One per parameter: None where the loss does not reach it, or is off, a constant."""
+    """One gradient per parameter; None where the loss does not reach it, or is off (a constant)."""
     if not loss.requires_grad:
         return [None] * len(parameters)
     return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
 def length(gradients):
-    """The norm of all of them together."""
+    """The norm of all gradients together."""
     return math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
 
 
@@ -253,12 +256,14 @@ def gradient_report(losses, parameters):
     """How much each part of the loss asks of the student: {part: (share of the total, gradient norm)}.
 
     It answers at once whether distillation is active, and how strong. A part without gradient is off.
-    One far above detection leads what it reaches: memory leads backbone and encoder, and never
-    reaches the decoder.  parameters: the student's.
+    A part far above detection dominates what it reaches: memory dominates backbone and encoder, and
+    never reaches the decoder.  parameters: the student's.
     """
     # Detection counts as one part, each of the method's losses as another.
-    parts = {"detection": sum(value for name, value in losses.items() if is_detection(name))}
-    parts |= {name: value for name, value in losses.items() if not is_detection(name)}
+    parts = {"detection": 0}
+    for name, value in losses.items():
+        part = "detection" if is_detection(name) else name
+        parts[part] = parts.get(part, 0) + value
     total = max(sum(value.item() for value in parts.values()), 1e-12)
     return {name: (value.item() / total, length(gradients_of(value, parameters)))
             for name, value in parts.items()}
@@ -287,8 +292,9 @@ class Balance(nn.Module):
     the first 8 steps measure each part's `gradient_ratio` without using the part; from then on the
     part is multiplied with (wanted ratio) / (geometric mean of the 8).
 
-    Why so early: there, the lambdas tuned on the toy are ratios of 56, 19 and 129 for memory (DINO,
-    Deformable DETR, DAB-DETR), about 1 for the answers; after the warm-up 57, 14 and 450 for memory.
+    Why so early: in the first steps, the lambdas tuned on the toy are ratios of 56, 19 and 129 for
+    memory (DINO, Deformable DETR, DAB-DETR), about 1 for the answers. After the warm-up, those of
+    memory are 57, 14 and 450.
 
     ratios: {"memory": 50.0, "cls+l1+giou": 1.0}: a part is named by its losses.
     What was measured is a buffer: a resumed run goes on with the same factors.
@@ -392,8 +398,8 @@ class TrainingRun:
         self.run, self.device, self.out = run, device, Path(run.out)
         self.rank, self.world = process_rank(), process_count()
         self.last = self.out / "last.pt"
-        names = ("last.pt", "best.pt", "result.json")
-        kept = [name for name in names if (self.out / name).exists()]
+        kept = [name for name in ("last.pt", "best.pt", "result.json")
+                if (self.out / name).exists()]
         if kept and not run.resume:
             raise ValueError(f"{run.out} already holds a run ({kept[0]}): add --resume to continue "
                              "it, or choose another --out")
@@ -554,7 +560,7 @@ class TrainingRun:
                 clock = time.monotonic()
 
     def remark(self, step, log):
-        """Print what a step's log has now and then: the balance, and the gradients of the parts."""
+        """Print the rare entries of a step's log: the balance, and the gradients of the parts."""
         if "balance" in log:
             factors = (f"{part} {factor:.4g}" for part, factor in log["balance"].items())
             say(f"step {step:6d}  balance: from now on the method's losses times "
@@ -702,8 +708,8 @@ def restore(path, stateful, provenance):
 def trim_log(path, steps):
     """Forget what was logged after the last checkpoint: those steps are about to be made again.
 
-    steps: how many of them the checkpoint has behind it. Lines that cannot be read are left out, and
-    their number is said: a log is no reason to stop a run.
+    steps: how many steps the checkpoint holds. Lines that cannot be read are left out, and their
+    number is said: a log is no reason to stop a run.
     """
     if not path.exists():
         return
@@ -724,7 +730,7 @@ def open_teacher(cfg, run, dataset, device):
     """The frozen teacher, in eval mode.
 
     dataset: the validation images. Raises ValueError when it knows other classes, or when its AP says
-    that it was hardly loaded: users of other repositories trained for days beside such a teacher.
+    that it was hardly loaded: users of other repositories trained for days with such a teacher.
     """
     if run.teacher_cache and cfg.data == "coco" and cfg.augment:
         raise ValueError("--teacher-cache: with --data coco every image is cropped anew, so none "
@@ -954,7 +960,7 @@ def digest(cfg, taught_by):
 
 
 def count_parameters(model):
-    """All of them, frozen ones included."""
+    """The number of a model's parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -1260,8 +1266,8 @@ class Run:
         check_limits(self)
 
 
-# The ranges of numbers, (least, the first too much), where they are not from 0 on. Upper ends keep
-# a forged checkpoint from asking for more memory than there is.
+# The ranges of numbers: (least, first that is too large). All others begin at 0 and have no end.
+# Upper ends keep a forged checkpoint from asking for more memory than there is.
 LIMITS = {
     "limit": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf),
     "eval_batch": (1, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31), "workers": (0, 1024),
@@ -1653,10 +1659,13 @@ def official(name):
     return next(iter(values.values()), None)
 
 
-def add_options(parser, cls, only=None):
-    """One option for each field of a configuration; those not given are left out of the result."""
+def add_options(parser, cls, only=()):
+    """One option for each field of a configuration, or for those of `only`.
+
+    What the user does not give is left out of the result.
+    """
     for field in dataclasses.fields(cls):
-        if only is not None and field.name not in only:
+        if only and field.name not in only:
             continue
         text, choices = field.metadata["help"], field.metadata["choices"]
         if callable(choices):
@@ -1729,14 +1738,14 @@ def command_line(asked):
 
 
 def add_training_options(parser, command):
-    """The options of `fit` and `distill`; they differ in those about a teacher alone."""
-    names = [field.name for field in dataclasses.fields(Config)]
+    """The options of `fit` and `distill`; only `distill` has those about a teacher."""
+    names = [field.name for field in dataclasses.fields(Config) if field.name not in DISTILLATION]
     parser.epilog = describe_recipes()
-    if command == "fit":
-        names = [name for name in names if name not in DISTILLATION]
-    else:
+    if command == "distill":
+        names += DISTILLATION
         parser.epilog += "\n\n" + describe_methods()
-    parser.add_argument("--recipe", choices=RECIPES, help="a named set of options, listed below")
+    parser.add_argument("--recipe", choices=RECIPES, default=argparse.SUPPRESS,
+                        help="a named set of options, listed below")
     add_options(parser, Config, names)
     add_options(parser, Run)
 
