@@ -378,7 +378,7 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
 
     # Model by model; what is not asked for keeps its earlier figure.
     page = Path(out) / f"{data}.json"
-    told = checkpoints.read_json(page) if page.exists() else {"rows": {}}
+    figures = checkpoints.read_json(page) if page.exists() else {"rows": {}}
     makers, pictures = {}, None
     for (detector, role), checkpoint in files.items():
         if not checkpoint.exists():
@@ -391,22 +391,22 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
             name = f"{detector}, {role}, {kind}"
             row = {"detector": detector, "role": role, "format": kind} | facts
             row |= measure(kind, checkpoint, file, dataset, size, only)
-            told["rows"][name] = told["rows"].get(name, {}) | row
+            figures["rows"][name] = figures["rows"].get(name, {}) | row
             makers[name] = functools.partial(open_program, kind, checkpoint, file)
-        checkpoints.write_json(page, told)
+        checkpoints.write_json(page, figures)
         print(f"{detector}, {role}: done")
 
     # All programs take turns, so latency comes last.
     if "latency" in only:
         for threads in THREADS:
             for name, times in latencies(makers, pictures, threads).items():
-                told["rows"][name][f"ms_{threads}"] = times
-        told["latency"] = {"machine": train.machine(torch.device("cpu")), "size": size,
-                           "pictures": len(pictures)}
-    told["commit"] = train.commit()
-    checkpoints.write_json(page, told)
-    checkpoints.write_text(page.with_suffix(".md"), markdown(told, data))
-    rows = list(told["rows"].values())
+                figures["rows"][name][f"ms_{threads}"] = times
+        figures["latency"] = {"machine": train.machine(torch.device("cpu")), "size": size,
+                              "pictures": len(pictures)}
+    figures["commit"] = train.commit()
+    checkpoints.write_json(page, figures)
+    checkpoints.write_text(page.with_suffix(".md"), markdown(figures, data))
+    rows = list(figures["rows"].values())
     if all("ms_1" in row and row["AP"] is not None for row in rows):
         plots.latency(rows).savefig(page.with_suffix(".png"), dpi=120)
     print(f"{len(rows)} rows: {page.with_suffix('.md')}, and beside it the JSON and the picture")
@@ -440,6 +440,8 @@ def make_programs(checkpoint, work, dataset, train_set, size, calibrate):
         operators = quantise(whole, short, views(train_set, size, spread))
         checkpoints.write_json(facts, {"difference": difference, "int8": operators,
                                        "calibrated_on": len(spread)})
+    else:
+        print(f"used again: {whole} and {short.name}, which are newer than {checkpoint}")
     known = checkpoints.read_json(facts)
     return {"PyTorch": (checkpoint, {}),
             "ONNX fp32": (whole, {"difference": known.pop("difference")}),
@@ -460,19 +462,19 @@ def measure(kind, checkpoint, file, dataset, size, only):
     return row
 
 
-def markdown(told, name):
+def markdown(figures, name):
     """The table as a page."""
     text = [f"# {name}: what deployment costs, and what it keeps\n\nMade by `python train.py "
             f"deploy {name}` from {name}.json. PyTorch's file is the fp16 safetensors; ONNX "
             "programs have pre- and post-processing inside. Memory is the peak of a process that "
             "answers ten pictures, libraries included. Latency is of one picture, median (95th "
             "percentile) in ms."]
-    if "latency" in told:
-        text[0] += f" Timed on {told['latency']['machine']}."
+    if "latency" in figures:
+        text[0] += f" Timed on {figures['latency']['machine']}."
     columns = ("detector", "model", "format", "AP", "AP50", "file", "peak memory",
                *(f"ms, {n} thread{'s' * (n > 1)}" for n in THREADS))
     text += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in told["rows"].values():
+    for row in figures["rows"].values():
         cells = [row["detector"], row["role"], row["format"]]
         cells += [written(row.get(key), form) for key, form in (
             ("AP", "{:.3f}"), ("AP50", "{:.3f}"), ("file_mb", "{:.2f} MB"),
@@ -480,7 +482,7 @@ def markdown(told, name):
         cells += [written(row.get(f"ms_{n}"), "{0[median]:.1f} ({0[p95]:.1f})") for n in THREADS]
         text.append(f"| {' | '.join(cells)} |")
     text += ["", "Operators in 8 bits (all others have 32), ranges read from training images:", ""]
-    for row in told["rows"].values():
+    for row in figures["rows"].values():
         if "int8" in row:
             listed = ", ".join(f"{count} {name}" for name, count in row["int8"].items())
             text.append(f"- {row['detector']}, {row['role']}: {listed}; {row['calibrated_on']} "

@@ -285,7 +285,7 @@ def test_what_a_relu6_cuts_takes_no_steps_of_8_bits(tmp_path):
 
 
 def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp_path,
-                                                                    monkeypatch):
+                                                                    monkeypatch, capsys):
     # The same weights at the same size: the program of the other tests serves.
     model, file, _ = written("two stages")
     monkeypatch.setattr(deploy, "to_onnx", lambda *args: unnamed(file))
@@ -305,10 +305,11 @@ def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp
     assert short["file_mb"] < whole["file_mb"] and short["calibrated_on"] == 2
     assert short["int8"]["Conv"] == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
     assert all(row["ms_2"]["p95"] >= row["ms_2"]["median"] > 0 for row in first.values())
-    assert (out / "toy.png").exists()
+    assert (out / "toy.png").exists() and "used again" not in capsys.readouterr().out
 
     # Memory alone: a process without torch needs far less, and the rest stays as it was.
     assert train.main([*words, "--only", "memory"]) == 0
+    assert f"used again: {tmp_path}/toy_student_deformable_detr.onnx" in capsys.readouterr().out
     again = json.loads((out / "toy.json").read_text())["rows"]
     assert {name: row | {"peak_mb": 0} for name, row in again.items()} == {
         name: row | {"peak_mb": 0} for name, row in first.items()}
