@@ -460,7 +460,7 @@ def print_costs(jobs, scope, tflops=None):
     jobs: tables.Job, teachers before students.  scope: tables.Scale, its images and its machine.
     tflops: useful work per second of that machine, by default as in TFLOPS.
     """
-    tflops, costs, total = tflops or TFLOPS[scope.machine], {}, 0.
+    tflops, costs, hours = tflops or TFLOPS[scope.machine], {}, []
     for job in jobs:
         cfg, key = job.cfg, (job.cfg.detector, job.role)
         # Models of one role are alike: they are counted once.
@@ -469,6 +469,8 @@ def print_costs(jobs, scope, tflops=None):
             costs[key] = (models.gflops(model, *scope.image_size),
                           training_bytes(model, cfg.batch_size, *scope.image_size),
                           4 * train.count_parameters(model))
+        if not job.arguments:                          # a teacher that is trained already
+            continue
         forward, memory, _ = costs[key]
         gflops = 3 * forward                           # backward costs two forward passes
         if cfg.method:
@@ -477,13 +479,12 @@ def print_costs(jobs, scope, tflops=None):
 
         # Images times multiply-adds, two floating-point operations each.
         count = cfg.epochs * scope.images if cfg.steps is None else cfg.steps * cfg.batch_size
-        hours = count * gflops * 2e9 / (tflops * 1e12) / 3600
-        total += hours
-        print(f"{job.name}: about {hours:.2f} {scope.machine}-hours, {memory / 1e9:.1f} GB\n"
+        hours.append(count * gflops * 2e9 / (tflops * 1e12) / 3600)
+        print(f"{job.name}: about {hours[-1]:.2f} {scope.machine}-hours, {memory / 1e9:.1f} GB\n"
               f"  python {shlex.join(['train.py', *job.arguments])}")
     height, width = scope.image_size
-    print(f"\n{len(jobs)} runs, {total:.0f} {scope.machine}-hours at {tflops:g} TFLOP/s of useful "
-          "work (--tflops: of a GPU the peak times what training reaches of it, a fifth to a "
+    print(f"\n{len(hours)} runs, {sum(hours):.0f} {scope.machine}-hours at {tflops:g} TFLOP/s of "
+          "useful work (--tflops: of a GPU the peak times what training reaches of it, a fifth to a "
           "third), a step being three forward passes and one of the teacher. Memory: weights (also "
           f"the teacher's), gradients, Adam and saved activations in fp32 at {height} x {width}.")
 

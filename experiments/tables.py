@@ -36,6 +36,7 @@ from checkpoints import read_json, write_json, write_text
 from clockdistill import CLoCKDistill
 from experiments import bench, demo, look, plots
 from experiments.baselines import BASELINES
+from experiments.cache import EncodeOnce
 from train import HERE, PRESETS
 
 RIVALS = tuple(BASELINES)
@@ -52,11 +53,11 @@ TOY = {"A": "deformable_detr", "B": "dino", "C": "dab_detr"}
 PAPER = {"D": "dino", "E": "deformable_detr", "F": "dab_detr"}
 SMALL = {"K": "dino", "L": "deformable_detr", "M": "dab_detr"}
 
-# A row: (detectors, label, whose options it has, what differs from them). "student" and "teacher"
-# are trained without a teacher; a method, or a piece of ours, has the options that tuning chose for
-# it. In what differs, a function changes the chosen value, "steps" is the length of the runs as a
-# multiple of the recipe's, and "balance" the wanted ratios of gradients (`--balance`). A row whose
-# change changes nothing is left out.
+# A row: (detectors, label, whose options it has), and what differs from them, if anything does.
+# "student" and "teacher" are trained without a teacher; a method, or a piece of ours, has the
+# options that tuning chose for it. In what differs, a function changes the chosen value, "steps" is
+# the length of the runs as a multiple of the recipe's, and "balance" the wanted ratios of gradients
+# (`--balance`). A row whose change changes nothing is left out.
 QUARTER, FOUR_TIMES = (lambda value: value / 4), (lambda value: value * 4)
 
 
@@ -68,8 +69,8 @@ def times(part, factor):
 PLAN = {
     # Where does the logit part earn its place? Alone, one change at a time. It made train.PRESETS.
     "search": [
-        ("BA", "student", "student", {}),
-        ("BA", "logit part alone", "search", {}),
+        ("BA", "student", "student"),
+        ("BA", "logit part alone", "search"),
         ("BA", "lambda_log = 0.1", "search", {"lambda_log": 0.1}),
         ("BA", "lambda_log = 2", "search", {"lambda_log": 2.0}),
         ("BA", "content: label", "search", {"content": "label"}),
@@ -86,34 +87,34 @@ PLAN = {
         ("BA", "and the teacher's own queries", "search", {"learned": True}),
     ],
     "main": [
-        ("CABFEDKLM", "teacher", "teacher", {}),
-        ("CABFEDKLM", "student", "student", {}),
-        ("CABFEDKLM", "clockdistill", "clockdistill", {}),
-        ("AB", "clockdistill with the scale mask", "with_scale", {}),
-        ("AB", "clockdistill without the scale mask", "without_scale", {}),
+        ("CABFEDKLM", "teacher", "teacher"),
+        ("CABFEDKLM", "student", "student"),
+        ("CABFEDKLM", "clockdistill", "clockdistill"),
+        ("AB", "clockdistill with the scale mask", "with_scale"),
+        ("AB", "clockdistill without the scale mask", "without_scale"),
     ],
     "rivals": [
-        ("ADK", "student", "student", {}),
-        *(("ADK" if method in ("fitnets", "fgd", "mgd", "kd_detr") else "AD", method, method, {})
+        ("ADK", "student", "student"),
+        *(("ADK" if method in ("fitnets", "fgd", "mgd", "kd_detr") else "AD", method, method)
           for method in RIVALS),
-        ("ADK", "clockdistill", "clockdistill", {}),
+        ("ADK", "clockdistill", "clockdistill"),
         ("AD", "clockdistill without random queries", "clockdistill", {"random_queries": 0}),
-        ("A", "clockdistill with the scale mask", "with_scale", {}),
-        ("A", "clockdistill without the scale mask", "without_scale", {}),
+        ("A", "clockdistill with the scale mask", "with_scale"),
+        ("A", "clockdistill without the scale mask", "without_scale"),
     ],
     # The toy's second detector shows what each part adds, not what the parts are made of.
     "ablation": [
-        ("ABDKL", "none", "student", {}),
-        ("A", "memory, every token alike", "memory_plain", {}),
-        ("A", "+ location mask", "memory_location", {}),
-        ("A", "+ scale mask", "memory", {}),
-        ("BDKL", "the memory part, as chosen", "memory_part", {}),
+        ("ABDKL", "none", "student"),
+        ("A", "memory, every token alike", "memory_plain"),
+        ("A", "+ location mask", "memory_location"),
+        ("A", "+ scale mask", "memory"),
+        ("BDKL", "the memory part, as chosen", "memory_part"),
         ("AD", "logits on the teacher's learned queries", "logit_part",
          {"target": False, "learned": True, "random_queries": 0}),
         ("AD", "logits on random fixed queries", "logit_part",
          {"target": False, "random_queries": 24}),
         ("AD", "logits on target-aware queries alone", "logit_part", {"random_queries": 0}),
-        ("ABDKL", "the logit part, as chosen", "logit_part", {}),
+        ("ABDKL", "the logit part, as chosen", "logit_part"),
         ("AD", "... with random queries", "logit_part", {"random_queries": 24}),
         ("AD", "... content: label", "logit_part", {"content": "label"}),
         ("AD", "... content: frozen random", "logit_part", {"content": "random"}),
@@ -122,38 +123,38 @@ PLAN = {
         ("AD", "... no box noise", "logit_part", {"box_noise": 0.0}),
         ("AD", "... no confidence weight", "logit_part",
          {"confidence": False, "normalise": "queries"}),
-        ("ABDKL", "both parts: clockdistill", "clockdistill", {}),
-        ("A", "both parts: clockdistill with the scale mask", "with_scale", {}),
-        ("A", "both parts: clockdistill without the scale mask", "without_scale", {}),
+        ("ABDKL", "both parts: clockdistill", "clockdistill"),
+        ("A", "both parts: clockdistill with the scale mask", "with_scale"),
+        ("A", "both parts: clockdistill without the scale mask", "without_scale"),
     ],
     # A mask taken away changes the size of the sum; `--balance` makes its first gradients as large.
     "masks": [
-        ("K", "none", "student", {}),
+        ("K", "none", "student"),
         ("K", "every token alike", "clockdistill", {"location": False, "scale": False}),
         ("K", "+ location mask", "clockdistill", {"scale": False}),
-        ("K", "+ scale mask: clockdistill", "clockdistill", {}),
+        ("K", "+ scale mask: clockdistill", "clockdistill"),
     ],
     # Labels begin with one of PANELS, the settings that are drawn.
     "sensitivity": [
-        ("AD", "student", "student", {}),
+        ("AD", "student", "student"),
         ("A", "lambda_mem / 4", "clockdistill", {"lambda_mem": QUARTER}),
         ("D", "lambda_mem / 4", "clockdistill", times("memory", 1 / 4)),
-        ("AD", "lambda_mem chosen", "clockdistill", {}),
+        ("AD", "lambda_mem chosen", "clockdistill"),
         ("A", "lambda_mem x 4", "clockdistill", {"lambda_mem": FOUR_TIMES}),
         ("D", "lambda_mem x 4", "clockdistill", times("memory", 4)),
         ("A", "lambda_log / 4", "clockdistill", {"lambda_log": QUARTER}),
         ("D", "lambda_log / 4", "clockdistill", times("cls+l1+giou", 1 / 4)),
-        ("AD", "lambda_log chosen", "clockdistill", {}),
+        ("AD", "lambda_log chosen", "clockdistill"),
         ("A", "lambda_log x 4", "clockdistill", {"lambda_log": FOUR_TIMES}),
         ("D", "lambda_log x 4", "clockdistill", times("cls+l1+giou", 4)),
         ("AD", "alpha : beta 1 : 0", "clockdistill", {"beta": 0.0}),
-        ("AD", "alpha : beta 500 : 1", "clockdistill", {}),
+        ("AD", "alpha : beta 500 : 1", "clockdistill"),
         ("AD", "alpha : beta 5 : 1", "clockdistill", {"beta": 1e-5}),
         # Without the scale mask this is a plain copy of every token.
         ("AD", "alpha : beta 1 : 1", "clockdistill", {"beta": 5e-5}),
         ("AD", "temperature 1.0", "clockdistill", {"temperature": 1.0}),
         ("AD", "temperature 3.0", "clockdistill", {"temperature": 3.0}),
-        ("AD", "temperature 10.0", "clockdistill", {}),
+        ("AD", "temperature 10.0", "clockdistill"),
     ],
     "schedule": [
         ("A", "student, 0.5 x the steps", "student", {"steps": 0.5}),
@@ -319,7 +320,7 @@ class Job:
     name: str
     role: str = field(compare=False)                   # "teacher" | "student"
     steps: float = field(compare=False)                # as a multiple of the recipe's
-    arguments: tuple = field(compare=False)            # of train.py
+    arguments: tuple = field(compare=False)            # of train.py; () of a shipped teacher
     cfg: train.Config = field(compare=False)
 
 
@@ -364,7 +365,9 @@ def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, 
             given[name] = [f"{option}={value}" for option, value in sorted(values.items())]
     cfg, _ = train.configure(command, **given)
 
-    # The seeds of a row share their digest. A teacher that is not trained here is its weights.
+    # The seeds of a row share their digest. A teacher that is not trained here is its weights, and
+    # nothing has to run.
+    words = (command, *demo.as_words(given))
     name = f"{detector}-{method or role}"
     if steps != 1:
         name += f"-x{steps:.2g}"
@@ -372,13 +375,14 @@ def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, 
         name += f"-{split}"
     if role == "teacher" and detector in study.shipped:
         name += f"-{shipped_weights(study.shipped[detector])[:8]}"
+        words = ()
     else:
         name += f"-{train.digest(dataclasses.replace(cfg, seed=0), taught_by)}-{seed}"
-    return Job(name, role, steps, (command, *demo.as_words(given)), cfg)
+    return Job(name, role, steps, words, cfg)
 
 
 def options_of(cfg):
-    """What a run's method was told, its ratios of gradients among it."""
+    """The options of a run's method, the ratios of its gradients among them."""
     return cfg.method_options | ({"balance": cfg.balance} if cfg.balance else {})
 
 
@@ -391,7 +395,10 @@ def teacher_of(study, detector):
 
 
 def choices(study, detector):
-    """{what: options}: as tuning chose, or the recipe's CLoCKDistill; its two parts."""
+    """The options of every method and piece that a row can name -> {what: options}.
+
+    What tuning chose; otherwise the recipe's CLoCKDistill, and the rivals' defaults.
+    """
     recipe = train.RECIPES[f"{study.scope.recipe}-student"][detector]
     options = {"search": SEARCHED} | dict.fromkeys(RIVALS, {})
     # Where the recipe is weighed by ratios, so is everything.
@@ -424,7 +431,7 @@ def plan(study, only=TABLES, detectors=models.DETECTORS):
     return lines
 
 
-def expand(study, table, detector, chosen, label, what, change):
+def expand(study, table, detector, chosen, label, what, change=()):
     """One row of the plan for one detector -> [Line], or [] where it has nothing to show."""
     # The main table has more seeds and full length; the search must not touch the split "val".
     scope, change = study.scope, dict(change)
@@ -477,7 +484,7 @@ def trials(study, only=TABLES, detectors=models.DETECTORS):
     for what, (base, changes) in scope.trials.items():
         rows = (what, *WHOLE) if what in HALVES else (what,)
         needed = {scope.detectors.get(letter) for table in only
-                  for letters, _, of, _ in PLAN[table] if of in rows for letter in letters}
+                  for letters, _, of, *_ in PLAN[table] if of in rows for letter in letters}
         for detector in scope.tune_steps:
             if detector not in needed or detector not in detectors:
                 continue
@@ -508,13 +515,10 @@ def choose(done, lines):
 # Running
 # ----------------------------------------------------------------------------------------------
 
-NUMBERS = ("AP", "minutes", "params", "gflops")
-
-
 def read_result(file):
     """The JSON of a finished run. Raises ValueError when it lacks a number that tables need."""
     result = read_json(file)
-    for name in NUMBERS:
+    for name in ("AP", "minutes", "params", "gflops"):
         if not isinstance(result, dict) or not isinstance(result.get(name), (int, float)):
             raise ValueError(f"{file} holds no {name}")
     return result
@@ -608,20 +612,19 @@ def summarise(lines, done):
     tables = {}
     for line in lines:
         # By seed: a gain is a difference between two runs of the same seed.
-        results, alone = ({job.cfg.seed: done[job.name] for job in jobs if job.name in done}
-                          for jobs in (line.jobs, line.alone))
-        if not results:
+        made = {job.cfg.seed: done[job.name] for job in line.jobs if job.name in done}
+        base = {job.cfg.seed: done[job.name]["AP"] for job in line.alone if job.name in done}
+        if not made:
             continue
-        scores, base = ({seed: result["AP"] for seed, result in runs.items()}
-                        for runs in (results, alone))
-        first, *_ = made = list(results.values())
+        scores = {seed: run["AP"] for seed, run in made.items()}
+        runs = list(made.values())
         tables.setdefault(line.table, []).append({
             "detector": line.detector, "method": line.label, "steps": line.jobs[0].steps,
-            "seeds": list(results), **{name: [run[name] for run in made] for name in SHOWN},
+            "seeds": list(made), **{name: [run[name] for run in runs] for name in SHOWN},
             "gain": gain(scores, base) if line.alone else None,
-            "options": options_of(line.jobs[0].cfg), "params": first["params"],
-            "gflops": first["gflops"], "minutes": [run["minutes"] for run in made],
-            "runs": [run["name"] for run in made]})
+            "options": options_of(line.jobs[0].cfg), "params": runs[0]["params"],
+            "gflops": runs[0]["gflops"], "minutes": [run["minutes"] for run in runs],
+            "runs": [run["name"] for run in runs]})
     return tables
 
 
@@ -638,7 +641,7 @@ TITLES = {
     "schedule": "A longer schedule: the ceiling or only the speed?",
     "search": "The search for each detector's settings (split `tune`, one seed: not results)",
 }
-# What a reader of the toy's page has to know; nothing is tuned elsewhere.
+# What a reader of the toy's page has to know.
 NOTES = {
     "rivals": "Each rival's weights are the best of four trials on the split `tune` "
               "(`tuning.json`). Not equal: CLoCKDistill's are the best of eight, four with the "
@@ -781,9 +784,8 @@ def draw(tables, done, reading, folder):
                 f"{TITLES[name]}: {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}",
                 zero="student alone", chosen=("clockdistill", "both parts: clockdistill"))
     if reading:
-        always = reading.get("always")
-        answers = {name: parts for name, parts in reading.items() if name != "always"}
-        figures["reading"] = plots.reading(answers, always=always)
+        always = reading.pop("always", None)
+        figures["reading"] = plots.reading(reading, always=always)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -798,7 +800,7 @@ def write(study):
             write_json(folder / f"{name}.json", measure(study))
     speed, reading = read_json(folder / "speed.json"), read_json(folder / "reading.json")
     tables = summarise(lines, study.done)
-    # A table that only repeats the main one's runs has its own still to come.
+    # A table that only repeats runs of the main one is left out, until its own are there.
     known = {run for line in tables.get("main", ()) for run in line["runs"]}
     tables = {name: rows for name, rows in tables.items()
               if name == "main" or any(set(row["runs"]) - known for row in rows)}
@@ -839,14 +841,19 @@ def what_is_read(study):
 
     {detector: {content of the queries: look.reading}, "always": (class, its part of the objects)}
     """
-    reading = {}
+    if not study.shipped:
+        return {}
+    # The images are the same for every teacher, and a teacher encodes them once for all contents.
+    cfg = make_job(study, "dino", "student", split="tune").cfg
+    images = train.build_data(dataclasses.replace(cfg, limit=200), cfg.val_split)
+    batches = list(data.eval_loader(images, 20))
+    counts = torch.cat([labels for batch in batches for labels in batch.labels]).bincount()
+    contents = {"label": 0., "label, noise 0.25": .25, "random_label": 0., "own": 0.,
+                "random": 0., "zero": 0.}              # {name: how many of the labels are wrong}
+    reading = {"always": (images.classes[counts.argmax()], (counts.max() / counts.sum()).item())}
     for detector, path in study.shipped.items():
         teacher, _ = train.load_model(path)
-        cfg = make_job(study, detector, "student", split="tune").cfg
-        images = train.build_data(dataclasses.replace(cfg, limit=200), cfg.val_split)
-        batches = list(data.eval_loader(images, 20))
-        contents = {"label": 0., "label, noise 0.25": .25, "random_label": 0., "own": 0.,
-                    "random": 0., "zero": 0.}          # {name: how many of the labels are wrong}
+        teacher.encode = EncodeOnce(teacher.encode, 1e9)
         reading[detector] = {}
         for name, noise in contents.items():
             content, _, _ = name.partition(",")
@@ -857,9 +864,6 @@ def what_is_read(study):
             method = CLoCKDistill(width, width, content=content, label_noise=noise, box_noise=0.4,
                                   num_classes=teacher.num_classes)
             reading[detector][name] = look.reading(teacher, method, embedding, batches)
-        # The same images for every teacher.
-        counts = torch.cat([labels for batch in batches for labels in batch.labels]).bincount()
-        reading["always"] = images.classes[counts.argmax()], (counts.max() / counts.sum()).item()
     return reading
 
 
@@ -910,19 +914,24 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
         raise ValueError(f"table {scale} needs --root, the folder of the data "
                          f"({SCALES[scale].download})")
     study = open_study(scale, root, work, results, teachers, changes, teacher_floor)
-    if not plan(study, only, detectors):
-        raise ValueError(f"table {scale} has no rows in {' '.join(only)} for these detectors")
     if rebuild:
         write(study)
         return 0
+    lines = trials(study, only, detectors) + plan(study, only, detectors)
+    if not lines:
+        raise ValueError(f"table {scale} has no rows in {' '.join(only)} for these detectors")
     if dry_run:
-        lines = trials(study, only, detectors) + plan(study, only, detectors)
         needed = [*teachers_of(study, lines), *jobs_of(lines)]
         bench.print_costs(needed, measured(study), tflops)
+        # Until tuning has chosen, some rows have no options, so they are not among the runs above.
+        untuned = {line.label for line in lines if line.table == "tuning" and line.label not in
+                   choices(study, line.detector) | read_chosen(study).get(line.detector, {})}
+        if untuned:
+            print(f"Rows that wait for tuning come on top: {', '.join(sorted(untuned))}.")
         return 0
     if jobs is None:
         jobs = 1 if train.pick_device().type != "cpu" else os.cpu_count() or 1
-    return make(study, only, detectors, jobs, shard)
+    return make(study, lines, only, detectors, jobs, shard)
 
 
 def open_study(scale, root=None, work=None, results=None, teachers="shipped", changes=(),
@@ -947,7 +956,7 @@ def open_study(scale, root=None, work=None, results=None, teachers="shipped", ch
         scale, str(Path(root).resolve()) if root else "ROOT", Path(work or folder).resolve(),
         results, shipped,
         changes={name: value for name, value in train.parse(["fit", *changes]).items()
-                 if name not in ("command", "debug") and value is not None},
+                 if name not in ("command", "debug")},
         of_students={} if teacher_floor is None else {"teacher_floor": teacher_floor},
         done=read_results(results / "runs"))
 
@@ -993,11 +1002,13 @@ def check_first(study, jobs):
         train.open_student(cfg, images)
 
 
-def make(study, only, detectors, workers, shard):
+def make(study, lines, only, detectors, workers, shard):
     """Run what is missing, stage by stage, and write the pages.
 
-    A stage is planned when the one before it is done: a student's name holds its teacher's weights,
-    and a table shows what tuning chose. What other shards still have to do stops it in between.
+    lines: the rows of all stages, as far as they can be planned now.
+    A stage is planned anew when the one before it is done: a student's name holds its teacher's
+    weights, and a table shows what tuning chose. What other shards still have to do stops it in
+    between.
     """
     def stage(what, jobs):
         if missing := run_all(study, jobs, workers, shard):
@@ -1007,14 +1018,13 @@ def make(study, only, detectors, workers, shard):
                              f"{study.work}) and repeat the command")
 
     # A teacher that comes with the repository is only measured.
-    tried, rows = trials(study, only, detectors), plan(study, only, detectors)
-    teachers = teachers_of(study, tried + rows)
+    teachers = teachers_of(study, lines)
     for job in teachers:
-        file = study.shipped.get(job.cfg.detector)
-        if file and job.name not in study.done:
+        if not job.arguments and job.name not in study.done:
             images = train.build_data(job.cfg, job.cfg.val_split)
+            file = study.shipped[job.cfg.detector]
             file_result(study, job, demo.shipped_teacher(file, images, train.pick_device()))
-    check_first(study, teachers + jobs_of(tried + rows))
+    check_first(study, teachers + jobs_of(lines))
     stage("teachers", teachers)
 
     # Keep what tuning chose for the tables of other commands.

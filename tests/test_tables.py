@@ -486,6 +486,51 @@ def test_a_dry_run_counts_the_images_of_the_folder_it_is_given(toy, capsys, monk
     assert f"about {hours:.2f} GPU-hours" in line
 
 
+@pytest.mark.parametrize("results, waiting", [
+    (None, ""), ("empty", "memory, memory_location, memory_plain, with_scale, without_scale")])
+def test_a_dry_run_counts_what_has_to_run_and_tells_what_waits_for_tuning(
+        results, waiting, tmp_path, capsys, monkeypatch):
+    """The toy's teachers are shipped. Its committed tuning chose, an empty folder's did not."""
+    monkeypatch.setattr(bench, "untrained", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(bench, "training_bytes", lambda *_: 1e9)
+    monkeypatch.setattr(models, "gflops", lambda *_: 1.0)
+    where = ["--results", str(tmp_path / results)] if results else []
+    assert train.main(["table", "toy", "--dry-run", *where]) == 0
+    said = capsys.readouterr().out
+    here = tables.open_study("toy", results=tmp_path / results if results else None)
+    jobs = tables.jobs_of(tables.trials(here) + tables.plan(here))
+    assert said.count(" core-hours, 1.0 GB") == len(jobs) and f"\n{len(jobs)} runs, " in said
+    told = said.partition("Rows that wait for tuning come on top: ")[2]
+    assert "-teacher-" not in said and told == (f"{waiting}.\n" if waiting else "")
+
+
+def test_teachers_are_asked_about_the_same_images_each_encoded_once(toy, tmp_path, monkeypatch):
+    opened, encoded, build = [], [], data.build
+    monkeypatch.setattr(data, "build", lambda *words, **given: (
+        opened.append(words), build(*words, **given))[1])
+    class Counting(tables.EncodeOnce):
+        def __init__(self, encode, room):
+            super().__init__(lambda *one: (encoded.append(len(one[0])), encode(*one))[1], room)
+    monkeypatch.setattr(tables, "EncodeOnce", Counting)
+    shipped = {name: train.SHIPPED_TEACHERS[name] for name in ("dab_detr", "dino")}
+    here = dataclasses.replace(study(tmp_path, shipped=shipped), root=str(toy))
+    reading = tables.what_is_read(here)
+    assert len(opened) == 1 and encoded == [1] * 4 * len(shipped)
+    images = build("toy", toy, "tune")
+    kind, part = reading["always"]
+    labels = images.labels[images.labels >= 0]
+    assert part == pytest.approx((labels == images.classes.index(kind)).double().mean().item())
+    assert list(reading["dab_detr"]) == ["random_label", "own", "random", "zero"]
+    # The same numbers as without keeping memories.
+    teacher, _ = train.load_model(shipped["dino"])
+    method = tables.CLoCKDistill(64, 64, content="label", box_noise=0.4)
+    batches = list(data.eval_loader(images, 20))
+    alone = tables.look.reading(teacher, method, teacher.label_embedding, batches)
+    assert reading["dino"]["label"] == {name: pytest.approx(value, abs=1e-5)
+                                        for name, value in alone.items()}
+    assert tables.what_is_read(study(tmp_path)) == {}               # no teacher, nothing to open
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
