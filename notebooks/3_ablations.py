@@ -296,7 +296,7 @@ forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 #   trained twice, and the two trainings differ by rounding alone: M and S are behind the first, and
 #   undecided against the second. (Why S costs AP is not tested. Perhaps because the coarsest level,
 #   ten cells, weighs as much as the finest.)
-# - **Target-aware queries** teach Deformable DETR less than random ones. (Minus no teacher they
+# - **Target-aware queries** teach Deformable DETR less than random ones. (Against no teacher they
 #   gain .013.)
 # - **Contents.** The learned ones gain .008 on a random row per class; .029 on one random row,
 #   which is undecided: the larger difference is the less certain one.
