@@ -256,11 +256,11 @@ figure
 
 # %%
 COPY, M, M_AND_S = "memory, every token alike", "+ location mask", "+ scale mask"
-AGAIN = "fitnets"                                        # the same copy, trained a second time
+HEAVIER = "fitnets"                                # the same copy with four times the weight
 MEMORY, LOGITS = "the memory part, as chosen", "the logit part, as chosen"
 BOTH, WITH_S = "both parts: clockdistill", "clockdistill with the scale mask"
 DINO, DEFORMABLE = (rows(TOY, "ablation", key) for key in ("dino", "deformable_detr"))
-DEFORMABLE[AGAIN] = RIVALS[AGAIN]
+DEFORMABLE[HEAVIER] = RIVALS[HEAVIER]
 parts = {
     "One part, minus alone": {
         "memory part": difference(DEFORMABLE, M, "none"),
@@ -273,7 +273,7 @@ parts = {
     "Masks": {
         "M, minus a plain copy": difference(DEFORMABLE, M, COPY),
         "M and S, minus a plain copy": difference(DEFORMABLE, M_AND_S, COPY),
-        "M and S, minus that copy again": difference(DEFORMABLE, M_AND_S, AGAIN),
+        "M and S, minus a heavier copy": difference(DEFORMABLE, M_AND_S, HEAVIER),
         "both parts with S, minus without": difference(DEFORMABLE, f"both parts: {WITH_S}", BOTH),
         "the same, full length": difference(MAIN["deformable_detr"], WITH_S, "clockdistill"),
         "the same, full length, DINO": difference(MAIN["dino"], WITH_S, "clockdistill")},
@@ -292,9 +292,9 @@ forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 # - **The memory part** gains alone, in both detectors. What **the logit part** adds to it is
 #   undecided: an effect of .03 either way would not show.
 # - **M** against a plain copy is undecided. **S costs AP at the weights tried**: with both parts
-#   two of three bars say so. Is the memory part with M and S behind a plain copy? That copy was
-#   trained twice, and the two trainings differ by rounding alone: M and S are behind the first, and
-#   undecided against the second. (Why S costs AP is not tested. Perhaps because the coarsest level,
+#   two of three bars say so. Is the memory part with M and S behind a plain copy? It was
+#   trained with two weights, one four times the other: M and S are behind the lighter copy, and
+#   undecided against the heavier. (Why S costs AP is not tested. Perhaps because the coarsest level,
 #   ten cells, weighs as much as the finest.)
 # - **Target-aware queries** teach Deformable DETR less than random ones. (Against no teacher they
 #   gain .013.)
