@@ -391,15 +391,15 @@ plots.detections(pictures, shown, {}, frames.classes)
 #    their gain may be speed, too.)
 # 2. **A curve that flattens need not be at its end.** The picture below shows it.
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
-#    above the student. Asked with target-aware queries after 1,200 of its 3,200 steps, it named 98 %
-#    of the classes right from an image's own memory. From another image's memory it named 44 %:
-#    less than always *Car* (64 %).
+#    above the student. Asked with target-aware queries after 1,200 of its 3,200 steps, it named
+#    98 % of the classes right from an image's own memory. From another image's memory it named
+#    44 %: less than always *Car* (64 %).
 # 4. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high, and
 #    after 1,600 steps AP is .122 for small objects, .379 for large ones. At 160 x 530 a step takes
 #    1.6 times as long.
 # 5. **A lambda does not carry over.** For a memory gradient of the same length, in proportion to
 #    detection's, the three detectors of [notebook 5](5_copy_into_your_code.ipynb) need a
-#    $\lambda_{mem}$ from some 1,800 to some 40,000. So the recipes set this *ratio* ([notebook
+#    $\lambda_{mem}$ from some 1,800 to over 40,000. So the recipes set this *ratio* ([notebook
 #    1](1_the_method.ipynb) says how).
 # 6. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
 #    2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
