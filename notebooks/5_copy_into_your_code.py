@@ -299,11 +299,11 @@ def ask_rt_detr(detector, content, boxes, attend, alone=False):
 # ### Other codebases
 #
 # **Your own code?** If you may change the decoder, you need no hook: let it take a mask and more
-# queries, and return the same answer.
+# queries, and return what `answer` holds.
 #
 # DETR and Conditional DETR of `transformers` 5.24 and DINO of MMDetection 3.3 were distilled once
 # (on a CPU): their own answers moved by less than 1e-6, and Conditional DETR passed the whole
-# checklist. What their decoders lack:
+# checklist. What the decoders of the first two lack:
 #
 # - **No mask** (Conditional DETR). Set it in a hook on each self-attention: `at_self_attention`.
 # - **No shapes** (DETR, Conditional DETR). Read them off the input of `model.input_projection`.
@@ -442,8 +442,8 @@ assert weight["softmax"] < 0.02 and weight["bernoulli"] > 0.98
 # for 8 steps; the ratios measured there give both lambdas.
 #
 # Copy `is_detection`, `gradients_of`, `length`, `gradient_ratio`, `process_count` and `Balance`
-# from [train.py](../train.py); they need torch and `math`. Name your own losses `loss_...`: that is
-# how they are told from the method's.
+# from [train.py](../train.py); they need `math`, torch and `torch.distributed as dist`. Name your
+# own losses `loss_...`: that is how they are told from the method's.
 
 # %%
 def weigh(case, optimizer):
