@@ -498,7 +498,7 @@ for name, case in cases.items():
 plots.lines(own, "step", "own loss, % of the first", "Six images, sixty steps: the own loss")
 
 # %% [markdown]
-# The lone student ends ahead in all three. That is no bad sign: it has nothing else to learn. The
+# Here the lone student ends ahead in all three. That is no bad sign: it has nothing else to learn. The
 # wiring is right when all four terms of the method fall, as here, and the checklist says yes.
 #
 # **A gain shows only in AP on other images.** Train both for a third of your steps, and compare. If
@@ -767,7 +767,26 @@ for refine in (False, True):                              # one-stage Deformable
 #
 # ## Exercises
 #
-# **1.** `transformers` freezes the ResNet of a fresh Deformable DETR as a whole. Do that to the
+# **1.** With `confidence=False` every answer has the weight 1 in place of the teacher's confidence,
+# which is a third on average for the dense DETR. *Predict before you run it*: which of `memory`,
+# `cls`, `l1`, `giou` grow, which shrink, which stay, and by about which factor?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# case, (_, _, options) = cases["dense DETR"], choices["dense DETR"]
+# equal = CLoCKDistill(32, 64, at_least=1, confidence=False, **options)
+# weighted = CLoCKDistill(32, 64, at_least=1, **options)
+# a, b = (step(variant(case, distill=distill)).terms for distill in (equal, weighted))
+# factors = {key: (a[key] / b[key]).item() for key in a}
+# print(factors)
+# assert factors.pop("memory") == 1 and all(2 < factor < 5 for factor in factors.values())
+# ```
+# `memory` stays: the confidence is not in it. The others grow about threefold, by one over a mean
+# confidence, a different mean for each term. So $\lambda_{log}$ has to be set anew.
+# </details>
+#
+# **2.** `transformers` freezes the ResNet of a fresh Deformable DETR as a whole. Do that to the
 # student. Which check finds it? Does anything crash?
 #
 # <details><summary>Answer</summary>
@@ -783,7 +802,7 @@ for refine in (False, True):                              # one-stage Deformable
 # backbone gives them.
 # </details>
 #
-# **2.** Your student has six decoder layers, the teacher three. From which teacher layer does each
+# **3.** Your student has six decoder layers, the teacher three. From which teacher layer does each
 # student layer learn? What would `layers="last"` change?
 #
 # <details><summary>Answer</summary>
