@@ -19,11 +19,11 @@
 # - choose the weights of the two losses for your own data (part 3);
 # - say what is shown about each part of the method, and what is not (the last section).
 #
-# Each equation stands beside the lines that compute it; one assert shows that
-# [clockdistill.py](../clockdistill.py) gives the same. A mark at each choice says how sure it is
-# that the paper does so: **[A]** the paper's abstract says it · **[T]** third parties say it ·
-# **[P]** the authors' earlier public code does it · **[O]** our own choice. Only [A] is certain. A
-# table at the end lists all of them.
+# Each equation stands beside the lines that compute it, and an assert shows that
+# [clockdistill.py](../clockdistill.py) gives the same. Of the paper only the abstract was read. So
+# each choice has a mark that says where it comes from: **[A]** the abstract · **[T]** third parties
+# who describe the paper · **[P]** the authors' earlier public code · **[O]** our own choice. Only
+# [A] is certain. A table at the end lists all choices.
 
 # %%
 import copy
@@ -77,13 +77,13 @@ assert AP[0] > AP[2] > AP[1] + 0.1
 plots.detections([picture], [truth], results, val.classes)
 
 # %% [markdown]
-# *Look at the two pedestrians: the student alone misses both (dotted), because its boxes there have
-# scores of .36 and .34, below the threshold of .4. The distilled one is sure enough.* This scene
-# was picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 %
-# interval +0.106 to +0.158; [results](../results/README.md)).
+# *Look at the two pedestrians: the student alone misses both (dotted). Its boxes there have scores
+# of .36 and .34, below the threshold of .4. The distilled one is sure enough.* This scene was
+# picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 % interval
+# +0.106 to +0.158; [results](../results/README.md)).
 #
-# This student goes without two pieces that belong to the method as it is described [T]. Both are
-# opened below: the mask $S$ in part 1, the label as a query's content in part 2.
+# This student goes without two pieces of the method as it is described [T]: the mask $S$ (part 1),
+# and the label as a query's content (part 2).
 #
 # ## A DETR, and the method, in one drawing
 
@@ -99,9 +99,8 @@ plots.method_drawing()
 #   *reference box*. Layer by layer it reads the memory and corrects its class and its box.
 # - A detector's **own queries** do the detecting. Their answers are matched to the ground truth one
 #   to one, which gives $L_\mathrm{detection}$.
-# - The method teaches two things more: to remember what the teacher does, where the objects are
-#   ($L_\mathrm{mem}$, part 1), and to answer **target-aware queries** as the teacher does
-#   ($L_\mathrm{log}$, part 2).
+# - The method adds two losses: $L_\mathrm{mem}$ compares the memories (part 1), $L_\mathrm{log}$
+#   the answers to **target-aware queries** (part 2).
 #
 # Detectors differ in where their own queries start and in how these read the memory. Between DETR
 # and DINO stand [DAB-DETR](https://arxiv.org/abs/2201.12329) and [Deformable
@@ -112,7 +111,7 @@ plots.method_drawing()
 # | DETR | none: a learned position vector | all tokens |
 # | DAB-DETR | learned, the same in every image | all tokens |
 # | Deformable DETR | learned points, the same in every image (or proposals) | places near it |
-# | DINO | **proposals of the encoder**, others in every image | places around it |
+# | DINO | **proposals of the encoder**, different in every image | places around it |
 #
 # ## DINO's forward pass, opened
 #
@@ -279,7 +278,7 @@ with torch.no_grad():
 # teacher's head cannot read the memory of a student that was trained alone: the two models know
 # similar things and write them in other directions (the mean cosine of their tokens is near 0;
 # [notebook 2](2_attention_maps.ipynb) translates them by a linear map). The distilled student
-# writes in the teacher's words: the teacher's head reads its memory like its own.
+# writes in the teacher's words.
 
 # %%
 with torch.no_grad():
@@ -311,8 +310,9 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
                       "Who can read whose memory?", high=0.6)
 
 # %% [markdown]
-# *In three panels the cells of the four objects stand out. In the third, the teacher's head reads
-# noise in the lone student's memory; in the fourth, it reads the distilled student's.*
+# *Bottom left, the teacher's head reads noise in the lone student's memory. In the other three
+# panels the cells of the four objects stand out: bottom right, the teacher's head reads the
+# distilled student's memory like its own.*
 #
 # Where should the student copy best? Where the objects are [A]. Two masks say where that is.
 #
@@ -370,9 +370,9 @@ for some in two_boxes, two_boxes[:0]:                                   # two ob
 #
 # $A^\mathrm{tea}$ and $A^\mathrm{stu}$ are the memories. The square sums over channels; levels are
 # summed; the sum is divided by the number of images [O]. Where the models' widths differ, $f$ is a
-# linear map that is trained with the student, else nothing [O]. So on each level every object that
-# no smaller box overlaps adds $\alpha$ times its *mean* error, and the background adds $\beta$
-# times its mean error.
+# linear map that is trained with the student; else it is the identity [O]. So on each level every
+# object that no smaller box overlaps adds $\alpha$ times its *mean* error, and the background adds
+# $\beta$ times its mean error.
 #
 # By hand: two boxes on a map of 4 x 6 cells, a large one of 2 x 3 cells and a small one of one cell
 # in its corner. The squared error is 9 in the small box, 5 in the rest of the large one, 2 outside.
@@ -412,14 +412,15 @@ print(f"mean error: {error[M].mean():.0f} on objects, {error[~M].mean():.0f} on 
 plots.location_masks(picture, truth["boxes"], levels)
 
 # %% [markdown]
-# *At level 0 the two pedestrians are the brightest, though they are the smallest.* Objects have 79
-# and not 80 % of $S$, since the cars overlap. At level 2 the boxes touch every cell: there is no
-# background, and two fifths of the image count as pedestrian.
+# *At level 0 the two pedestrians are the brightest, though they are the smallest.* Four objects and
+# the background would each have a fifth of $S$; since the cars overlap, the objects have 79 instead
+# of 80 %. At level 2 the boxes touch every cell: there is no background, and two fifths of the
+# image count as pedestrian.
 #
 # **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
-# That may be due to level 2, or to these weights: the heaviest of three won (neither is tested). In
-# a KITTI image most cells are background. The recipes for KITTI and COCO keep $S$; whether it helps
-# there is not known.
+# Level 2 may be the reason, or these weights: with $S$ the heaviest that was tried won (neither is
+# tested). In a KITTI image most cells are background. The recipes for KITTI and COCO keep $S$;
+# whether it helps there is not known.
 #
 # ## What each mask does
 #
@@ -466,10 +467,11 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # the answer away ([notebook 3](3_ablations.ipynb) measures it). So the student at the top was asked
 # with the teacher's *learned* contents instead, query $i$ with the $i$-th (`content="own"`).
 #
-# Each object may be asked for in $G$ *groups* [P: 3], with noise on the boxes [P: none]. The
-# queries stand object by object: query $i$ asks for object $\lfloor i / G \rfloor$, and its group
-# is $g_i = i \bmod G$. In a batch, images with fewer objects have *padding rows*, where $v_i = 0$;
-# else $v_i = 1$. Query $i$ may attend to query $j$ where $m_{ij} = 1$:
+# Each object may be asked for $G$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
+# group asks from other boxes. The queries stand object by object: query $i$ asks for object
+# $\lfloor i / G \rfloor$, and its group is $g_i = i \bmod G$. In a batch, images with fewer objects
+# have *padding rows*, where $v_i = 0$; else $v_i = 1$. Query $i$ may attend to query $j$ where
+# $m_{ij} = 1$:
 #
 # $$m_{ij} = 1 \text{ if } (g_i = g_j \text{ and } v_i v_j = 1) \text{ or } i = j,
 #   \text{ else } 0$$
@@ -513,11 +515,11 @@ plots.self_attention({"the scene, 4 objects": attend[0], "the other image, 2 obj
 # | **learned** | no | yes | no |
 # | **target-aware** | no | no | its own group, as above |
 #
-# Target-aware queries do not even see the learned ones [O]. So the student's are decoded just as
-# the teacher's, which has nothing else in its pass.
+# Target-aware queries do not even see the learned ones [O]. So the student decodes them just as the
+# teacher does, which has nothing else in its pass.
 #
-# **Claim.** Learned queries see learned ones only. So the detections are the same with and without
-# target-aware queries. (The wiring is tested for all three detectors in `tests/test_models.py`.)
+# **Claim.** The detections are the same with and without target-aware queries, since learned
+# queries see learned ones only. (`tests/test_models.py` tests this for all three detectors.)
 
 # %%
 queries = target_queries(batch.labels, batch.boxes, teacher.label_embedding, groups=2)
@@ -574,11 +576,11 @@ assert mean["target-aware"] - half["target-aware"] > mean["learned"] + half["lea
 plots.joined_boxes(picture, panels, "The two models' answers to queries of the same number")
 
 # %% [markdown]
-# *Left, learned query 0 is one car for the teacher and the other for the student (the white line
-# joins the two answers), and so is query 1. Right, the two answers to a target-aware query lie on
-# each other.* So they can be compared one by one, without matching. This is the "consistent" of the
-# paper's title [A]. Much of the overlap (0.84 against 0.41) is built in, because both start from
-# the true box; notebook 2 measures how much of their *attention* agrees.
+# *Left, learned queries 0 and 1 are swapped: each is one car for the teacher and the other car for
+# the student (a white line joins the two answers to a query). Right, the two answers to a
+# target-aware query lie on each other.* So they can be compared one by one, without matching. This
+# is the "consistent" of the paper's title [A]. Much of the overlap (0.84 against 0.41) is built in,
+# because both start from the true box; notebook 2 measures how much of their *attention* agrees.
 #
 # ## The logit loss $L_\mathrm{log}$, opened
 #
@@ -660,11 +662,11 @@ plots.stacked(parts, "part of L_log, all layers",
               "What each of the scene's four objects costs the student", "{:.2f}".format)
 
 # %% [markdown]
-# *The car of which the teacher is most sure costs most.* Most of it is the class: this student has
-# never read the teacher's embedding, so its classes are off, and $L_\mathrm{log}$ will teach it.
+# *The car of which the teacher is most sure costs most.* Most of it is the class: this student was
+# never asked with the teacher's embedding, so its classes are off.
 #
-# The names have the last layer's $w$; the bars add up both layers. In the middle layer, from which
-# the student's first one learns, $w$ is only .05 to .22, for objects that were the teacher's best
+# The $w$ beside a bar is that of the teacher's last layer. In its middle layer, from which the
+# student's first one learns, $w$ is only .05 to .22, although these objects were the teacher's best
 # proposals. (Why? See exercise 3.)
 #
 # # Part 3: both
@@ -698,14 +700,15 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # The norms are over the student's parameters that both losses reach. In the first 8 steps of a run
 # the student trains alone while the ratios are measured. So, on data of your own:
 #
-# 1. **Start with memory 50, answers 1**, the default of all recipes but the toy's:
-#    `python train.py distill --recipe small-student ... --balance memory=50 cls+l1+giou=1`.
+# 1. **Start with memory 50, answers 1**: `--balance memory=50 cls+l1+giou=1`, the default of all
+#    recipes but the toy's.
 # 2. **Read the gradient norms** that a run logs every 200 steps. A part without one is not
 #    connected. If the detection loss stops falling, the ratios are too large (a rule of thumb, not
 #    measured).
-# 3. **If you can afford trials**, try memory 3, 12 and 50, with answers a fiftieth of it (1/16,
-#    1/4, 1), and the best of them without $S$ (`scale=False`). Train each for a quarter of the
-#    steps, and compare on a tuning split that no table reports. If they tie, take the default.
+# 3. **If you can afford trials**, try memory 3, 12 and 50, with answers at a fiftieth of each
+#    (1/16, 1/4, 1), then the best of the three without $S$ (`scale=False`). Train each for a
+#    quarter of the steps. Compare on a tuning split that no table reports. If they tie, take the
+#    default.
 #
 # Why 50? It did well on both sets of images. With DINO, one seed each
 # ([PLAN.md](../results/kitti/PLAN.md#weights-of-the-parts-one-rule)):
@@ -713,12 +716,14 @@ assert_close(sum(added.values()), L_mem + L_log, rtol=1e-4, atol=1e-5)
 # | tried on | memory's ratio | AP |
 # |---|---|---|
 # | real KITTI, $S$, a quarter of the steps | 3.1, 12.5, 50, 200 | .200, .199, .194, .128 |
-# | toy, no $S$, 400 steps, lambdas by hand | 14, 56, 224 | .163, .222, .203 |
-# | the same, by the rule | 50; no teacher | .195; .107 |
+# | toy, no $S$, 400 steps, lambdas chosen by hand | 14, 56, 224 | .163, .222, .203 |
+# | toy, no $S$, 400 steps, lambdas by the rule | 50 | .195 |
+# | toy, 400 steps, no teacher | none | .107 |
 #
 # On KITTI ratios from 3 to 50 tie and 200 is too much; on the toy 14 does worse. (50 and 56 are
-# nearly the same run: .195 and .222 show how far one run can be off.) With Deformable DETR and
-# DAB-DETR the toy's best lambdas are ratios of 19 and 129; the answers' are about 1 in all three.
+# nearly the same run: .195 and .222 show how far one run can be off.) For Deformable DETR and
+# DAB-DETR the toy's best memory lambdas mean ratios of 19 and 129. The answers' ratio is about 1
+# for all three.
 #
 # Here is the ratio of one step by hand, on a fresh student and 8 training images.
 
@@ -749,7 +754,7 @@ assert_close(ratio.item(), train.gradient_ratio(losses, ["memory"], parameters),
 # pass of the student, with all losses.
 #
 # **Claim.** They lower the memory loss and leave the teacher as it was. The rule gives memory's
-# gradient the wanted ratio over the 8 steps in which it measures, and not longer.
+# gradient the wanted ratio over the 8 steps in which it measures, and no longer.
 
 # %%
 unchanged = train.fingerprint(teacher)
@@ -775,17 +780,16 @@ print("weights:", {part: round(weight, 2) for part, weight in weights.items()})
 print(f"lambda_mem L_mem: {history[8]:.0f} when it starts, {history[-1]:.0f} at the end")
 assert history[-1] < 0.8 * history[8] and train.fingerprint(teacher) == unchanged
 assert_close(pulls[:8].log().mean().exp(), torch.tensor(50.), rtol=1e-3, atol=0)
-assert pulls.max() > 70 > 35 > pulls[-1]            # ... and not longer
+assert pulls.max() > 70 > 35 > pulls[-1]            # ... and no longer
 curves = {"with the weight that the first 8 steps gave": pulls, "wanted": [50.] * len(pulls)}
-plots.lines({"memory's gradient norm, times detection's": curves}, "training step", "ratio",
+plots.lines({"memory's gradient norm over detection's": curves}, "training step", "ratio",
             "How hard the memory part pulls")
 
 # %% [markdown]
 # *The first eight points are those that the rule measured; their geometric mean is 50.* Step 0
-# alone would have given 1,160. (Clipping scales all gradients of a step alike and leaves the ratio
-# as it is.) Then the ratio goes its own way: the rule says where a run starts, not what it keeps.
-# Nor does 50 mean that memory rules the whole student: its gradient never reaches the decoder and
-# the heads, which learn from detection and the answers.
+# alone would have given a weight of 1,160, not some 690. Then the ratio goes its own way: the rule
+# says where a run starts, not what it keeps. Nor does 50 mean that memory rules the whole student:
+# its gradient never reaches the decoder and the heads.
 #
 # # Every choice, and how sure it is
 #
@@ -796,19 +800,20 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # | distil the encoder's memory, weighted by objects' locations | [A] | `lambda_mem`, `location` |
 # | $M$, $S$; alpha = 5e-5, beta = 1e-7 | [T] | `scale`, `alpha`, `beta` |
 # | queries from the ground truth, the same for both decoders | [A] | `lambda_log`, `target` |
-# | not learned; content from the label | [T, P] | `content` |
+# | their content: the label's embedding, not a learned one | [T, P] | `content` |
 # | no noise on boxes and labels | [P] | `box_noise`, `label_noise` |
 # | one group ([P]: 3) | [O] | `groups` |
-# | no random queries, not the learned ones ([P]: 300, on) | [O] | `random_queries`, `learned` |
+# | no random queries ([P]: 300), nor the teacher's learned ones ([P]: these too) | [O] | `random_queries`, `learned` |
 # | target-aware queries do not see the learned ones | [O] | `sees_learned` |
 # | 1 KL + 5 L1 + 2 (1 - GIoU) | [T, P] | `cls_weight`, `l1_weight`, `giou_weight` |
 # | times the teacher's confidence, summed over layers | [T, P] | `confidence`, `layers` |
 # | temperature 10, times its square | [P] | `temperature` |
-# | KL of yes or no for each class, over the count of valid queries | [O] | `classes`, `normalise` |
+# | KL of a yes or no for each class; divided by the number of valid queries | [O] | `classes`, `normalise` |
 # | both lambdas | [O] | `lambda_mem`, `lambda_log` |
 #
-# [O] without a switch: the cells of a box; sums over channels and levels; division by images; the
-# map of widths; a frozen embedding, the teacher's; the true box as reference; the pairs of layers.
+# [O] without a switch: which cells a box touches; sums over channels and levels; division by the
+# number of images; the linear map between widths; the embedding is the teacher's, frozen; the
+# reference box is the true box; which layers are paired.
 #
 # Three settings side by side, all for DINO, without random queries. *own* is the teacher's learned
 # contents; *confidence* divides by the summed $w$, *queries* by their number.
@@ -856,7 +861,7 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 #
 # A has 4 cells, B has 6, and they share cell (1, 1), which the smaller box A wins. The background
 # has 3 cells, where $M$ is 0. B keeps 5 of its 6 cells: 5/6. The queries are A in group 0, A in
-# group 1, B in group 0, B in group 1, so each sees every other row.
+# group 1, B in group 0, B in group 1: rows 0 and 2 see each other, and so do rows 1 and 3.
 #
 # ```python
 # A, B = [1 / 4, 1 / 3, 2 / 4, 2 / 3], [2.5 / 4, 2 / 3, 3 / 4, 2 / 3]      # cx, cy, w, h
@@ -877,9 +882,9 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 #
 # <details><summary>Answer</summary>
 #
-# `groups=3` changes nothing: without noise the groups are alike and cannot see one another, so each
-# answer counts three times, over three times as many queries. `normalise="batch"` divides by 1
-# image where "queries" divides by 4 queries: four times the loss.
+# `groups=3` changes nothing: without noise the groups are alike and cannot see one another. Each
+# answer counts three times, and the sum is divided by three times as many queries.
+# `normalise="batch"` divides by 1 image instead of 4 queries: four times the loss.
 #
 # ```python
 # for option, factor in (dict(groups=3), 1), (dict(normalise="batch"), 4):
@@ -896,12 +901,13 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # ```
 # </details>
 #
-# **3. Why is the teacher so unsure in its middle layer?** In training its denoising queries, also
-# made of true boxes, see its learned queries; target-aware ones do not. Let them, and look at $w$.
+# **3. Why is the teacher so unsure in its middle layer?** A suspicion: in its training the queries
+# made of true boxes (denoising) saw its learned queries, and target-aware queries do not. Let them,
+# and look at $w$.
 #
 # <details><summary>Answer</summary>
 #
-# It was .05 to .22 and is .59 to .91. So for these four queries the mask is a reason. The switch
+# It was .05 to .22 and is .59 to .91: for these four queries the mask is a reason.
 # `sees_learned=True` trains so; no table has it.
 #
 # ```python
@@ -919,14 +925,16 @@ plots.lines({"memory's gradient norm, times detection's": curves}, "training ste
 # </details>
 #
 # **4. From memory.** Draw DINO's forward pass on paper. Where do the reference boxes of its own
-# queries come from, and those of the target-aware ones? Your loss has a memory part whose gradient
-# is a tenth of detection's: which lambda do you start with? What is shown about $M$?
+# queries come from, and those of the target-aware ones? In your training, with lambda 1, the memory
+# part's gradient is a tenth of detection's: which lambda do you start with? What is shown about
+# $M$?
 #
 # <details><summary>Answer</summary>
 #
-# The drawing stands in "DINO's forward pass, opened". Its own boxes are the proposals of the 24
-# best tokens of the memory; the target-aware ones are the true boxes. Lambda is 50 / 0.1 = 500
-# times what it was. $M$ is undecided: without $S$ it has +0.003 (-0.020 to +0.027) on a plain copy.
+# The drawing stands in "DINO's forward pass, opened". The boxes of its own queries are the
+# proposals of the 24 best tokens of the memory; those of the target-aware queries are the true
+# boxes. Lambda is 50 / 0.1 = 500. Whether $M$ helps is undecided: against a plain copy it gains
+# +0.003 (-0.020 to +0.027), without $S$.
 # </details>
 #
 # **Next:** [what the memory holds, and where decoders look](2_attention_maps.ipynb), [the

@@ -2,16 +2,15 @@
 # # 2 What the memory holds, and where decoders look
 #
 # A distilled student copies two things: what the teacher's encoder **remembers** of an image, and
-# what its decoder **answers** when both are asked about the same objects. Did it work? Here we look
-# into [DAB-DETR](https://arxiv.org/abs/2201.12329), [Deformable
-# DETR](https://arxiv.org/abs/2010.04159) and [DINO](https://arxiv.org/abs/2203.03605): the teacher,
-# the student trained alone, the same student distilled, and, for comparison, an untrained one. None
-# was trained on the images shown. ([Notebook 1](1_the_method.ipynb) opens the method; read it
-# first.)
+# what its decoder **answers** when both are asked about the same objects ([notebook
+# 1](1_the_method.ipynb) explains how; read it first). Did it work? Here we look into
+# [DAB-DETR](https://arxiv.org/abs/2201.12329), [Deformable DETR](https://arxiv.org/abs/2010.04159)
+# and [DINO](https://arxiv.org/abs/2203.03605): the teacher, the student trained alone, the same
+# student distilled, and, for comparison, an untrained one. None was trained on the images shown.
 #
 # Four things to take home, each measured below:
 #
-# 1. The distilled memory, untouched, is closer to the teacher's than a lone student's memory after
+# 1. The distilled memory, as it is, is closer to the teacher's than a lone student's memory after
 #    the best linear map. It is closest on objects.
 # 2. An attention map need not lie on the object. Dense attention here mostly does not.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
@@ -20,8 +19,8 @@
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right.
 #
-# Numbers are mean ± half of the 95 % interval, over images. Each student is one run: the intervals
-# do not include the scatter between seeds.
+# Numbers are mean ± half of the 95 % interval over images. Each student is one run: the intervals
+# leave out the scatter between seeds.
 
 # %%
 import os
@@ -65,12 +64,12 @@ val, tune = (data.build("toy", "datasets/toy", split) for split in ("val", "tune
 #
 # The memory is the encoder's output: a token of 64 numbers for each cell. All tokens are about
 # $\sqrt{64} = 8$ long, because each encoder layer ends in a LayerNorm: what a token holds is in its
-# direction. To see directions, take the teacher's tokens of the finest level, find their three
-# principal components, and paint these as colours. All panels have these same three axes: the same
-# colour is the same direction.
+# direction. To see directions, paint the three principal components of the teacher's tokens (finest
+# level) as light against dark, blue against yellow, red against green. All panels have these three
+# axes: the same colour is the same direction.
 #
 # A student trained alone has directions of its own, which would look like noise. So it gets help:
-# the linear map from its memory to the teacher's that is best (least squares) on 60 other images.
+# the linear map from its memory to the teacher's that fits best (least squares) on 60 other images.
 # The distilled student is shown as it is.
 
 # %%
@@ -113,7 +112,7 @@ plots.memory_colours(picture, truth["boxes"],
 #
 # $A_p^\mathrm{tea}$ is the teacher's token at $p$, $\bar A^\mathrm{tea}$ the mean over the same
 # tokens, and $\hat A_p$ what the student has instead. How much can be had without a look at the
-# image? *Place alone* is the teacher's mean token of each cell, over the 60 other images.
+# image? *Place alone* answers with the teacher's mean token of each cell, over the 60 other images.
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
 # student's after the best linear map. That holds on objects and on the background; it explains most
@@ -150,17 +149,16 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
            marks={"place alone": MARK, "untrained, mapped": GREY}, one_scale=True)
 
 # %% [markdown]
-# *Compare the green dots with the orange ones.* The lead is larger on objects in all three: .45,
-# .40 and .25, against .05, .25 and .10 on the background. The background gains too, although its
-# cells weigh 1/500 of an object's: perhaps because the same encoder writes both (not tested). *And
-# see the black bars:* of the background DAB-DETR's lone student explains no more than place alone
-# (.70 both).
+# *Compare the green dots with the orange triangles.* The lead is larger on objects in all three.
+# The background gains too, although its cells weigh 1/500 of an object's: perhaps because the same
+# encoder writes both (not tested). *And see the black bars:* on the background DAB-DETR's lone
+# student explains no more than place alone (.70 both).
 #
 # # Where decoders look
 #
-# In each decoder layer a query weighs places of the memory. Deformable DETR and DINO sample a few
-# points on each level, around where the query supposes its object. DAB-DETR weighs every cell of
-# one map. `models.record` collects these weights during a forward pass:
+# In each decoder layer a query weighs places of the memory. In Deformable DETR and DINO it samples
+# a few points on each level, around where it supposes its object. In DAB-DETR it weighs every cell
+# of one map. `models.record` collects these weights during a forward pass:
 
 # %%
 image, target = val[SCENE]
@@ -174,11 +172,12 @@ assert last.points.shape == last.weights.shape + (2,)                   # x and 
 
 # %% [markdown]
 # For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
-# learned query with the largest product of its answer's IoU with the object and its score for the
-# object's class. *Asked* is the target-aware query, made of the true box and of the teacher's
-# learned contents, the same for all models. To compare maps, all attention is counted on a grid of
-# cells, as the mean over heads: a sampling point's weight is shared between the cells whose centres
-# surround it, a dense weight is spread evenly over its cell.
+# model's own query that fits the object best: the one with the largest product of its box's IoU
+# with the object and its score for the object's class. *Asked* is the target-aware query, made of
+# the true box and the teacher's learned content, the same for all models. To compare maps, all
+# attention is counted on one grid of cells, as the mean over heads: a sampling point's weight is
+# shared between the cells whose centres surround it, a dense weight is spread evenly over its own
+# cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
@@ -217,8 +216,8 @@ plots.around_object(panels, "Where each teacher's own query for one car looks")
 # there at once:* it starts from a box that the encoder proposed.
 #
 # **Claim.** In the last layer most of the attention of sampling points lies in the object's box,
-# and most of DAB-DETR's outside. (It is still several times the box's share of the image.) An
-# attention map is not a segmentation.
+# and most of DAB-DETR's lies outside. (Its .22 inside is still four times the box's share of the
+# image.) An attention map is not a segmentation.
 
 # %%
 def inside(gaze, layer):
@@ -244,11 +243,10 @@ for name in families:
 #
 # $$\mathrm{agreement}(a, b) = \sum_p \min(a_p, b_p)$$
 #
-# 1 is the same map, 0 nothing in common. Two maps of one object overlap anyway, so a number needs
-# something to be read against.
+# 1 is the same map, 0 nothing in common. But any two maps of one object overlap.
 #
-# **The baseline, here and below, is uniform attention over the true box.** It needs the box, which
-# is given, and no learning. A model that looks where the teacher looks should agree with the
+# So read agreement against a **baseline: uniform attention over the true box.** It needs the box,
+# which is given, and no learning. A model that looks where the teacher looks should agree with the
 # teacher more than this baseline does.
 
 # %%
@@ -282,20 +280,17 @@ for name in "Deformable DETR", "DINO":
 plots.around_object(panels, "All are asked about the car (last decoder layer, cells of 2 pixels)")
 
 # %% [markdown]
-# *Deformable DETR's distilled student answers nearly the teacher's box and agrees by .51; the lone
-# one by .25, no more than the baseline (.27) or an untrained model (.28).* The teacher's box is too
-# small for the car; the student copies that mistake too. Its attention lies in the box that it
-# answers, so what it learned may be the box. With DINO the lone student agrees more than the
-# distilled one, and the baseline (.41) more than both. But this is one object. What do 120 images
-# say?
+# *Top: the distilled student agrees by .51, the lone one by .25, no more than the baseline (.27) or
+# an untrained model (.28).* But the teacher's box is too small for the car, and the distilled
+# student copies this mistake. Its attention lies in the box that it answers: perhaps it learned the
+# box, and the attention followed. *Bottom: with DINO the lone student agrees more than the
+# distilled one,* and the baseline (.41) more than both. This is one object. What do 120 images say?
 #
 # ## The cell size decides
 #
 # Cells of 8 pixels are as wide as a pedestrian: they hide where on an object a model looks. So we
 # count on cells of 8, 4, 2 and 1 pixels. (DAB-DETR's own maps have cells of 8 pixels: its dots are
-# the same in both panels.) Small cells have two faults. They say where sampling points lie, not
-# what they read: a point on the coarsest level blends tokens 32 pixels apart. And two sets of
-# points can miss each other narrowly, which the baseline cannot.
+# the same in both panels.)
 
 # %%
 def agreements(name, kind, cell):
@@ -323,12 +318,16 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 
 # %% [markdown]
 # *Look at DINO's row, left: all marks are within .03 of the baseline, and the untrained model
-# agrees most.* (Its sampling points form a star as large as the box.) So here agreement says that
-# the queries start from the right box, and nothing about what was learned. Right, on cells of 2
-# pixels, the distilled student is ahead of the lone one, and the baseline is ahead of both.
+# agrees most* (its sampling points form a star as large as the box). On such cells agreement says
+# that the queries start from the right box, and nothing about what was learned.
 #
-# The next picture takes the difference that matters, distilled minus alone, for every cell size:
-# left with target-aware queries, right with the own query of each model that fits an object best.
+# *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
+# is ahead of both.* Small cells have two faults. Two sets of points can miss each other narrowly;
+# the baseline, which fills the box, cannot. And cells say where a point lies, not what it reads: a
+# point on the coarsest level blends tokens 32 pixels apart.
+#
+# So compare the students, which share these faults. Here is distilled minus alone, for every cell
+# size: left with the *asked* queries, right with the *own* ones.
 
 # %%
 SIZES = {f"cells of {cell} px": {"color": plots.INK, "marker": "s", "markersize": size}
@@ -353,26 +352,20 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
            marks=SIZES, one_scale=True)
 
 # %% [markdown]
-# *Right of the bold line the distilled student agrees more with the teacher than the lone one
-# does:*
+# *Right of the bold line the distilled student agrees more with the teacher than the lone one.*
+# That holds for DAB-DETR and for Deformable DETR, in both panels, on every cell size.
 #
-# | distilled against alone | target-aware queries | own learned queries |
-# |---|---|---|
-# | DAB-DETR (cells of 8 pixels) | more | more |
-# | Deformable DETR | more, on all four sizes | more, on all four sizes |
-# | DINO | undecided on 8 pixels; a little more on 4, 2, 1 | *less* on 8 and 4; more on 2 and 1 |
-#
-# For DINO the answer depends on the cell size, and the leads are small: they do not support "it
-# looks where the teacher looks". How much two equally good models would agree is not known; it
-# would take a second teacher.
+# For DINO it depends on the cell size. Asked, the distilled student agrees a little more on 4, 2
+# and 1 pixels; on 8 this is undecided. With its own queries it agrees *less* on 8 and 4 pixels and
+# more on 2 and 1. These leads are small: they do not support "it looks where the teacher looks".
+# (How much two equally good models would agree is not known; it would take a second teacher.)
 #
 # # A teacher that answers wrongly
 #
-# The logit part copies the teacher's answers to target-aware queries, right or wrong. In each
-# decoder layer it weighs them with the teacher's confidence, $w = \max_c \sigma(t_c)$ of the logits
-# $t$. Here $w$ and the answer are those of the last layer. Call an answer **wrong** when it names
-# another class, or when its box and the true one have an IoU below 0.5. Here is, for each detector,
-# the wrong answer with the largest $w$.
+# The logit part copies the teacher's answers to target-aware queries, right or wrong. It weighs
+# each with the teacher's confidence, $w = \max_c \sigma(t_c)$ of the logits $t$. Call an answer of
+# the last layer **wrong** when it names another class, or when its box and the true one have an IoU
+# below 0.5. Which wrong answer of each teacher has the largest $w$?
 
 # %%
 asked, own = ({name: look.answers(gazes[name, "teacher", kind]) for name in families}
@@ -395,10 +388,10 @@ plots.around_object(panels, "The wrong answer with the largest w")
 #
 # **Claims.**
 #
-# - Asked about a true box, DAB-DETR's teacher is wrong nearly every time, Deformable DETR's three
+# - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20, Deformable DETR's three
 #   times in five, DINO's one time in twelve.
-# - With the last two, $w$ tells right from wrong: more answers are wrong in the fifth with the
-#   least $w$ than in the fifth with the most. With DAB-DETR this is undecided.
+# - With the last two, $w$ tells right from wrong: of the fifth with the least $w$ more are wrong
+#   than of the fifth with the most. With DAB-DETR this is undecided.
 # - With their own queries all three teachers find most of the same objects. (That is an upper
 #   bound: the best of the own queries is chosen by the truth, and false alarms do not count.)
 
@@ -445,11 +438,11 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 
 # %% [markdown]
 # *Left, two circles far apart: confidence tells right from wrong. Right, from the hollow square to
-# the full one: what $w$ takes away from wrong answers,* .17 ± .02 with Deformable DETR, .03 ± .01
-# with DINO; with DAB-DETR, .01 ± .02, this is undecided.
+# the full one: how much weight $w$ takes from wrong answers:* .17 ± .02 with Deformable DETR, .03 ±
+# .01 with DINO, .01 ± .02 (undecided) with DAB-DETR.
 #
-# Do wrong answers harm? Not measured here. Deformable DETR's logit part alone, with 24 random
-# queries besides, still gains +.029 ([results](../results/README.md)).
+# Do wrong answers harm? That is not measured. Deformable DETR's logit part alone, with 24 random
+# queries in addition, gains +.029 AP all the same ([results](../results/README.md)).
 #
 # Why are DINO's answers good and DAB-DETR's bad? Perhaps a teacher answers well what it was trained
 # on (not tested). DINO was trained to restore denoising queries, which start near true boxes.
@@ -474,9 +467,9 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 #
 # <details><summary>Answer</summary>
 #
-# About 1 / 0.1: without $w$ each answer weighs 1. With `normalise="confidence"` the sizes of the
-# weights cancel, and the factor is near 1. So under the default a hesitant teacher makes the whole
-# part light, under the toy's recipes not, also when its answers are mistakes.
+# About 1 / 0.1: without $w$ each answer weighs 1. With `normalise="confidence"` the size of the
+# weights cancels, and the factor is near 1. So under the default a hesitant teacher makes the whole
+# part light. Under the toy's recipes it does not, even when its answers are mistakes.
 #
 # ```python
 # from clockdistill import logit_loss
@@ -502,8 +495,8 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 #
 # <details><summary>Answer</summary>
 #
-# 1: both maps are the number 1. Splitting a cell in two splits $\min(a, b)$ into two minima whose
-# sum is at most the old one: the minimum of sums is at least the sum of minima.
+# It is 1: both maps are the number 1. Splitting a cell in two replaces its $\min(a, b)$ by two
+# minima, whose sum is at most $\min(a, b)$.
 #
 # ```python
 # a, b = torch.rand(2, 4, 8)
@@ -513,12 +506,13 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 # ```
 # </details>
 #
-# **3. $R^2$ of DINO's lone student, without the map:** above or below 0?
+# **3. Without the map.** Is $R^2$ of DINO's lone student above or below 0 without the linear map?
 #
 # <details><summary>Answer</summary>
 #
-# Far below. Its tokens are as long as the teacher's, and their mean cosine with them is near 0. So
-# the error is about twice a token's squared length, and the teacher's variance less than once.
+# Far below. Its tokens are as long as the teacher's, and their mean cosine with the teacher's is
+# near 0. So the error is about twice a token's squared length, while the teacher's variance is less
+# than one squared length.
 #
 # ```python
 # for role, low, high in ("student alone", -1.4, -1.1), ("distilled", 0.7, 0.85):

@@ -2,9 +2,9 @@
 # # 3 Evidence: what is shown, and what is undecided
 #
 # A student with a teacher scores more than one without. Is that the method, or luck? Which part of
-# the method is it? Does it hold on photographs? This notebook is a lesson on such questions. It
-# trains nothing: it reads the runs of the [toy](../results/README.md) and of
-# [real KITTI](../results/kitti/README.md) and computes its numbers from them.
+# the method is it? Does it hold on photographs? This notebook trains nothing: it computes its
+# answers from the runs of the [toy](../results/README.md) and of [real
+# KITTI](../results/kitti/README.md).
 #
 # You will learn
 #
@@ -146,16 +146,16 @@ for key, name in DETECTORS.items():
           f"{np.corrcoef(alone, taught)[0, 1]:+.2f}")
 
 # %% [markdown]
-# It does not help here: no narrower for DINO, wider for the other two. (Five pairs know a
-# correlation badly.) All tables use pairs all the same: choosing the narrower of two intervals
-# afterwards would be a way to fool oneself.
+# It does not help here: the interval is no narrower for DINO and wider for the other two. (Five
+# pairs know a correlation badly.) All tables use pairs all the same: to choose the narrower of two
+# intervals afterwards would be to fool oneself.
 #
 # ## The whole method gains
 #
 # From here on a dot is a mean difference, and a bar its 95 % interval:
 #
-# - **more** (green), **less** (red): the bar does not touch 0. The sign is known, as surely as one
-#   interval can tell, for this teacher and these images.
+# - **more** (green), **less** (orange): the bar does not touch 0. The sign is known, as surely as
+#   one interval can tell, for this teacher and these images.
 # - **undecided** (grey): the bar holds 0. That is *not* "no effect". These few seeds cannot tell.
 #
 # **Claim.** All three detectors gain in AP, for small and for medium objects (below $32^2$ pixels
@@ -196,14 +196,14 @@ forest(groups, "The toy: distilled minus alone, full length, five seeds")
 # ## A result and a choice
 #
 # Every number above was measured on `val`, 500 images. All loss weights were chosen elsewhere: on
-# the split `tune`, with seed 100, which no table uses, on a third of the steps (DAB-DETR: half).
-# Each rival and each piece of the memory part had **four trials**
+# the split `tune`, with seed 100, which no table uses, and with a third of the steps (DAB-DETR:
+# half). Each rival and each piece of the memory part had **four trials**
 # ([checked](../tests/test_results.py)). Two things were *not* equal: CLoCKDistill had eight trials,
 # and its logit part a search of 15 settings before.
 #
 # Why are trials not results? Because the best of 15 is in part the luckiest of 15. If all settings
-# were equally good, the best would still lead their mean by 1.74 standard deviations of a seed, and
-# its lead would be gone when it is run again: the *winner's curse*.
+# were equally good, the best would still lead their mean by 1.74 times the scatter between seeds
+# (one standard deviation), and lose this lead when run again: the *winner's curse*.
 #
 # **Look at** the last row but one, at the right: a winner by far, it seems. What the settings are
 # does not matter here. (The axes begin at .08. Deformable DETR has no embedding of labels: its
@@ -235,30 +235,32 @@ figure
 
 # %% [markdown]
 # Deformable DETR's winner, 24 random queries more, leads by twice what luck gives, and was taken
-# into the recipe. Measured on `val`, but within the whole method, it is worth nothing that three
-# seeds can see. DINO's winner leads by less than luck.
+# into the recipe. On `val`, within the whole method, three seeds see no gain from it. DINO's winner
+# leads by less than luck gives.
 #
 # The scale mask S, which lets each object count the same, near or far, went out by such a choice
 # too: for all three detectors the best of four trials without S was above the best of four with it
-# ([numbers](../results/README.md)). With S the best weight lay at an end of what was tried, so S
-# may have had too few trials. That was the *choice*; the *result*, on `val`, comes now.
+# ([numbers](../results/README.md)). But with S the best weight lay at an end of what was tried, so
+# S may have had too few trials. That was the *choice*; the *result*, on `val`, comes now.
 #
 # ## Which part does it?
 #
 # Take the method apart. The memory part weighs the cells of the image by two masks: M tells objects
 # from background, and S is the scale mask. Without both it is a *plain copy*
 # ([FitNets](https://arxiv.org/abs/1412.6550)). A query of the logit part is a *content*, a vector,
-# put at a true box (*target-aware*) or at a random one. Each piece was tuned by itself.
+# put at a true box (*target-aware*) or at a random one. The contents are the teacher's *learned*
+# ones or frozen random numbers: *one row* for all queries, or *a row per class*. Each piece was
+# tuned by itself.
 #
 # **Look for** the grey bars. Where no detector is named it is Deformable DETR.
 
 # %%
 COPY, M, M_AND_S = "memory, every token alike", "+ location mask", "+ scale mask"
-AGAIN = "fitnets"                                        # the same copy, trained a second time
+HEAVIER = "fitnets"                                # the same copy with four times the weight
 MEMORY, LOGITS = "the memory part, as chosen", "the logit part, as chosen"
 BOTH, WITH_S = "both parts: clockdistill", "clockdistill with the scale mask"
 DINO, DEFORMABLE = (rows(TOY, "ablation", key) for key in ("dino", "deformable_detr"))
-DEFORMABLE[AGAIN] = RIVALS[AGAIN]
+DEFORMABLE[HEAVIER] = RIVALS[HEAVIER]
 parts = {
     "One part, minus alone": {
         "memory part": difference(DEFORMABLE, M, "none"),
@@ -271,7 +273,7 @@ parts = {
     "Masks": {
         "M, minus a plain copy": difference(DEFORMABLE, M, COPY),
         "M and S, minus a plain copy": difference(DEFORMABLE, M_AND_S, COPY),
-        "M and S, minus that copy again": difference(DEFORMABLE, M_AND_S, AGAIN),
+        "M and S, minus a heavier copy": difference(DEFORMABLE, M_AND_S, HEAVIER),
         "both parts with S, minus without": difference(DEFORMABLE, f"both parts: {WITH_S}", BOTH),
         "the same, full length": difference(MAIN["deformable_detr"], WITH_S, "clockdistill"),
         "the same, full length, DINO": difference(MAIN["dino"], WITH_S, "clockdistill")},
@@ -290,13 +292,14 @@ forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 # - **The memory part** gains alone, in both detectors. What **the logit part** adds to it is
 #   undecided: an effect of .03 either way would not show.
 # - **M** against a plain copy is undecided. **S costs AP at the weights tried**: with both parts
-#   two of three bars say so. Is the memory part with M and S behind a plain copy? That copy was
-#   trained twice, apart by rounding alone: behind the first, and undecided against the second.
-#   (Why S costs AP is not tested. Perhaps because the coarsest level, ten cells, weighs as much as
-#   the finest.)
-# - **Target-aware queries** teach Deformable DETR less than random ones. (Alone they gain .013.)
-# - **Contents.** The learned ones beat a random row per class by .008, and are undecided against
-#   one random row by .029: the larger difference is the less certain one.
+#   two of three bars say so. Is the memory part with M and S behind a plain copy? It was
+#   trained with two weights, one four times the other: M and S are behind the lighter copy, and
+#   undecided against the heavier. (Why S costs AP is not tested. Perhaps because the coarsest level,
+#   ten cells, weighs as much as the finest.)
+# - **Target-aware queries** teach Deformable DETR less than random ones. (Against no teacher they
+#   gain .013.)
+# - **Contents.** The learned ones gain .008 on a random row per class; .029 on one random row,
+#   which is undecided: the larger difference is the less certain one.
 #
 # ## Against rivals
 #
@@ -326,14 +329,14 @@ forest(of, "The toy: CLoCKDistill minus each rival, three seeds")
 
 # %% [markdown]
 # Without S it is ahead of all four that teach the decoder, and of GKD and MGD; against FitNets, the
-# plain copy, and FGD it is undecided. With S it is behind three of those that copy the memory on
-# average, each undecided. Most rivals were made for larger images: this ranks methods on the toy,
-# and nowhere else.
+# plain copy, and FGD it is undecided. With S three of those that copy the memory have the higher
+# mean, each undecided. Most rivals were made for larger images: this ranks methods on the toy, and
+# nowhere else.
 #
 # ## How much care do the settings need?
 #
 # One setting of Deformable DETR's at a time, minus the chosen one. $\lambda_{mem}$ and
-# $\lambda_{log}$ weigh the two parts, $\alpha:\beta$ objects against background.
+# $\lambda_{log}$ weigh the two parts, $\alpha:\beta$ objects against background (chosen: 500 : 1).
 #
 # **Look at** the scale: it ends at .03.
 
@@ -351,15 +354,15 @@ figure
 
 # %% [markdown]
 # Within these ranges no setting of *this* detector matters as much as having a teacher at all. Two
-# of nine bars do not touch 0. By chance about 0.45 of nine do so: both are hints to try again, not
-# results. On other images these lambdas mean nothing: [notebook 1](1_the_method.ipynb) says how to
-# choose them there.
+# of nine bars do not touch 0. By chance one in twenty does so, here half a bar: both are hints to
+# try again, not results. On other images these lambdas mean nothing: [notebook
+# 1](1_the_method.ipynb) says how to choose them there.
 #
 # ## A higher ceiling, or only more speed?
 #
-# Curves of one run cannot tell: the learning rate falls along a cosine, so every curve flattens at
-# its end ([notebook 4](4_kitti_and_coco.ipynb) shows two). A fair test trains each length anew,
-# with its own cosine: half, once and twice the steps.
+# A run's curve cannot tell: the learning rate falls along a cosine, so every curve flattens at its
+# end ([notebook 4](4_kitti_and_coco.ipynb) shows two). A fair test trains each length anew, with
+# its own cosine: half, once and twice the steps.
 #
 # **Look at** the first three gains: does the gain go on growing?
 
@@ -394,7 +397,8 @@ forest({"Distilled minus alone": {"half the steps": tables.gain(half, nothing),
 # From half to once the steps the gain *grows*. From once to twice **it shrinks**, and then it is
 # itself undecided. If distillation only saved time, this is what one would see; if it also raised
 # the ceiling, the gain would stop shrinking at some length. All runs are far from converged:
-# neither is shown. Nor, for the same minutes, that a teacher beats training alone twice as long.
+# neither is shown. Nor is it shown that a teacher beats training alone for the same minutes, twice
+# the steps.
 #
 # ## What the toy can show, and what it cannot
 #
@@ -423,7 +427,7 @@ print("cells that touch an object, mean of 200 images, finest level first:",
 # ## What real KITTI says so far
 #
 # [results/kitti](../results/kitti/README.md) repeats the main question on 991 frames of
-# [KITTI](https://www.cvlibs.net/datasets/kitti): real photographs, ImageNet backbones, DINO alone.
+# [KITTI](https://www.cvlibs.net/datasets/kitti): real photographs, ImageNet backbones, DINO only.
 # Its students keep the mask S, and ask with the teacher's own contents. The
 # [plan](../results/kitti/PLAN.md) was written before any student met `val`: it asks for five seeds.
 #
@@ -445,14 +449,14 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 # %% [markdown]
 # Every seed gains, and the interval is clear of 0. The gain is a third of the toy's, but the gap is
 # smaller too, and more of it is closed. AP50, AP75, every size and every class gain as well
-# ([numbers](../results/kitti/README.md)). Frames of one drive lie in `train` and `val`: it says
-# nothing of new streets.
+# ([numbers](../results/kitti/README.md)). Frames of one drive lie in both `train` and `val`: this
+# says nothing of new streets.
 #
 # ### Which part does it there?
 #
 # The same rows as on the toy, DINO. They keep the weights that tuning chose for the whole method.
 #
-# **Look for** pairs of bars that lie on different sides of 0.
+# **Look for** a part that does on KITTI what it does not do on the toy.
 
 # %%
 PARTS = rows(KITTI, "ablation", "dino")
@@ -478,20 +482,21 @@ assert seeds(PARTS, MEMORY, LOGITS) == "5 seeds"        # as the last table says
 forest(compared, "DINO: the parts on the toy (half the steps) and on real KITTI")
 
 # %% [markdown]
-# On KITTI, too, the memory part alone gains, +.049 (+.025 to +.072). What the logit part gains
-# alone, +.006 (-.001 to +.012), and what it adds to the memory part, -.007 (-.013 to +.000), is
-# undecided, as on the toy. But this last interval ends below +.001: at this weight, a sixteenth of
-# detection's gradient, the logit part adds nothing that one would train for.
+# There is none. On KITTI, too, the memory part alone gains, +.049 (+.025 to +.072). What the logit
+# part gains alone, +.006 (-.001 to +.012), and what it adds to the memory part, -.007 (-.013 to
+# +.000), is undecided, as on the toy. But this last interval ends below +.001: at this weight, a
+# sixteenth of detection's gradient, the logit part adds nothing that one would train for.
 #
 # ### Where they disagree: does a query give its answer away?
 #
-# A target-aware query asks with a content at a true box. Ask the teacher's decoder for the class
-# three times: with the image's own memory, with another image's, and with noise of each channel's
-# mean and spread. What it answers right from noise was in the question, or a guess. So compare with
-# the best guess: always saying Car is right for 377 of the toy's 831 objects, and for 439 of
-# KITTI's 683 (both of `tune`). Contents: `label` is the embedding of the true class (noise 0.25: of
-# a class drawn at random for a quarter), `own` the teacher's learned one, `random_label` and
-# `random` are frozen (per class; the same for all).
+# A target-aware query asks with a content at a true box. Give the teacher's decoder three memories
+# to answer from: the image's own, another image's, and noise with each channel's mean and spread. A
+# class that it names right from noise was in the question, or was a guess. The best guess is always
+# Car: right for 377 of the toy's 831 objects, and for 439 of KITTI's 683 (both of `tune`).
+#
+# Six contents were asked with. `label` is the embedding of the true class (noise 0.25: for a
+# quarter of the objects, of a class drawn at random). `own` is the teacher's learned one.
+# `random_label` and `random` are frozen, a row per class and one for all; `zero` is all zeros.
 #
 # **Look for** crosses far right of the guess.
 
@@ -507,10 +512,10 @@ plots.reading({f"The toy (always Car: {toy_guess:.2f})": on_toy,
               "DINO's teachers: how often the class is right, by what the decoder reads")
 
 # %% [markdown]
-# On the toy the true label is answered right from noise far more often than by guessing: such a
-# query need not look at the image. On KITTI no content is answered from noise clearly better than
-# by guessing, though `label` comes first there too: .67, where contents without a class have .50
-# to .60. From the image's own memory 85 to 98 % are right on the toy, 96 to 98 % on KITTI.
+# On the toy `label` is answered right from noise far more often than by guessing: such a query need
+# not look at the image. On KITTI no content does clearly better from noise than guessing, though
+# `label` comes first there too: .67, where contents without a class have .50 to .60. From the
+# image's own memory 85 to 98 % are right on the toy, 96 to 98 % on KITTI.
 #
 # ## What you can say now
 #
@@ -533,15 +538,15 @@ print(f"{len(known)} bars on this page, {undecided} undecided; one in twenty is 
       f"{len(known) / 20:.1f}")
 
 # %% [markdown]
-# Each bar misses one time in twenty, however honest it is, so about three of this page's bars are
-# expected to miss, and nothing tells which. Nothing is corrected for that. What holds in three
-# detectors, or on the toy *and* on KITTI, is surer than any single bar.
+# Each bar misses one time in twenty, so about three of this page's bars are expected to miss, and
+# nothing tells which. Nothing is corrected for that. What holds in three detectors, or on the toy
+# *and* on KITTI, is surer than any single bar.
 #
 # ## Exercises
 #
 # **1.** DAB-DETR's AP75 gains 239 % of the lone student's score. Is that much? *Predict before you
-# run it*: does AP75 gain more than AP50, measured by the lone student's score, and by the gap to
-# the teacher?
+# run it*: does AP75 gain more than AP50 if both are divided by the lone student's score? And if
+# they are divided by the gap to the teacher?
 #
 # <details><summary>Answer</summary>
 #
@@ -553,10 +558,10 @@ print(f"{len(known)} bars on this page, {undecided} undecided; one in twenty is 
 #         print(name, metric, f"{gain / base:.0%} of the student's,",
 #               f"{gain / (teacher[metric][0] - base):.0%} of the gap")
 # ```
-# The 239 % are 21 % of the gap: the score they are divided by is small. Relative to the student
-# AP75 gains far more in all three (DINO 57 % against 29 %), because it starts lower. Relative to
-# the gap DINO's two are alike (48 % and 47 %), and AP75 gains *less* for the other two. So nothing
-# is claimed.
+# The 239 % are 21 % of the gap: the score they are divided by is small. Divided by the student's
+# score AP75 gains far more in all three (DINO 57 % against 29 %), because it starts lower. Divided
+# by the gap DINO's two are alike (48 % and 47 %), and AP75 gains *less* for the other two. So
+# nothing is claimed.
 # </details>
 #
 # **2.** The interval of "learned contents, minus one random row" holds 0 (three seeds). About how
@@ -576,8 +581,8 @@ print(f"{len(known)} bars on this page, {undecided} undecided; one in twenty is 
 # no longer does, makes intervals miss more often than they say. Announce the number first.
 # </details>
 #
-# **3.** Draw KITTI's 198 images of `val` anew, 1,000 times, and score the first two pairs of
-# students on each draw: 95 % of the gains lie between .049 and .069
+# **3.** KITTI's 198 images of `val` were drawn anew (with replacement) 1,000 times, and the first
+# two pairs of students scored on each draw: 95 % of the gains lie between .049 and .069
 # ([evidence.md](../results/kitti/evidence.md)). That is narrower than the interval of five seeds,
 # .020 to .064. Is it the surer answer?
 #
@@ -589,6 +594,6 @@ print(f"{len(known)} bars on this page, {undecided} undecided; one in twenty is 
 # print(*(f"{a - b:+.3f}" for a, b in zip(REAL["clockdistill"]["AP"], REAL["student"]["AP"])))
 # ```
 # It answers another question: would *these two* pairs gain on other images of the same streets? The
-# other interval asks whether other *students* would. The two pairs are the ones with the highest
-# gains of five, by luck of the order, so the place of the narrow interval says little.
+# other interval asks whether other *students* would. And by luck of the order these two pairs have
+# the highest gains of the five, so the place of the narrow interval says little.
 # </details>

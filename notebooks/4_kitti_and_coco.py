@@ -69,11 +69,12 @@ print(f"AP of the teacher {scores['AP']:.3f}, of the perfect detector {of_perfec
 #
 # `data.evaluate` is COCO's: AP over IoU 0.50 to 0.95, and AP50, of all labelled objects. KITTI's
 # server wants IoU 0.7 for cars and 0.5 for the others, and reports *easy*, *moderate* and *hard*,
-# where harder objects count neither way. So AP50 here is not "KITTI moderate".
+# where harder objects count neither way. (*Easy* wants an object that is fully visible, at most
+# 15 % beyond the border and at least 40 pixels high.) So AP50 here is not "KITTI moderate".
 #
-# **Claim.** The same detections get numbers from .58 to .84, most of it by how close a box must be.
-# **Look at** the last two bars: there only the labels were changed. None of the five is KITTI's
-# number.
+# **Claim.** The same detections get numbers from .58 to .84. How closely a box must fit its object
+# makes most of the difference. **Look at** the last two bars: there only the labels were changed.
+# None of the five is KITTI's number.
 
 # %%
 def rewritten(name, rule=lambda columns: columns, width=160):
@@ -113,16 +114,16 @@ plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "avera
 # result files (type, -1, -1, -10, the box, seven unknowns, score) and give them to its devkit; this
 # repository does not.
 #
-# ### 1.2 Padding: how much of it there is moves boxes and scores
+# ### 1.2 Padding moves boxes and scores
 #
 # **Claim.** Images of one batch are padded to the same size. Convolutions see the border that this
-# makes, and GroupNorm averages over the padding, so boxes, scores and AP depend on it. Make tables
-# with `--eval-batch 1`, the default. (What the *other* images show does not matter:
-# [tested](../tests/test_train.py).)
+# makes, and GroupNorm averages over the padding, so boxes, scores and AP depend on how much padding
+# there is. Make tables with `--eval-batch 1`, the default. (What the *other* images show does not
+# matter: [tested](../tests/test_train.py).)
 #
 # Here every second image is cut to 128 or 96 of its 160 columns, as in a data set of many sizes.
 #
-# **Look at** 1 pixel: how many per cent of the boxes move by at most that much?
+# **Look at** 1 on the lower axis: how many per cent of the boxes move by at most one pixel?
 
 # %%
 def movement(alone, batched):
@@ -229,10 +230,10 @@ assert found == list(of_classes)[:11]
 # %% [markdown]
 # ### 1.4 xywh or xyxy
 #
-# **Claim.** Predictions are (x0, y0, x1, y1). A perfect detector that gives COCO's (x, y, width,
-# height) instead has next to no AP. The other way round, a COCO *file* with corners in `bbox`
-# cannot be refused, since any four numbers are a box. But its boxes reach beyond the image: the
-# summary of a data set counts those, and says what it suspects.
+# **Claim.** `data.evaluate` takes (x0, y0, x1, y1). A perfect detector that gives COCO's (x, y,
+# width, height) instead has next to no AP. The other way round, a COCO *file* with corners in
+# `bbox` cannot be refused, since any four numbers are a box. But its boxes reach beyond the image:
+# the summary of a data set counts those, and says what it suspects.
 
 # %%
 as_xywh = [one | {"boxes": box_convert(one["boxes"], "xyxy", "xywh")} for one in perfect]
@@ -249,11 +250,12 @@ for name, dataset in {"corners": wrong, "COCO's": right}.items():
 assert "clipped" in wrong.summary and "clipped" not in right.summary
 
 # %% [markdown]
-# ### 1.5 The pixels of which image
+# ### 1.5 The pixels of which image?
 #
 # **Claim.** Predictions are in pixels of the *stored* image. A perfect detector that gives the
-# pixels of the resized image loses most of its AP, already at KITTI's mild ratio of 1331 / 1242 =
-# 1.07. **Look at** how far each box is from its object (dotted): only the car's IoU is above 0.5.
+# pixels of the resized image loses most of its AP, already when 1,242 columns become 1,331, as the
+# full-size recipes resize KITTI: a factor of 1.07. **Look at** how far each box is from its object
+# (dashed): only the car's IoU is above 0.5.
 
 # %%
 resized = [one | {"boxes": one["boxes"] * 1331 / 1242} for one in perfect]
@@ -329,13 +331,14 @@ figure
 #     ROOT/train2017/*.jpg    ROOT/annotations/instances_train2017.json
 #     ROOT/val2017/*.jpg      ROOT/annotations/instances_val2017.json
 #
-# Your own data may come in either layout; a detector gets the classes that the data has. The file
-# names that are understood stand at the top of [data.py](../data.py).
+# Your own data may come in either layout; files of YOLO or VOC have to be converted to COCO's. A
+# detector gets the classes of a COCO file; in KITTI's layout name yours, `--class-map Car,Dog`. The
+# file names that are understood stand at the top of [data.py](../data.py).
 #
 # **Of KITTI's types none is lost silently.** The class map decides which are objects. All others
 # are *ignored*: detections there count neither way. `kitti3` is the default, the three classes of
-# the authors' earlier public code. Converters often make background of the ignored types: that is
-# `others="background"`.
+# the authors' earlier public code. Converters often make background of the ignored types: so does
+# `data.build(..., others="background")`.
 #
 # | class map | Car | Van | Truck | Pedestrian | Person_sitting | Cyclist | Tram, Misc | DontCare |
 # |---|---|---|---|---|---|---|---|---|
@@ -365,9 +368,7 @@ plots.detections(pictures, shown, {}, frames.classes)
 # %% [markdown]
 # ## 4. Small real runs, and what they taught
 #
-# `small-teacher` and `small-student` are made for a few hundred real frames and two CPU cores. The
-# runs below had 703: `--train-split splits/kitti_cyclists_train.txt --val-split
-# splits/kitti_cyclists_tune.txt`. Without these two options a run has all 5,985.
+# `small-teacher` and `small-student` are made for a few hundred real frames and two CPU cores:
 #
 #     make kitti-backbones                                # two ImageNet backbones, by pip
 #     python train.py fit     --recipe small-teacher --root DIR --out runs/teacher
@@ -376,24 +377,30 @@ plots.detections(pictures, shown, {}, frames.classes)
 #         --teacher runs/teacher --teacher-cache 2
 #     python train.py table kitti-small --root DIR        # the whole plan: tuning, seeds, tables
 #
+# Give `fit` and `distill` `--train-split splits/kitti_cyclists_train.txt --val-split
+# splits/kitti_cyclists_tune.txt` to train on 703 frames and measure on 90. Without them a run
+# trains on all 5,985.
+#
 # What distillation gains there is in [notebook 3](3_ablations.ipynb). Before it came choices.
-# Lessons 1 to 4 are of DINO on 90 frames that no table uses, **one run of each setting**, hence no
-# intervals ([the plan](../results/kitti/PLAN.md)):
+# Lessons 1 to 4 were learned with DINO on the 90 frames, which no table uses. They have **one run
+# of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
-#    after twice as many. Compared at 1,600, a method meets a detector that is not done. (The
-#    table's 2,400 steps are what the budget allowed: a part of its gain may be speed.)
+#    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
+#    its gain may be speed alone. (The tables have 2,400 steps, which the budget allowed. A part of
+#    their gain may be speed, too.)
 # 2. **A curve that flattens need not be at its end.** The picture below shows it.
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
-#    above the student. After 1,200 of its 3,200 steps it named 98 % of the classes right from an
-#    image's own memory, and 44 % from another image's: less than always *Car* (64 %).
+#    above the student. Asked with target-aware queries after 1,200 of its 3,200 steps, it named
+#    98 % of the classes right from an image's own memory. From another image's memory it named
+#    44 %: less than always *Car* (64 %).
 # 4. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high, and
 #    after 1,600 steps AP is .122 for small objects, .379 for large ones. At 160 x 530 a step takes
 #    1.6 times as long.
-# 5. **A lambda does not carry over.** The three detectors of
-#    [notebook 5](5_copy_into_your_code.ipynb) need a $\lambda_{mem}$ of some 1,800, 13,000 and
-#    40,000 for memory to pull alike. So the recipes set the *ratio* of gradients
-#    ([notebook 1](1_the_method.ipynb) says how).
+# 5. **A lambda does not carry over.** For a memory gradient of the same length, in proportion to
+#    detection's, the three detectors of [notebook 5](5_copy_into_your_code.ipynb) need a
+#    $\lambda_{mem}$ from some 1,800 to over 40,000. So the recipes set this *ratio* ([notebook
+#    1](1_the_method.ipynb) says how).
 # 6. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
 #    2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
 #
@@ -439,8 +446,8 @@ for recipe in ("kitti-student", "coco-student"):
 #   both did not (one run each). At full size nothing tunes them.
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
 #   each class in the others. The small runs ask with the teacher's own contents.
-# - **The scale mask S** is on, as the method is described. On the toy it costs AP
-#   ([notebook 3](3_ablations.ipynb)); on real images nobody has compared.
+# - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
+#   weights tried ([notebook 3](3_ablations.ipynb)); on real images it was not compared.
 # - **The start.** These recipes start from an ImageNet backbone. 5,985 images are few for a DETR: a
 #   detector that was trained on COCO (section 6) is the better start, above all for the teacher.
 #

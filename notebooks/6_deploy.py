@@ -40,7 +40,7 @@ plots.deployment_drawing()
 #
 # ## One file
 #
-# The same as
+# The next cell does what this command does:
 #
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
@@ -48,9 +48,9 @@ plots.deployment_drawing()
 # The program stretches a photo of another shape to it, which `predict` does not do. So export one
 # file for each shape.
 #
-# `export` needs a checkpoint of this repository. Its core, `deploy.to_onnx`, needs a module alone:
-# one from pixels to boxes, scores and labels, as `deploy.Program` makes it of a detector. It is
-# `torch.export` and `torch.onnx.export`, one call each.
+# `export` needs a checkpoint of this repository. With a detector of your own call its core,
+# `deploy.to_onnx`, which needs no more than a module from pixels to boxes, scores and labels
+# (`deploy.Program` is ours). Inside are one call of `torch.export` and one of `torch.onnx.export`.
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
@@ -138,7 +138,7 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 
 # %% [markdown]
 # "Pedestrian 0.42" is a mistake: he is a cyclist, seen from behind, with little of his bicycle in
-# sight. The cell below prints what the student says of this one box.
+# sight. The cell below prints what the student says of this one box; ranks count from 0.
 #
 # **Claim.** The same box is in the answer three times, once for each class. Classes are sigmoids, each
 # with a score of its own, and the best *pairs* of query and class are kept, not the best queries.
@@ -155,8 +155,8 @@ assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
 # **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores and
-# boxes. (A toy photo has the file's size, so Pillow's resize does nothing here. On real KITTI, where
-# it shrinks photos to a third, the AP of all three models is within .001 of that with training's.)
+# boxes. (A toy photo has the file's size, so Pillow's resize does nothing here. Real KITTI's photos
+# shrink to a third: the AP of all three models is within .001 of that with the resize of training.)
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -180,10 +180,10 @@ assert apart < 1e-4 and sure.any()
 # $$
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
-# rounds it, too, and on real KITTI that decides: of .356 AP on 90 tuning images the distilled DINO
-# student keeps .353 as here, and .300 with rounded outputs. Its backbone cuts most of what comes out
-# of a convolution (ReLU6: to 0 to 6), so few of the 256 steps would be left: [the
-# trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32).
+# rounds it, too, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled DINO
+# student keeps .353 as here, and .300 with rounded outputs. Its activation ReLU6 keeps 0 to 6 of
+# what comes out of a convolution, and that ranges 4 to 34 times as wide: few of the 256 steps would
+# be left ([the trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
 # linear layer.
@@ -267,7 +267,9 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # three models. With rounded outputs they cost .06 there and less than .01 on the toy: the toy would
 # not have shown it. So measure AP with your own detector and images before you ship 8 bits.
 #
-# Distillation moves a student up at no cost to the right:
+# Distillation moves a student up and not to the right: alone and distilled, it is the same program
+# with other weights. (DINO's two times in PyTorch, 5.4 and 6.1 ms, show how far one measurement can
+# be off.)
 #
 # ![AP against latency: teacher, student and distilled student](../results/deploy/toy.png)
 #

@@ -140,7 +140,9 @@ def deformable_detr(width, layers, **options):
         decoder_ffn_dim=2 * width, encoder_attention_heads=4, decoder_attention_heads=4,
         num_queries=30, two_stage_num_proposals=30, num_labels=3, dropout=0.0, auxiliary_loss=True,
         **{"two_stage": True, "with_box_refine": True} | options)
-    return transformers.DeformableDetrForObjectDetection(config)
+    detector = transformers.DeformableDetrForObjectDetection(config)
+    detector.model.unfreeze_backbone()       # a fresh one's ResNet would never learn
+    return detector
 
 
 def rt_detr(width, layers):
@@ -151,4 +153,10 @@ def rt_detr(width, layers):
         encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, encoder_attention_heads=4,
         decoder_attention_heads=4, num_queries=30, num_denoising=20, num_labels=3,
         freeze_backbone_batch_norms=False)
-    return transformers.RTDetrV2ForObjectDetection(config)
+    detector = transformers.RTDetrV2ForObjectDetection(config)
+    # Behind the backbone, fresh norms have scales around 0: the memory would be nearly silent.
+    # (Weights from the hub bring their own.)
+    for path, module in detector.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and "backbone" not in path:
+            nn.init.ones_(module.weight)
+    return detector
