@@ -78,7 +78,8 @@ def normed(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         # torch's CPU kernel for the weight gradient of a strided 1x1 convolution with 2 to 15 input
         # channels in channels_last writes past its memory (2.14 and 2.15, large maps of even
         # sides). Without stride it is sound.
-        x, stride = x[..., ::stride[0], ::stride[1]], 1
+        x = x[..., ::stride[0], ::stride[1]]
+        stride = 1
     frozen = isinstance(norm, FrozenBatchNorm2d)
     if frozen:                         # one pass over the map instead of three
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()       # (outputs,)
@@ -122,17 +123,20 @@ class ResNet(nn.Module):
 
     def __init__(self, name: str, width: int = 64, frozen: bool = False, stages: int = 4):
         super().__init__()
-        (block, depths), self.stages = RESNETS[name], stages
+        block, depths = RESNETS[name]
+        self.stages = stages
         norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
         self.channels = [width * scale * block.expansion for scale in (2, 4, 8)[:stages - 1]]
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         inputs = width
         for stage, depth in enumerate(depths[:stages]):
-            planes, blocks = width * 2 ** stage, []
+            planes = width * 2 ** stage
+            blocks = []
             outputs = planes * block.expansion
             for index in range(depth):
-                stride, shortcut = 2 if stage and not index else 1, None
+                stride = 2 if stage and not index else 1
+                shortcut = None
                 if stride > 1 or inputs != outputs:
                     resized = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
                     shortcut = nn.Sequential(resized, norm(outputs))
@@ -216,7 +220,8 @@ class TimmBackbone(nn.Module):
         if not self.chosen or coarsest < 32 and strides[self.chosen[-1]] != coarsest:
             raise ValueError(f"backbone timm:{name} has maps of strides {strides}, none of "
                              f"{coarsest}: choose another")
-        self.channels, self.frozen = [maps[i].shape[1] for i in self.chosen], frozen
+        self.channels = [maps[i].shape[1] for i in self.chosen]
+        self.frozen = frozen
         if frozen:
             early = [x.sum() for x, stride in zip(maps, strides) if stride < 8]
             weights = list(self.body.parameters())
@@ -253,16 +258,17 @@ def timm_state(whole: dict, given: dict) -> dict[str, Tensor]:
     whole: timm.create_model(name).state_dict(). Given are the same names, or other names for tensors
     of the same kinds (weight, bias, ..) and shapes in the same order. Raises ValueError in one line.
     """
-    kinds = [[(key.rpartition(".")[2], value.shape) for key, value in tensors.items()]
-             for tensors in (given, whole)]
-    if given.keys() != whole.keys() and kinds[0] == kinds[1]:
-        print(f"backbone   loaded by position: {len(given)} tensors of the same kinds and shapes as "
-              "timm's")
-        return dict(zip(whole, given.values()))
-    shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (given, whole)]
-    if shapes[0] != shapes[1]:
+    shapes, wanted = ({key: value.shape for key, value in tensors.items()}
+                      for tensors in (given, whole))
+    if shapes == wanted:
+        return given
+    kinds, wanted = ([(key.rpartition(".")[2], shape) for key, shape in tensors.items()]
+                     for tensors in (shapes, wanted))
+    if kinds != wanted:
         raise ValueError(f"pretrained_backbone: not the weights of this timm model: {OTHER_WEIGHTS}")
-    return given
+    print(f"backbone   loaded by position: {len(given)} tensors of the same kinds and shapes as "
+          "timm's")
+    return dict(zip(whole, given.values()))
 
 
 # ---------------------------------------------------------------------------------------- encoders
@@ -289,10 +295,12 @@ class DeformableEncoderLayer(nn.Module):
     def __init__(self, dim, heads, ffn_dim, levels, points, dropout):
         super().__init__()
         self.attention = DeformableAttention(dim, heads, levels, points)
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
     def forward(self, tokens, position, centre, unit, padding, shapes):
+        """tokens, position (B, S, D) -> (B, S, D); the others as in DeformableAttention, Q = S."""
         attended = self.attention(tokens + position, centre, unit, tokens, padding, shapes)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
@@ -358,10 +366,12 @@ class DenseEncoderLayer(nn.Module):
     def __init__(self, dim, heads, ffn_dim, dropout):
         super().__init__()
         self.attention = SelfAttention(dim, heads, dropout)
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
         self.ffn = FeedForward(dim, ffn_dim, dropout, nn.PReLU)
 
     def forward(self, tokens, position, attend):
+        """tokens, position (B, S, D), attend (B, 1, 1, S) -> (B, S, D)."""
         attended = self.attention(tokens, position, attend)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
@@ -387,7 +397,8 @@ class DenseEncoder(nn.Module):
         shapes = [tuple(projected.shape[-2:])]
         (mask,), valid_ratios = level_padding(padding, shapes)
         position = image_positions(mask, self.dim, self.temperature, self.offset)
-        position, mask = position.flatten(1, 2), mask.flatten(1)         # (B, S, D), (B, S)
+        position = position.flatten(1, 2)                                # (B, S, D)
+        mask = mask.flatten(1)                                           # (B, S)
         tokens = projected.flatten(2).transpose(1, 2)                    # (B, S, D)
         for layer in self.layers:
             # A token's content stretches its position, channel by channel.
@@ -452,7 +463,9 @@ class Decoder(nn.Module):
     def forward(self, memory: Memory, content: Tensor, boxes: Tensor,
                 attend: Tensor | None) -> Detections:
         """content (B, Q, D), boxes (B, Q, 4); attend (Q, Q), (B, Q, Q) or None: all see all."""
-        attend, undetached, outputs, predicted = for_heads(attend), full_precision(boxes), [], []
+        attend = for_heads(attend)
+        undetached = full_precision(boxes)
+        outputs, predicted = [], []
         boxes = undetached.detach() if self.detach_first else undetached
         for index, layer in enumerate(self.layers):
             content = self.look(index, content, boxes, memory, attend)
@@ -483,6 +496,7 @@ class DabDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, position, sine, memory: Memory, attend):
+        """x, position, sine (B, Q, D), attend as in SelfAttention -> (B, Q, D)."""
         x = self.self_norm(x + self.dropout(self.self_attention(x, position, attend)))
         visible = ~memory.padding[:, None, None]                         # (B, 1, 1, S)
         attended = self.cross_attention(
@@ -529,6 +543,7 @@ class DeformableDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, position, centre, unit, memory: Memory, attend):
+        """x, position (B, Q, D) -> (B, Q, D); centre and unit as in DeformableAttention."""
         x = self.self_norm(x + self.dropout(self.self_attention(x, position, attend)))
         attended = self.cross_attention(
             x + position, centre, unit, memory.tokens, memory.padding, memory.shapes)
@@ -600,7 +615,8 @@ class Proposals(nn.Module):
     def __init__(self, class_head: nn.Module, box_head: nn.Module, dim: int, binary: bool):
         super().__init__()
         self.binary = binary
-        self.project, self.norm = xavier_(nn.Linear(dim, dim)), nn.LayerNorm(dim)
+        self.project = xavier_(nn.Linear(dim, dim))
+        self.norm = nn.LayerNorm(dim)
         # As in the official code, these heads start as copies of the decoder's.
         self.class_head, self.box_head = copy.deepcopy(class_head), copy.deepcopy(box_head)
 
@@ -790,12 +806,15 @@ class Detector(nn.Module):
                objects: int = 0) -> Output:
         """One decoder pass over [denoising, learned, extra], each group's detections by name."""
         extra = None if extra is None else Queries(*extra)
-        count, device = learned.content.shape[1], learned.content.device
+        count = learned.content.shape[1]
+        device = learned.content.device
         attend = attention_groups(count, extra, device, groups, objects)
         queries = [group for group in (noised, learned, extra) if group is not None]
         answers = self.decode_together(memory, queries, attend)
-        known = answers.pop(0) if noised else None
-        denoising = Denoising(known.logits, known.boxes, groups, objects) if noised else None
+        denoising = None
+        if noised:
+            known = answers.pop(0)
+            denoising = Denoising(known.logits, known.boxes, groups, objects)
         return Output(memory, answers[0], proposals, denoising, answers[1] if extra else None)
 
     def decode_together(self, memory: Memory, groups: list[Queries],
@@ -901,7 +920,8 @@ class DabDetr(Detector):
 
     def learned_queries(self, memory: Memory) -> tuple[Queries, None]:
         """Every anchor with the first pattern, then every anchor with the second, ..."""
-        batch, content = memory.tokens.shape[0], self.learned_content
+        batch = memory.tokens.shape[0]
+        content = self.learned_content
         boxes = self.anchors.weight.sigmoid().repeat(len(content), 1)    # (P * Q, 4)
         content = content.repeat_interleave(self.num_queries, 0)         # (P * Q, D)
         return Queries(content.expand(batch, -1, -1), boxes.expand(batch, -1, -1)), None
@@ -1020,7 +1040,8 @@ class BoxQueries(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.project, self.norm = xavier_(nn.Linear(2 * dim, 2 * dim)), nn.LayerNorm(2 * dim)
+        self.project = xavier_(nn.Linear(2 * dim, 2 * dim))
+        self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """(B, Q, 4) -> position, content (B, Q, D)."""

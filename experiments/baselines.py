@@ -361,7 +361,8 @@ class GKD(Baseline):
                  boxes=True, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want_temperature(temperature)
-        self.temperature, self.boxes = temperature, boxes
+        self.temperature = temperature
+        self.boxes = boxes
         self.weights = alpha, beta
 
     def losses(self, student, teacher, targets, extras):
@@ -427,8 +428,11 @@ class Hinton(Baseline):
                  classes="bernoulli", seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want_temperature(temperature)
-        _want_one_of(("bernoulli", "softmax"), classes=classes)
-        self.weight, self.temperature, self.classes = weight, temperature, classes
+        _want(classes in ("bernoulli", "softmax"),
+              f"classes={classes!r}: choose from 'bernoulli', 'softmax'")
+        self.weight = weight
+        self.temperature = temperature
+        self.classes = classes
 
     def losses(self, student, teacher, targets, extras):
         layers = _twins(student.logits, teacher.logits)
@@ -468,9 +472,13 @@ class KDDETR(Baseline):
         _want_temperature(temperature)
         _want(general > 0 or general == 0 and specific, f"general={general}, specific={specific}: "
                                                         "want some queries")
-        _want_one_of(("last", "twin"), teacher_layers=teacher_layers)
-        self.weights, self.temperature = (cls_weight, l1_weight, giou_weight), temperature
-        self.general, self.specific, self.teacher_layers = general, specific, teacher_layers
+        _want(teacher_layers in ("last", "twin"),
+              f"teacher_layers={teacher_layers!r}: choose from 'last', 'twin'")
+        self.weights = cls_weight, l1_weight, giou_weight
+        self.temperature = temperature
+        self.general = general
+        self.specific = specific
+        self.teacher_layers = teacher_layers
 
     @torch.no_grad()
     def queries(self, learned, generator=None):
@@ -547,7 +555,8 @@ class DETRDistill(Baseline):
                  prior_l1=5.0, prior_giou=2.0, seed=0):
         super().__init__(student_dim, teacher_dim, seed)
         _want(top >= 0, f"top={top}: want 0, all of the teacher's predictions, or more")
-        self.top, self.cost = top, (cls_weight, l1_weight, giou_weight)
+        self.top = top
+        self.cost = cls_weight, l1_weight, giou_weight
         self.weights = (*(logits * w for w in self.cost), memory,
                         prior * prior_cls, prior * prior_l1, prior * prior_giou)
 
@@ -620,10 +629,12 @@ class D3ETR(Baseline):
     terms = ("cls", "l1", "giou", "self", "cross")
 
     def __init__(self, student_dim=256, teacher_dim=256, *, adaptive=1.0, fixed=1.0,
-                 cls_weight=1.0, l1_weight=5.0,
-                 giou_weight=2.0, self_weight=1.0, cross_weight=1.0, seed=0):
+                 cls_weight=1.0, l1_weight=5.0, giou_weight=2.0, self_weight=1.0, cross_weight=1.0,
+                 seed=0):
         super().__init__(student_dim, teacher_dim, seed)
-        self.adaptive, self.fixed, self.cost = adaptive, fixed, (cls_weight, l1_weight, giou_weight)
+        self.adaptive = adaptive
+        self.fixed = fixed
+        self.cost = cls_weight, l1_weight, giou_weight
         self.weights = *self.cost, self_weight, cross_weight
 
     def losses(self, student, teacher, targets, extras):
@@ -680,7 +691,8 @@ def rival_step(student, teacher, batch, method, generator=None):
     # answers the method's queries and no others.
     with torch.no_grad():
         memory = teacher.encode(batch.images, batch.padding)
-    t, queries = view_of(memory, batch), None
+    t = view_of(memory, batch)
+    queries = None
     if needs:
         memory.tokens.requires_grad_("gradient" in needs)
         with torch.set_grad_enabled("gradient" in needs), \
@@ -986,12 +998,6 @@ def _want(condition, text):
 
 def _want_temperature(temperature):
     _want(temperature > 0, f"temperature={temperature}: want more than 0")
-
-
-def _want_one_of(choices, **option):
-    [(name, value)] = option.items()
-    listed = ", ".join(map(repr, choices))
-    _want(value in choices, f"{name}={value!r}: choose from {listed}")
 
 
 def _repeat(count, make):

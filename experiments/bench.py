@@ -77,7 +77,8 @@ def build_transformers(model):
         return None
     import transformers
     c = model.config
-    width, depths = c["backbone_width"], models.RESNETS[c["backbone"]][1]
+    width = c["backbone_width"]
+    depths = models.RESNETS[c["backbone"]][1]
     if model.detector == "dab_detr":
         config, kind = transformers.DabDetrConfig, transformers.DabDetrForObjectDetection
         own, stages = {"hidden_size": c["hidden_dim"]}, ["stage4"]
@@ -120,11 +121,13 @@ def pair(detector, options, device):
 
 def batch_of(options, device, objects=10, classes=91):
     """Random images with `objects` objects each, the last one narrower, so that it is padded."""
-    g, items = torch.Generator().manual_seed(0), []
-    for image in range(options.batch):
-        last = 0 < image == options.batch - 1
-        pixels = torch.randn(3, options.height, int((0.85 if last else 1) * options.width),
-                             generator=g)
+    g = torch.Generator().manual_seed(0)
+    items = []
+    widths = [options.width] * options.batch
+    if options.batch > 1:
+        widths[-1] = int(0.85 * options.width)
+    for image, width in enumerate(widths):
+        pixels = torch.randn(3, options.height, width, generator=g)
         size = 0.05 + 0.3 * torch.rand(objects, 2, generator=g)
         centre = size / 2 + (1 - size) * torch.rand(objects, 2, generator=g)
         labels = torch.randint(classes, (objects,), generator=g)
@@ -171,7 +174,8 @@ PRODUCT = "matrix product"
 
 def products(options, device):
     """{name: () -> product}: a large one in each precision, the most that the machine reaches."""
-    side, runs = 256 if options.quick else 2048, {}
+    side = 256 if options.quick else 2048
+    runs = {}
     for precision in options.precision:
         matrix = torch.rand(side, side, device=device).to(train.PRECISIONS[precision])
         runs[named(PRODUCT, precision)] = functools.partial(torch.mm, matrix, matrix)
@@ -225,10 +229,11 @@ class Operations(TorchDispatchMode):
             flop_registry[aten._scaled_dot_product_flash_attention_backward]}
     total = 0
 
-    def __torch_dispatch__(self, function, types, words=(), options=None):
-        result = function(*words, **options or {})
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
         if count := self.counted.get(function.overloadpacket):
-            self.total += count(*words, **options or {}, out_val=result)
+            self.total += count(*args, **kwargs, out_val=result)
         return result
 
 
@@ -246,12 +251,13 @@ def images_per_second(networks, image, seconds=2.0):
     detector, three at least. All on the image's device; training or evaluation mode is left as it
     was.
     """
-    nothing, size = torch.zeros_like(image[:, 0], dtype=torch.bool), tuple(image.shape[2:])
+    size = tuple(image.shape[2:])
+    padding = torch.zeros_like(image[:, 0], dtype=torch.bool)            # nothing is padded
     modes = {name: network.training for name, network in networks.items()}
     times = {name: [] for name in networks}
 
     def detect(network):
-        models.postprocess(network(image, nothing).detections, [size], 100)
+        models.postprocess(network(image, padding).detections, [size], 100)
 
     spent = rounds = 0
     while rounds < 3 or spent < seconds * len(networks):
@@ -339,7 +345,8 @@ def size(detector):
 
 def compare(part, detector, options, device):
     """Our "inference" or "training" in each precision, beside transformers' in fp32."""
-    batch, both = batch_of(options, device), pair(detector, options, device)
+    batch = batch_of(options, device)
+    both = pair(detector, options, device)
     with torch.no_grad():
         answers = [forward_of(model.eval(), batch)() for model in both.values()]
     differ = (answers[0] - answers[-1]).abs().max().item()
@@ -460,9 +467,12 @@ def print_costs(jobs, scope, tflops=None):
     jobs: tables.Job, teachers before students.  scope: tables.Scale, its images and its machine.
     tflops: useful work per second of that machine, by default as in TFLOPS.
     """
-    tflops, costs, hours = tflops or TFLOPS[scope.machine], {}, []
+    tflops = tflops or TFLOPS[scope.machine]
+    costs = {}
+    hours = []
     for job in jobs:
-        cfg, key = job.cfg, (job.cfg.detector, job.role)
+        cfg = job.cfg
+        key = cfg.detector, job.role
         # Models of one role are alike: they are counted once.
         if key not in costs:
             model = untrained(cfg, scope)
@@ -475,7 +485,8 @@ def print_costs(jobs, scope, tflops=None):
         gflops = 3 * forward                           # backward costs two forward passes
         if cfg.method:
             teacher, _, frozen = costs[cfg.detector, "teacher"]
-            gflops, memory = gflops + teacher, memory + frozen
+            gflops += teacher
+            memory += frozen
 
         # Images times multiply-adds, two floating-point operations each.
         count = cfg.epochs * scope.images if cfg.steps is None else cfg.steps * cfg.batch_size

@@ -43,7 +43,8 @@ def add_options(parser):
 
 def run(scale, teacher, device, seed=0):
     """From nothing to a distilled student: data, three models, table, pictures."""
-    plan, device = SCALES[scale], train.pick_device(device)
+    plan = SCALES[scale]
+    device = train.pick_device(device)
     out = Path(plan["out"])
     if scale == "quick":
         say("SCALE=quick shows that everything runs. Its figures mean nothing: far too few images "
@@ -54,7 +55,8 @@ def run(scale, teacher, device, seed=0):
     # The teacher first: the distilled student's folder is named after its weights.
     if teacher == "scratch":
         job = make_job("teacher", plan, seed, device)
-        results, source = train_all({"teacher": job}, device), job.folder
+        results = train_all({"teacher": job}, device)
+        source = job.folder
     else:
         source = Path(os.path.relpath(train.SHIPPED_TEACHERS["dino"]))
         say(f"\n=== teacher: shipped weights, weights/{source.name}; "
@@ -153,8 +155,10 @@ def train_all(jobs, device):
 class View:
     """A job on the screen: what it says is printed after its name, its steps are a bar."""
     def __init__(self, name, job):
-        self.name, self.said = f"{name:<10} ", 0
-        self.output, self.log = job.folder / "output.txt", job.folder / "log.jsonl"
+        self.name = f"{name:<10} "
+        self.said = 0
+        self.output = job.folder / "output.txt"
+        self.log = job.folder / "log.jsonl"
         self.output.unlink(missing_ok=True)                  # of an earlier sitting
         self.bar = tqdm(total=job.steps, desc=self.name, dynamic_ncols=True,
                         mininterval=train.quiet_interval())
@@ -182,7 +186,8 @@ def side_by_side(jobs, at_once, threads, ended, views=(), cwd=None):
     Ctrl-C, or an exception of `ended`, stops all: each saves the step in hand and ends.
     Raises train.Interrupted.
     """
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running = {}
     with train.finish_step_on_signal() as asked_to_stop:
         try:
             while (waiting or running) and not asked_to_stop:
@@ -319,7 +324,8 @@ def query_attention(scene, picture, truth, networks, method, classes):
 
     scene: the batch of one image.  picture, truth: the same image as it is drawn, its objects.
     """
-    teacher, boxes = networks["teacher"], scene.boxes[0]
+    teacher = networks["teacher"]
+    boxes = scene.boxes[0]
     queries = models.Queries(*method.queries(
         scene.labels, scene.boxes, train.asked_with(teacher, method.content), box_noise=0.))
     largest = boxes[:, 2:].prod(1).argsort(descending=True)[:3].cpu()
@@ -345,5 +351,6 @@ def losses(log):
     """The curves of each loss of a run's log.jsonl."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     other = ("step", "loss", "grad_norm", "lr", "images", "seconds", "report")
-    return plots.losses({name: [(line["step"], line[name]) for line in lines if name in line]
+    return plots.losses([line["step"] for line in lines],
+                        {name: [line.get(name, 0.) for line in lines]
                          for name in lines[-1] if name not in other})

@@ -59,7 +59,8 @@ class Program(nn.Module):
     """
     def __init__(self, model, k=data.MAX_DETECTIONS):
         super().__init__()
-        self.model, self.k = model.eval(), k
+        self.model = model.eval()
+        self.k = k
         self.register_buffer("mean", 255 * torch.tensor(data.IMAGENET_MEAN))
         self.register_buffer("std", 255 * torch.tensor(data.IMAGENET_STD))
 
@@ -125,14 +126,19 @@ def export(checkpoint, out, size=None, batch="1", padding=False, image=None):
     facts = {"detector": payload["detector"], "data": payload["data"], "input": INPUT,
              "output": OUTPUT, "size": list(picture.shape[:2]), "classes": payload["classes"],
              "category_ids": payload.get("category_ids")}
-    facts |= {"padding": PADDING} if padding else {}
+    if padding:
+        facts["padding"] = PADDING
     for key, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value)
         proto.metadata_props.add(key=key, value=text)
 
+    batches = [inputs]
     # One picture alone too, where any number may come.
-    content, difference = proto.SerializeToString(), 0.
-    for some in [inputs] + [[x[-1:] for x in inputs]] * (batch == "dynamic"):
+    if batch == "dynamic":
+        batches.append([x[-1:] for x in inputs])
+    content = proto.SerializeToString()
+    difference = 0.
+    for some in batches:
         with torch.no_grad():
             wanted = [x.numpy() for x in program(*some)]
         answer = open_session(content).run(None, named(some))
@@ -188,7 +194,8 @@ def open_session(program, threads=1):
     """An onnxruntime session of a file, or of its bytes."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
     return onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
@@ -204,10 +211,10 @@ def disagreement(ours, theirs, size):
     other answer, by score and by box, as a fraction of size (H, W): almost equal scores may change
     places. For the same reason the last ranks, within TOLERANCE of the cut, need no counterpart.
     """
-    worst, scale = np.abs(ours[1] - theirs[1]).max(), np.array([*size[::-1]] * 2)
+    worst = np.abs(ours[1] - theirs[1]).max()
+    scale = np.array([*size[::-1]] * 2)
     for one, other in ((ours, theirs), (theirs, ours)):
-        for boxes, scores, labels, *rest in zip(*one, *other):
-            boxes2, scores2, labels2 = rest
+        for boxes, scores, labels, boxes2, scores2, labels2 in zip(*one, *other):
             far = np.abs((boxes[:, None] - boxes2) / scale).max(-1)          # (k, k)
             far = np.maximum(far, np.abs(scores[:, None] - scores2))
             far = np.where(labels[:, None] == labels2, far, np.inf).min(1)   # (k,)
@@ -335,8 +342,8 @@ def peak_memory_mb(kind, file, size):
     """The most memory of a process that answers pictures, libraries included; NaN without /proc."""
     if not Path("/proc/self/status").exists():
         return math.nan
-    code, shape = ALONE[kind.split()[0]] + PEAK, (*map(str, size), "3")
-    command = [sys.executable, "-c", code, str(Path(file).resolve()), *shape]
+    code = ALONE[kind.split()[0]] + PEAK
+    command = [sys.executable, "-c", code, str(Path(file).resolve()), *map(str, size), "3"]
     return float(subprocess.check_output(command, cwd=train.HERE, text=True).split()[-1])
 
 
@@ -379,7 +386,8 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
     # Model by model; what is not asked for keeps its earlier figure.
     page = Path(out) / f"{data}.json"
     figures = checkpoints.read_json(page) if page.exists() else {"rows": {}}
-    makers, pictures = {}, None
+    makers = {}
+    pictures = None
     for (detector, role), checkpoint in files.items():
         if not checkpoint.exists():
             continue
@@ -407,7 +415,7 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
     checkpoints.write_json(page, figures)
     checkpoints.write_text(page.with_suffix(".md"), markdown(figures, data))
     rows = list(figures["rows"].values())
-    if all("ms_1" in row and row["AP"] is not None for row in rows):
+    if all("ms_1" in row and row.get("AP") is not None for row in rows):
         plots.latency(rows).savefig(page.with_suffix(".png"), dpi=120)
     print(f"{len(rows)} rows: {page.with_suffix('.md')}, and beside it the JSON and the picture")
 

@@ -76,7 +76,7 @@ def model_style(name, index=0):
     for word, style in ROLES.items():
         if re.search(rf"(?<![\w-]){word}", name.lower()):
             return dict(style)
-    return {"color": OTHERS[index % len(OTHERS)], "linestyle": ("-.", ":")[index % 2],
+    return {"color": OTHERS[index % len(OTHERS)], "linestyle": ("-", "--", "-.", ":")[index % 4],
             "marker": "DvPXs"[index % 5]}
 
 
@@ -113,7 +113,8 @@ def _lacking(file, characters):
 def _fonts(text):
     """-> families that have what the default font lacks of a text; the characters none has."""
     default = font_manager.findfont(font_manager.FontProperties())
-    families, lacking = [], _lacking(default, set(text) - {"\n"})
+    families = []
+    lacking = _lacking(default, set(text) - {"\n"})
     for font in font_manager.fontManager.ttflist:
         if not lacking:
             break
@@ -154,9 +155,6 @@ PARTS = {
 ROW = {"backbone": 1.5, "encoder": 2.6, "memory": 3.9, "decoder": 6.65, "answers": 8.25}
 MODELS = (("teacher", 3.5, TEACHER, "teacher: large, frozen", 3.8),
           ("student", 1.3, STUDENT, "student: small, trained", 0.8))
-ADDED = {"mask", "queries", "logits"}
-ARROWS = [("truth", "mask"), ("truth", "queries"), ("student memory", "own"),
-          ("own", "student decoder"), ("student answers", "detection")]
 # Arrows that both models have; those into a row come from parts that the models share.
 BOTH = [*itertools.pairwise(ROW), ("image", "backbone"), ("queries", "decoder"),
         ("mask", "memory"), ("logits", "answers")]
@@ -167,9 +165,11 @@ def method_drawing():
 
     Green is what the method adds to plain training. Arrows with two heads compare.
     """
-    parts, headings, arrows = {}, [], list(ARROWS)
+    parts, headings = {}, []
+    arrows = [("truth", "mask"), ("truth", "queries"), ("student memory", "own"),
+              ("own", "student decoder"), ("student answers", "detection")]
     for name, part in PARTS.items():
-        parts[name] = *part, DISTILLED if name in ADDED else INK
+        parts[name] = *part, DISTILLED if name in ("mask", "queries", "logits") else INK
     for model, y, color, heading, top in MODELS:
         headings.append((top, heading, INK))
         for name, x in ROW.items():
@@ -258,21 +258,20 @@ def detections(images, truths, results, classes, min_score=0.4):
     Objects not found are dotted in white.
     """
     pixels = [_pixels(image) for image in images]
-    ratios = [_ratio(p) for p in pixels] or [0.3]                         # of each row
     panels = columns = 1 + len(results)
-    titled = 1
+    titled = 1                                                            # rows with titles
     if len(images) == 1 and panels > 2:                                   # two panels a row
-        columns, titled = 2, math.ceil(panels / 2)
-        ratios *= titled
-    rows = len(ratios)
+        columns = 2
+        titled = math.ceil(panels / 2)
+    ratios = [_ratio(p) for p in pixels] * titled                         # of each row
     images_inches = PAGE_INCHES / columns * sum(ratios)
-    figure = _figure(images_inches + 0.04 * rows + 0.35 + 0.4 * titled)
-    grid = _grid(figure, rows, columns, len(images) * panels, height_ratios=ratios)
-    grid = grid.reshape(len(images) or 1, -1)
-    classes, written = _class_names(classes)
+    figure = _figure(images_inches + 0.04 * len(ratios) + 0.35 + 0.4 * titled)
+    grid = _grid(figure, len(ratios), columns, len(images) * panels, height_ratios=ratios)
+    grid = grid.reshape(len(images), -1)
+    classes = readable(classes)
 
     for axes, image, truth in zip(grid[:, 0], pixels, truths):
-        _scene(axes, image, truth, written)
+        _scene(axes, image, truth, classes)
         for place in _array(truth.get("references", ())):
             _reference(axes, place)
     objects = sum(len(truth["labels"]) for truth in truths)
@@ -284,10 +283,10 @@ def detections(images, truths, results, classes, min_score=0.4):
         count = np.zeros(3, int)
         for axes, image, truth, result in zip(column, pixels, truths, answers):
             _show(axes, image, truth.get("ignore", ()))
-            count += _judged(axes, result, truth, color, min_score, written)
+            count += _judged(axes, result, truth, color, min_score, classes)
         _title(column[0], f"{name}\n{_counted(count)}", 8.5)
     rule = f"found means score ≥ {min_score:g} and IoU ≥ {MIN_IOU:g}"
-    _legend(figure, classes, truths, rule, len(results) > 0)
+    _legend(figure, classes, truths, rule if results else None)
     return _legible(figure)
 
 
@@ -301,8 +300,8 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4):
     pixels = _pixels(image)
     figure = _figure(PAGE_INCHES * _ratio(pixels) + 0.8)
     (scene, copy), below = figure.subplots(2, 2)
-    classes, written = _class_names(classes)
-    _scene(scene, pixels, truth, written)
+    classes = readable(classes)
+    _scene(scene, pixels, truth, classes)
     _title(scene, f"a street scene with {_objects(len(truth['labels']))}")
 
     inside, weight = map(_array, mask)                                    # (H, W) each
@@ -313,10 +312,10 @@ def first(image, truth, mask, student, distilled, classes, min_score=0.4):
     _title(copy, f"where to copy the teacher: {share:.0%} of the weight on {inside.mean():.1%} of "
                  "the cells")
 
-    answers = (("student trained alone", student, STUDENT),
-               ("the same student, distilled", distilled, DISTILLED))
-    for axes, (name, result, color) in zip(below, answers):
-        count = _judged(_show(axes, pixels), result, truth, color, min_score, written)
+    answers = {"student trained alone": student, "the same student, distilled": distilled}
+    for axes, (name, result) in zip(below, answers.items()):
+        color = model_style(name)["color"]
+        count = _judged(_show(axes, pixels), result, truth, color, min_score, classes)
         _title(axes, f"{name}: {_counted(count)}")
     _legend(figure, classes, [truth])
     return _legible(figure)
@@ -338,35 +337,36 @@ def predictions(image, result, classes, min_score=0.4, truth=None):
     axes = _show(figure.add_axes((0, 0, 1, 1)), pixels)
     axes.set_axis_off()
     type_pt = min(max(width * zoom / 140, 6), 18)
+    line_pt = type_pt / 5
+    highest = type_pt * 2.3 / zoom                                        # no text stands above
     names = readable(classes)
     if truth is not None:
         outside = _corners(truth["boxes"]) + width / 300 * np.array([-1, -1, 1, 1])
-        _boxes(axes, outside, "black", width=type_pt / 5)
-        _boxes(axes, outside, TRUTH, linestyle=FALSE, width=type_pt / 5)
+        _boxes(axes, outside, "black", width=line_pt)
+        _boxes(axes, outside, TRUTH, linestyle=FALSE, width=line_pt)
         keys = [_key("true box", color=TRUTH, gapcolor="black", linestyle=FALSE),
                 _patch("detection: class and score", facecolor="none", edgecolor=BRIGHT[0])]
         axes.legend(handles=keys, loc="lower right", fontsize=type_pt)
     for score, label, box in reversed(_strong(result, min_score)):
         color = BRIGHT[label % len(BRIGHT)]
-        _boxes(axes, box, color, width=type_pt / 5)
+        _boxes(axes, box, color, width=line_pt)
         # The text stands on the middle of its box, inside the image.
         x = box[[0, 2]].clip(0, width).mean()
-        y = max(box[1], type_pt * 2.3 / zoom)
         frame = {"facecolor": color, "edgecolor": "none", "pad": type_pt / 8, "alpha": 0.85}
-        axes.text(x, y, f"{names[label]} {score:.2f}", fontsize=type_pt, color="black",
-                  ha="center", va="bottom", clip_on=True, bbox=frame)
+        axes.text(x, max(box[1], highest), f"{names[label]} {score:.2f}", fontsize=type_pt,
+                  color="black", ha="center", va="bottom", clip_on=True, bbox=frame)
     _legible(figure)
 
-    # A name that is too long for its place moves to the side.
-    for text in axes.texts:
-        half = text.get_window_extent().width / zoom / 2
-        text.set_x(max(min(text.get_position()[0], width - half), half))
-    # A name that would stand on that of a stronger detection moves above it.
     placed = []
     for text in reversed(axes.texts):
+        # A name that is too long for its place moves to the side.
+        x, y = text.get_position()
+        half = text.get_window_extent().width / zoom / 2
+        text.set_x(max(min(x, width - half), half))
+        # A name that would stand on that of a stronger detection moves above it.
         extent = text.get_window_extent().padded(type_pt / 2)
         rise = max((other.y1 - extent.y0 for other in placed if extent.overlaps(other)), default=0)
-        text.set_y(max(text.get_position()[1] - rise / zoom, type_pt * 2.3 / zoom))
+        text.set_y(max(y - rise / zoom, highest))
         placed.append(text.get_window_extent().padded(type_pt / 2))
     return figure
 
@@ -394,7 +394,7 @@ def location_masks(image, boxes, masks):
                  f"{weight:.0%} of S")
         maps[title] = scale
     return _over_scene(image, boxes, maps, "The scale mask S, level by level",
-                       "weight S of a cell (log scale)")
+                       "weight S of a cell (log scale)", _log_norm(maps.values()))
 
 
 def memory_colours(image, boxes, memories, shape, title):
@@ -428,7 +428,7 @@ def maps_over_scene(image, boxes, maps, label, title, high=None):
     """
     maps = {heading: _array(values) for heading, values in maps.items()}
     colors = Normalize(0, high or _highest(maps, 1e-12))
-    return _over_scene(image, boxes, maps, title, label, colors, columns=2)
+    return _over_scene(image, boxes, maps, title, label, colors, scene=False)
 
 
 def joined_boxes(image, panels, title):
@@ -441,20 +441,17 @@ def joined_boxes(image, panels, title):
     grid = _grid(figure, 1, len(panels), len(panels))
     for axes, (heading, models) in zip(grid.flat, panels.items()):
         _show(axes, pixels, gray=True)
-        centres = []
         for name, boxes in models.items():
-            boxes = _corners(boxes)                                       # (K, 4)
             _boxes(axes, boxes, model_style(name)["color"], width=1.4)
-            centres.append((boxes[:, :2] + boxes[:, 2:]) / 2)             # (K, 2)
-        for start, end in zip(*centres):
-            axes.plot(*zip(start, end), color=TRUTH, linewidth=1.6, path_effects=_halo(3.2, TRUTH))
-        # The number stands above the first model's box, where it hides no object.
-        for number, (x0, y0, x1, _) in enumerate(_corners(next(iter(models.values())))):
-            axes.text((x0 + x1) / 2, y0 - 3, number, fontsize=8, color=INK, ha="center", va="bottom",
+        for number, pair in enumerate(zip(*map(_corners, models.values()))):
+            pair = np.array(pair)                                         # (2, 4)
+            x, y = (pair[:, :2] + pair[:, 2:]).T / 2                      # (2,) each: the centres
+            axes.plot(x, y, color=TRUTH, linewidth=1.6, path_effects=_halo(3.2, TRUTH))
+            # The number stands above the first model's box, where it hides no object.
+            axes.text(x[0], pair[0, 1] - 3, number, fontsize=8, color=INK, ha="center", va="bottom",
                       bbox={"boxstyle": "circle,pad=0.15", "facecolor": TRUTH, "linewidth": 0.5})
         _title(axes, heading)
-    _style_keys(figure, {name: model_style(name) | {"marker": None, "linestyle": "-"}
-                         for name in models})
+    _keys(figure, [_key(name, color=model_style(name)["color"]) for name in models])
     _heading(figure, title)
     return _legible(figure)
 
@@ -470,13 +467,15 @@ def look(recorded, shapes, queries=slice(None), boxes=None, references=None, ima
     queries: which of the recorded ones, a slice or indices. boxes: (Q, 4) that the recorded queries
     predict. references: (Q, 4) or (Q, 2) that they start from. Both are in pixels.
 
-    Returns dict(places, weights, boxes, references) of q queries; a head's weights sum to 1:
+    Returns dict(places, weights, boxes, references) of q queries, on the CPU in 32 bits; boxes and
+    references are None where not given; a head's weights sum to 1:
       sampled  places (q, heads, levels, P, 2), x and y as fractions of the padded image;
                weights (q, heads, levels, P)
       dense    places (H, W), of the map whose cells the weights (q, heads, H * W) belong to
     Raises ValueError on weights of anything but the memory's cells.
     """
-    weights, places = recorded.weights[image], recorded.points
+    weights = recorded.weights[image]
+    places = recorded.points
     if places is None:
         places = tuple(shapes[0])
         weights = weights.transpose(0, 1)                                 # (Q, heads, H * W)
@@ -485,21 +484,23 @@ def look(recorded, shapes, queries=slice(None), boxes=None, references=None, ima
                              f"of {list(shapes)}: for attention among queries use self_attention")
     else:
         places = places[image][queries]
-    return {"places": places, "weights": weights[queries],
-            "boxes": None if boxes is None else boxes[queries],
-            "references": None if references is None else references[queries]}
+    found = {"places": places, "weights": weights[queries],
+             "boxes": None if boxes is None else boxes[queries],
+             "references": None if references is None else references[queries]}
+    return {name: value.detach().cpu().float() if isinstance(value, torch.Tensor) else value
+            for name, value in found.items()}
 
 
 def heads_apart(look, query):
     """One query of a look -> dict name -> look of one head, as `query_attention` takes them."""
     # The (H, W) of a dense map and what is None have no queries.
-    one = {name: value[query:query + 1] for name, value in look.items()
-           if isinstance(value, torch.Tensor)}
+    one = look | {name: value[query:query + 1] for name, value in look.items()
+                  if isinstance(value, torch.Tensor)}
     heads = {}
-    for h in range(look["weights"].shape[1]):
-        head = look | one
-        for name in one.keys() & {"places", "weights"}:
-            head[name] = one[name][:, h:h + 1]
+    for h, weights in enumerate(one["weights"].split(1, 1)):              # (1, 1, ..) each
+        head = one | {"weights": weights}
+        if weights.ndim == 4:                                             # sampled
+            head["places"] = one["places"][:, h:h + 1]
         heads[f"head {h}"] = head
     return heads
 
@@ -583,13 +584,17 @@ def _share_inside(places, weights, box):
     """Share of one query's attention inside a box (4,), in fractions of the image."""
     if weights.ndim == 3:
         inside = ((places >= box[:2]) & (places <= box[2:])).all(-1)      # (heads, levels, P)
-        return (weights * inside).sum() / weights.sum().clamp(min=1e-12)
+        return (weights * inside).sum() / len(weights)
     return (weights.mean(0).view(places) * _cover(box[None], *places)).sum()
 
 
 # ----------------------------------------------------------------------------------------------
 # What queries look at: the pictures
 # ----------------------------------------------------------------------------------------------
+
+# The colour bar of attention over an image.
+HEAT_LABEL = "attention of a cell; 1 is uniform attention over the image"
+
 
 def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where queries look"):
     """What queries look at, over the image: queries in rows; models, layers or heads in columns.
@@ -607,8 +612,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     """
     pixels = _pixels(image)
     size = pixels.shape[1::-1]                                            # W, H
-    looks = {name: _tensors(look) for name, look in looks.items()}
-    first = next(iter(looks.values()), {"weights": (), "boxes": None})
+    leftmost = next(iter(looks), None)
+    first = looks.get(leftmost, {"weights": (), "boxes": None})
     count = len(first["weights"])
     # Maps on one grid can be compared. Those of dense attention are drawn; 1 is uniform.
     maps = {name: attention_mass(look["places"], look["weights"], *(grid or look["places"]))
@@ -618,15 +623,15 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
     norm = LogNorm(1, _highest(heat, 2))
     target = next(iter(maps.values()), None)                              # of the first column
 
-    # One or two windows are large enough on a smaller page.
     columns = max(len(looks), 1)
     lines = max(count, 1)
-    if count == 1 and columns > 3:
+    if count == 1 and columns > 3:                                        # folded
         columns = 2 if columns == 4 else 3
         lines = math.ceil(len(looks) / columns)
     shape = _ratio(pixels)                                                # of every window
     if context is not None:
         shape = min(max(shape, 0.6), 0.8)
+    # One or two windows are large enough on a smaller page.
     page = PAGE_INCHES if columns > 2 or context is None or len(looks) > columns else 6
     named = len(rows) > 0
     inches = (page - 0.4 * named) / columns
@@ -642,7 +647,8 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
                                for key in ("weights", "boxes", "references"))
         # Where the query looks,
         _show(axes, pixels, gray=name in heat)
-        facts, places = [], look["places"]
+        facts = []
+        places = look["places"]
         if name in heat:
             drawn = _heat(axes, heat[name][row], norm)
         else:
@@ -657,20 +663,21 @@ def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where 
             share = _share_inside(places, weights, box / torch.tensor(size * 2))
             facts.append(f"{share:.0%} in the box")
         # and how far it agrees with the first column.
-        if grid and look is not first:
+        if grid and name != leftmost:
             facts.append(f"agrees {agreement(target[row], maps[name][row]):.2f}")
             if box is not None and first["boxes"] is not None:
                 iou = box_iou(first["boxes"][row, None], box[None]).item()
                 facts[-1] += f" (IoU {iou:.2f})" * (iou < MIN_IOU)
         facts = ("\n" if folded else ", ").join(facts)
         _title(axes, "\n".join(filter(None, [name * (row == 0), facts])), 8, pad=3)
-        if look is first and named:
+        if named and name == leftmost:
             axes.set_ylabel(rows[row], fontsize=8, color=INK)
         if context is not None:
-            left, top, right, bottom = _window(looks.values(), row, size, shape, context)
-            axes.set(xlim=(left, right), ylim=(bottom, top))
+            of_row = ([look[key][row] for look in looks.values() if look[key] is not None]
+                      for key in ("boxes", "references"))
+            _zoom(axes, *of_row, shape, context)
     if heat:
-        _bar(figure, panels, drawn, "attention of a cell; 1 is uniform attention over the image")
+        _bar(figure, panels, drawn, HEAT_LABEL)
     _keys(figure, _attention_keys(looks.values()))
     if grid and count and first["boxes"] is not None:
         even = agreement(target, even_mass(first["boxes"], size, *grid)).mean()
@@ -696,36 +703,27 @@ def around_object(panels, title):
     columns = 2 if len(panels) in (2, 4) else 3
     lines = max(math.ceil(len(panels) / columns), 1)
     shape = 0.6                                                           # height / width
-    titles = 0.15 * (1 + max([0, *(name.count("\n") for name in panels)]))
-    row_inches = PAGE_INCHES / columns * shape + 0.1 + titles
+    written = 1 + max(name.count("\n") for name in ["", *panels])         # lines of a title
+    row_inches = PAGE_INCHES / columns * shape + 0.1 + 0.15 * written
     figure = _figure(row_inches * lines + 0.55 + 0.5 * bool(heat))
     grid = _grid(figure, lines, columns, len(panels))
     for axes, (name, panel) in zip(grid.flat, panels.items()):
-        pixels, truth = _pixels(panel["image"]), panel["truth"]
-        _show(axes, pixels, gray=name in heat)
+        truth = panel["truth"]
+        _show(axes, _pixels(panel["image"]), gray=name in heat)
         if name in heat:
             drawn = _heat(axes, heat[name], norm)
         if "answer" in panel:
             _boxes(axes, panel["answer"], model_style(name)["color"], width=1.8)
         _boxes(axes, truth, TRUTH, REFERENCE, 1.4)
-        spot = {"boxes": truth[None], "references": None}
-        left, top, right, bottom = _window([spot], 0, pixels.shape[1::-1], shape, 1.8)
-        axes.set(xlim=(left, right), ylim=(bottom, top))
+        _zoom(axes, [truth], [], shape, 1.8)
         _title(axes, name, 8.5, pad=3)
     if heat:
-        _bar(figure, grid, drawn, "attention of a cell; 1 is uniform attention over the image")
+        _bar(figure, grid, drawn, HEAT_LABEL)
     answered = any("answer" in panel for panel in panels.values())
     keys = [_key("true box", linestyle=REFERENCE)] + [_key("answered box")] * answered
     _keys(figure, keys)
     _heading(figure, title)
     return _legible(figure)
-
-
-def _tensors(look):
-    """A look on the CPU, in 32 bits; what it lacks is None."""
-    here = {name: value.detach().cpu().float() if isinstance(value, torch.Tensor) else value
-            for name, value in look.items()}
-    return {"boxes": None, "references": None} | here
 
 
 def _attention_keys(looks):
@@ -745,29 +743,25 @@ def _attention_keys(looks):
     return keys
 
 
-def _window(looks, row, size, shape, context):
-    """x0 y0 x1 y1 of the part of the image to show, of height / width = shape.
+def _zoom(axes, boxes, starts, shape, context):
+    """Show the part of the image around some boxes, of height / width = shape.
 
-    It is `context` times the row's boxes, and reaches to the references; without either it is the
-    whole image.
+    It is `context` times all the boxes, and reaches to the starts. boxes, starts: lists of boxes
+    (4,) or points (2,) in pixels. Without any, the whole image stays.
     """
-    frames = {"boxes": [], "references": []}
-    for key, look in itertools.product(frames, looks):
-        if look[key] is not None:
-            place = look[key][row]
-            # A point is a box without an extent.
-            frames[key].append(Bbox.from_extents(*place[:2], *place[-2:]))
-    boxes, starts = frames.values()
+    # A point is a box without an extent.
+    boxes, starts = ([Bbox.from_extents(*place[:2], *place[-2:]) for place in places]
+                     for places in (boxes, starts))
     if not boxes and not starts:
-        return 0, 0, *size
+        return
     box = Bbox.union(boxes or starts).expanded(context, context)
     box = Bbox.union([box, *starts])
-    width, height = size
+    _, width, height, _ = axes.images[0].get_extent()
     tall = max(box.height, box.width * shape)
     tall = np.clip(tall, 4 / shape, min(height, width * shape))
     part = np.array([tall / shape, tall])
-    low = np.clip((box.min + box.max - part) / 2, 0, size - part)
-    return *low, *(low + part)
+    left, top = np.clip((box.min + box.max - part) / 2, 0, [width, height] - part)
+    axes.set(xlim=(left, left + part[0]), ylim=(top + tall, top))
 
 
 def self_attention(weights, shown=None, names=(), groups=None,
@@ -787,21 +781,21 @@ def self_attention(weights, shown=None, names=(), groups=None,
     masks = {name for name, w in weights.items() if w.ndim == 2}
     for name, w in weights.items():
         w = _array(w)
-        order = range(w.shape[-1]) if shown is None else _array(shown).astype(int)
         # A mask is drawn as even attention to all that a row may look at.
         if name not in masks:
             w = w.mean(0)                                                 # (Q, Q)
             w = w * (w > 0).sum(-1, keepdims=True)
-        heat[name] = w[np.ix_(order, order)]
+        heat[name] = w if shown is None else w[np.ix_(shown, shown)]
     norm = LogNorm(0.1, _highest(heat, 10))
 
     columns = min(max(len(heat), 1), 3)
-    lines = math.ceil(max(len(heat), 1) / columns)
+    lines = math.ceil(len(heat) / columns) or 1
     inches = min((PAGE_INCHES - 1) / columns, 3.4)
     # A few queries need no square: a row is as high as a name.
     tall = min(inches, 0.22 * max([4, *map(len, heat.values())]))
     aspect = "auto" if tall < inches else "equal"
-    below = 0.75 if len(masks) < len(heat) else 0.25                      # a colour bar
+    weighted = len(masks) < len(heat)                                     # wants a colour bar
+    below = 0.25 + 0.5 * weighted
     figure = _figure((tall + 0.3) * lines + below, inches * columns + 1)
     panels = _grid(figure, lines, columns, len(heat))
     for index, (axes, (name, values)) in enumerate(zip(panels.flat, heat.items())):
@@ -822,17 +816,16 @@ def self_attention(weights, shown=None, names=(), groups=None,
         rows = {middle: word for middle, word in zip(middles, parts) if parts[word]}
         if any(names):
             rows = {row + 0.5: word for row, word in enumerate(names) if word}
-        # Groups of its own are named at every matrix, names that hold for all at the left.
-        if not (leftmost or name in groups and not any(names)):
-            rows = dict.fromkeys(rows, "")
         axes.set_xticks([])
         axes.set_yticks([*rows], rows.values(), fontsize=8)
-        axes.tick_params(length=2)
+        # Groups of its own are named at every matrix, names that hold for all at the left.
+        own = name in groups and not any(names)
+        axes.tick_params(length=2, labelleft=leftmost or own)
         may = " (grey: may not)" * (name in masks)
         axes.set_xlabel(f"looked at, in the same order{may}", fontsize=8, color=INK)
         axes.set_ylabel("query that looks" * leftmost, fontsize=8, color=INK)
         _title(axes, name, 8.5, pad=3)
-    if len(masks) < len(heat):
+    if weighted:
         _bar(figure, panels, drawn, "attention; 1 is uniform over all it may see (grey: may not)")
     _heading(figure, title)
     return _legible(figure)
@@ -851,10 +844,9 @@ def curves(histories, ylabel="AP", title=None):
     """
     figure = _figure(3.4, 7)
     axes = figure.subplots()
-    rivals, most_seeds = 0, 1
-    for name, history in histories.items():
-        style = model_style(name, rivals) | {"linewidth": 1.6}
-        rivals += style["color"] in OTHERS
+    most_seeds = 1
+    for index, (name, history) in enumerate(histories.items()):
+        style = model_style(name, index) | {"linewidth": 1.6}
         if isinstance(history, (int, float)):
             axes.axhline(history, **style | {"label": f"{name}: {history:.3f}", "marker": None})
             continue
@@ -866,7 +858,11 @@ def curves(histories, ylabel="AP", title=None):
                 scores[step] = seeds
         if scores:
             name += f": {scores[max(scores)].mean():.3f}"
-        _banded(axes, scores, 0.2, label=name, **style)
+        mean, spread = _statistics(scores.values())
+        axes.plot([*scores], mean, markersize=4, label=name, **style)
+        if spread.any():
+            axes.fill_between([*scores], mean - spread, mean + spread, color=style["color"],
+                              alpha=0.2, linewidth=0)
         most_seeds = max([most_seeds, *map(len, scores.values())])
     plain(axes, "training step", ylabel)
     axes.set_ylim(bottom=0)
@@ -876,6 +872,13 @@ def curves(histories, ylabel="AP", title=None):
     band = f" (bands: ±1 standard deviation over {most_seeds} seeds)" if most_seeds > 1 else ""
     _title(axes, (title or f"{ylabel} against training steps") + band, 10, loc="left")
     return figure
+
+
+# Of a difference, by its interval: colour, and what the legend says.
+VERDICTS = {"more": (DISTILLED, "more: the interval lies above 0"),
+            "less": ("#D55E00", "less: it lies below 0"),
+            "undecided": ("#777777", "undecided: it holds 0"),
+            "one seed": ("#777777", "one seed: no interval")}
 
 
 def verdict(gain):
@@ -888,7 +891,7 @@ def verdict(gain):
     return "more" if gain["mean"] > 0 else "less"
 
 
-def gains(rows, title=None, xlabel="gain in AP over the student alone (bar: 95 % interval)",
+def gains(rows, title, xlabel="gain in AP over the student alone (bar: 95 % interval)",
           zero="no difference", chosen=()):
     """Paired gains with their 95 % intervals, in blocks of rows; the colour is the verdict.
 
@@ -907,21 +910,25 @@ def gains(rows, title=None, xlabel="gain in AP over the student alone (bar: 95 %
     axes.annotate(zero, (0, 1), (0, 2), xycoords=axes.get_xaxis_transform(),
                   textcoords="offset points", ha="center", fontsize=8, color=INK)
     lines = [line for block in blocks.values() for line in block.items()]
-    places, keys = _rows(axes, blocks), {}
+    places = _rows(axes, blocks)
+    keys = {}
     for place, (label, gain), name in zip(places, lines, axes.get_yticklabels()):
-        alone = gain["low"] is None
-        color, meaning = VERDICTS["one seed" if alone else verdict(gain)]
-        face, capsize = ("white", 0) if alone else (color, 3)
+        mean, low, high = (gain[key] for key in ("mean", "low", "high"))
+        color, meaning = VERDICTS[verdict(gain)]
+        face, capsize = color, 3
+        if low is None:
+            color, meaning = VERDICTS["one seed"]
+            face, capsize = "white", 0
+            low = high = mean
         keys[meaning] = _key(meaning, color=color, marker="o", markerfacecolor=face)
-        weight = "bold" if label in chosen else "normal"
         if label in chosen:
             axes.axhspan(place - 0.5, place + 0.5, color="#EEEEEE", zorder=0)
-        name.set_fontweight(weight)
-        axes.errorbar(gain["mean"], place, xerr=_interval(gain), linewidth=1.3, color=color,
-                      markerfacecolor=face, **INTERVAL | {"capsize": capsize})
-        axes.text(1.01, place, f"{gain['mean']:+.3f}", transform=axes.get_yaxis_transform(),
-                  fontsize=8, va="center", color=color, weight=weight)
-    _title(axes, title or "What distillation adds", 10, loc="left", pad=16)
+            name.set_fontweight("bold")
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], linewidth=1.3, color=color,
+                      fmt="o", markersize=4, markerfacecolor=face, capsize=capsize)
+        axes.text(1.01, place, f"{mean:+.3f}", transform=axes.get_yaxis_transform(),
+                  fontsize=8, va="center", color=color, weight=name.get_fontweight())
+    _title(axes, title, 10, loc="left", pad=16)
     _keys(figure, [keys[meaning] for _, meaning in VERDICTS.values() if meaning in keys])
     return figure
 
@@ -950,25 +957,23 @@ def paired(panels, ylabel, title):
     return figure
 
 
-def sensitivity(switches, student=(), title=None):
+def sensitivity(switches, student, title):
     """AP against the values of some settings, each changed alone: a panel per setting, one scale.
 
     switches: dict setting -> list of (value as text, [AP of each seed]), in their order. student:
     [AP of each seed] of the student alone, drawn as a level line. Bars: one standard deviation over
     seeds each way.
     """
-    title = title or "AP of the distilled student, one setting changed at a time"
     figure, panels = _panels(title, 2.5, switches, "AP", sharey=True)
+    alone = np.mean(student)
     for axes, points in zip(panels, switches.values()):
         mean, deviation = _statistics([seeds for _, seeds in points])
         axes.errorbar(range(len(points)), mean, deviation, capsize=3, markersize=5, linewidth=1.6,
                       **model_style("distilled"))
         axes.set_xticks(range(len(points)), [value for value, _ in points])
         axes.margins(x=0.15)
-        if len(student):
-            axes.axhline(np.mean(student), linewidth=1.6, color=STUDENT, linestyle="--")
-    if len(student) and switches:
-        _note(panels[0], "student alone", 0, np.mean(student), INK)
+        axes.axhline(alone, linewidth=1.6, color=STUDENT, linestyle="--")
+    _note(panels[0], "student alone", 0, alone, INK)
     return figure
 
 
@@ -982,11 +987,16 @@ def dots(panels, title, marks=None, one_scale=False):
     one_scale: of all panels. Where numbers are negative, a bold line stands at 0.
     """
     blocks = next(iter(panels.values()), {})
-    every = [numbers for panel in panels.values() for rows in panel.values()
-             for numbers in rows.values()]
-    bars = any(isinstance(number, tuple) for numbers in every for number in numbers.values())
-    negative = any(np.ravel(number)[0] < 0 for numbers in every for number in numbers.values())
-    apart = 0.7 / max(map(len, every)) if bars else 0                     # between dots of a row
+    # Of every panel the rows, dict name -> (number, half of its interval, 0 where there is none).
+    rows_of = []
+    for panel in panels.values():
+        rows = [panel[block][row] for block, names in blocks.items() for row in names]
+        rows_of.append([{name: np.append(number, 0.)[:2] for name, number in row.items()}
+                        for row in rows])
+    every = [*itertools.chain(*rows_of)]
+    values, halves = np.reshape([pair for row in every for pair in row.values()], (-1, 2)).T
+    bars = halves.any()
+    apart = 0.7 / max(map(len, every)) if bars else 0                    # between dots of a row
     lines = sum(len(rows) + bool(block) for block, rows in blocks.items())
     height = 1 + (0.75 if bars else 0.22) * lines
     figure, grid = _panels(title, height, panels, sharey=True, sharex=one_scale)
@@ -994,29 +1004,27 @@ def dots(panels, title, marks=None, one_scale=False):
     for name, style in styles.items():
         style |= {"markersize": 5.5, "linestyle": "none"} | (marks or {}).get(name, {})
 
-    for axes, panel in zip(grid, panels.values()):
-        things = [panel[block][row] for block, rows in blocks.items() for row in rows]
-        for place, numbers in zip(_rows(axes, blocks), things):
-            # A number alone has no interval.
-            points = [(name, *np.append(number, 0.)[:2]) for name, number in numbers.items()]
+    for axes, rows in zip(grid, rows_of):
+        for place, row in zip(_rows(axes, blocks), rows):
             if not bars:
-                axes.plot([number for _, number, _ in points], [place] * len(points),
+                axes.plot([number for number, _ in row.values()], [place] * len(row),
                           color="#CCCCCC", linewidth=1.2, zorder=1)
-            for index, (name, number, half) in enumerate(points):
-                level = place + apart * (index - (len(points) - 1) / 2)
+            for index, (name, (number, half)) in enumerate(row.items()):
+                level = place + apart * (index - (len(row) - 1) / 2)
                 if half:
                     axes.plot([number - half, number + half], [level] * 2, linewidth=1.4,
                               color=styles[name]["color"])
                 axes.plot(number, level, **styles[name])
         axes.margins(x=0.04)
         axes.update_datalim([(0, 0)])
-        if negative:
+        if (values < 0).any():
             axes.axvline(0, color=INK, linewidth=1.8, zorder=1)
     _style_keys(figure, styles)
     return figure
 
 
-def reading(answers, title=None, always=None):
+def reading(answers, title="How often the teacher names the right class, "
+                           "by the query's content and by what the decoder reads", always=None):
     """A teacher's accuracy on target-aware queries from three memories: does it read the image?
 
     answers: dict detector -> dict content of the query -> {"own", "another's", "noise": accuracy},
@@ -1029,9 +1037,7 @@ def reading(answers, title=None, always=None):
     for detector, contents in answers.items():
         rows[detector] = {content: {name: parts[memory] for memory, name in memories.items()}
                           for content, parts in contents.items()}
-    figure = dots({"part of the queries whose class the teacher names right": rows},
-                  title or "How often the teacher names the right class, "
-                           "by the query's content and by what the decoder reads")
+    figure = dots({"part of the queries whose class the teacher names right": rows}, title)
     axes = figure.axes[0]
     axes.set_xlim(0, 1.02)
     if always:
@@ -1049,7 +1055,7 @@ def stacked(table, label, title, written="{:.0%}".format):
     of the axis, with the unit. written: a function that writes a number.
     """
     styles = _styles(part for row in table.values() for part in row)
-    longest = max([1e-12, *(sum(row.values()) for row in table.values())])
+    longest = max((sum(row.values()) for row in table.values()), default=0)
     height = 0.8 + 0.36 * len(table) + 0.2 * (len(styles) > 1)
     figure, (axes,) = _panels(title, height, [label])
     for place, row in zip(_rows(axes, {"": table}), table.values()):
@@ -1091,8 +1097,9 @@ def latency(rows):
     rows: list of {"detector", "role", "format", "AP", "ms_1": {"median"}}, as experiments.deploy
     measures them. How much of a marker is filled says the format; colour and shape say the model.
     """
-    roles, detectors = (dict.fromkeys(row[key] for row in rows) for key in ("role", "detector"))
-    formats = dict(zip(dict.fromkeys(row["format"] for row in rows), ("full", "none", "bottom")))
+    roles, detectors, formats = (dict.fromkeys(row[key] for row in rows)
+                                 for key in ("role", "detector", "format"))
+    formats = dict(zip(formats, ("full", "none", "bottom")))
     figure, panels = _panels(
         "AP against latency: a distilled student is as fast as the student alone", 3.2,
         ["ms per picture, one thread (median)"] * len(detectors), "AP", detectors, sharey=True)
@@ -1121,8 +1128,8 @@ def numbers(maps, title):
 
     maps: dict name -> (values (H, W), a function that writes a value, as "{:.2f}".format).
     """
-    tall = max([0, *(_ratio(values) for values, _ in maps.values())]) * PAGE_INCHES
-    height = 0.6 + tall / max(len(maps), 1)
+    tall = max((_ratio(values) for values, _ in maps.values()), default=0)
+    height = 0.6 + PAGE_INCHES * tall / max(len(maps), 1)
     figure, grid = _panels(title, height, [""] * len(maps), headings=maps)
     for axes, (values, written) in zip(grid, maps.values()):
         values = _array(values)
@@ -1133,46 +1140,43 @@ def numbers(maps, title):
     return figure
 
 
-def losses(history):
+def losses(steps, terms):
     """Left, loss terms against steps, smoothed, logarithmic; right, each one's share of the total.
 
-    history: dict name -> list of (step, value), of WEIGHTED terms, so that their sum is what is
-    minimised. Drawn by name are the terms of distillation, however small (is it on at all?), and
-    the 4 largest of the others, by sum over the run. What remains is "the rest". A term absent or
-    not finite at a step counts 0.
+    steps: (N,). terms: dict name -> (N,) WEIGHTED values, 0 where absent, so that their sum is what
+    is minimised. Drawn by name are the terms of distillation, however small (is it on at all?), and
+    the 4 largest of the others, by sum over the run. What remains is "the rest". A value that is
+    not finite counts 0.
     """
     ours = {"memory": DISTILLED, "cls": TEACHER, "l1": STUDENT, "giou": INK}
-    steps = sorted({step for pairs in history.values() for step, _ in pairs})
-    values = [[terms.get(step, 0.) for step in steps] for terms in map(dict, history.values())]
-    table = dict(zip(history, np.nan_to_num(values, posinf=0, neginf=0)))
-    others = [name for name in table if name not in ours]
-    others.sort(key=lambda name: -table[name].sum())
-    large = others[:4]
+    terms = {name: np.nan_to_num(values, posinf=0, neginf=0) for name, values in terms.items()}
+    others = sorted((name for name in terms if name not in ours),
+                    key=lambda name: -terms[name].sum())
     rest = others[4:]
-    colors = dict(zip(large, OTHERS)) | ours
-    terms = {name: table[name] for name in colors if name in table}
+    colors = dict(zip(others[:4], OTHERS)) | ours
+    drawn = {name: terms[name] for name in colors if name in terms}
     if rest:
-        remainder = sum(table[name] for name in rest)
-        terms = {f"the rest ({len(rest)} terms)": remainder} | terms
+        name = f"the rest ({len(rest)} terms)"
+        drawn = {name: sum(terms[small] for small in rest)} | drawn
+        colors[name] = "#BBBBBB"
     window = max(1, len(steps) // 40)
-    smooth = {name: _running_mean(values, window) for name, values in terms.items()}
-    colors = [colors.get(name, "#BBBBBB") for name in smooth]
+    smooth = {name: _running_mean(values, window) for name, values in drawn.items()}
     total = np.maximum(sum(smooth.values()), 1e-12)
     share = [100 * values / total for values in smooth.values()]
 
     figure = _figure(3.2)
     figure.get_layout_engine().set(w_pad=0.08)
     left, right = figure.subplots(1, 2)
-    for (name, values), color in zip(smooth.items(), colors):
-        left.plot(steps, np.where(values > 0, values, np.nan), color=color, linewidth=1.4,
+    for name, values in smooth.items():
+        left.plot(steps, values, color=colors[name], linewidth=1.4,
                   linestyle="-" if name in ours else (0, (5, 1)))
-    if steps:
-        left.set_yscale("log")
+    if smooth:
+        left.set_yscale("log", nonpositive="mask")
         left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
                        minor_formatter=NullFormatter())
         labels = [f"{name}  {part[-1]:.1f}%" for name, part in zip(smooth, share)]
         layers = right.stackplot(steps, share, edgecolor="white", linewidth=0.4, labels=labels,
-                                 colors=colors)
+                                 colors=[colors[name] for name in smooth])
         figure.legend(handles=layers[::-1], loc="outside right center", fontsize=8, frameon=False,
                       title="term, share at the end", title_fontsize=8, alignment="left")
     mean = f", mean of {window} steps" * (window > 1)
@@ -1182,32 +1186,6 @@ def losses(history):
     _title(left, "Which terms fall", 10, loc="left")
     _title(right, "Which terms drive the step", 10, loc="left")
     return figure
-
-
-# The dot and the caps of an interval.
-INTERVAL = {"fmt": "o", "capsize": 3, "markersize": 4}
-# Of a difference, by its interval: colour, and what the legend says.
-VERDICTS = {"more": (DISTILLED, "more: the interval lies above 0"),
-            "less": ("#D55E00", "less: it lies below 0"),
-            "undecided": ("#777777", "undecided: it holds 0"),
-            "one seed": ("#777777", "one seed: no interval")}
-
-
-def _interval(gain):
-    """How far the interval of a gain reaches below and above its mean: 0 when there is none."""
-    mean, low, high = gain["mean"], gain["low"], gain["high"]
-    if low is None:
-        return [[0], [0]]
-    return [[mean - low], [high - mean]]
-
-
-def _banded(axes, scores, alpha, **how):
-    """A line through the means of {step: [score of each seed]}, in a band of one deviation."""
-    mean, spread = _statistics(scores.values())
-    axes.plot([*scores], mean, markersize=4, **how)
-    if spread.any():
-        axes.fill_between([*scores], mean - spread, mean + spread, color=how["color"], alpha=alpha,
-                          linewidth=0)
 
 
 def _rows(axes, blocks):
@@ -1242,13 +1220,8 @@ def _number(axes, x, y, text, color):
 
 
 def _styles(names):
-    """-> dict name -> model_style, each name once; the first rival has the plainest line."""
-    styles = {}
-    for index, name in enumerate(dict.fromkeys(names)):
-        styles[name] = model_style(name, index)
-        if styles[name]["color"] in OTHERS:
-            styles[name]["linestyle"] = ("-", "--", "-.", ":")[index % 4]
-    return styles
+    """-> dict name -> model_style, each name once."""
+    return {name: model_style(name, index) for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _statistics(scores):
@@ -1260,8 +1233,6 @@ def _statistics(scores):
 
 def _running_mean(values, window):
     """Means over the last `window` values, over fewer at the start: nothing looks ahead."""
-    if not len(values):
-        return values
     sums = np.convolve(values, np.ones(window))[:len(values)]
     return sums / np.minimum(np.arange(len(values)) + 1, window)
 
@@ -1324,20 +1295,12 @@ def _counted(count):
     return "{} found, {} missed, {} false".format(*count)
 
 
-def _class_names(classes):
-    """-> readable names; and these to be written on boxes, None when markers suffice."""
-    names = readable(classes)
-    return names, names if len(names) > len(MARKERS) else None
-
-
 def _keys(figure, keys, **how):
     """A legend under the picture: in one row, or in columns when its names need more room."""
     lengths = [len(key.get_label()) + 9 for key in keys]                  # 9: mark and space
-    columns = max(len(keys), 1)
     room = 16 * figure.get_figwidth()                                     # in letters of 8 pt
-    if sum(lengths) > room:
-        columns = max(int(room / max(lengths)), 1)
-    figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=8,
+    columns = len(keys) if sum(lengths) <= room else int(room / max(lengths))
+    figure.legend(handles=keys, loc="outside lower center", ncols=max(columns, 1), fontsize=8,
                   frameon=False, **how)
 
 
@@ -1356,20 +1319,23 @@ def _patch(label, **how):
     return Rectangle((0, 0), 1, 1, label=label, **how)
 
 
-def _legend(figure, classes, truths, title=None, judged=True):
-    """What markers and dashes mean; of many classes the names stand on the boxes."""
+def _legend(figure, classes, truths, rule=""):
+    """What markers and dashes mean; of many classes the names stand on the boxes.
+
+    rule: what counts as found, written above; None where no detections are drawn.
+    """
     keys = []
     if len(classes) <= len(MARKERS):
         for marker, name in zip(MARKERS, classes):
             keys.append(_key(name, linestyle="none", marker=marker, markersize=4.5))
-    if judged:
+    if rule is not None:
         keys += [_key("found"), _key("false alarm", linestyle=FALSE),
                  _patch("missed", facecolor="#777777", edgecolor=TRUTH, linestyle=MISSED)]
     if any(len(truth.get("references", ())) for truth in truths):
         keys.append(_key("reference", linestyle=REFERENCE))
     if any(len(truth.get("ignore", ())) for truth in truths):
         keys.append(_patch("ignored", facecolor="none", edgecolor="#777777", hatch="/////"))
-    _keys(figure, keys, title=title if judged else None, title_fontsize=8)
+    _keys(figure, keys, title=rule, title_fontsize=8)
 
 
 def _bar(figure, panels, drawn, label):
@@ -1401,7 +1367,7 @@ def _pixels(image):
     if not isinstance(image, torch.Tensor):
         image = torch.from_numpy(np.array(image))
     pixels = _array(image)
-    if pixels.ndim != 3 or 3 not in (pixels.shape[0], pixels.shape[2]):
+    if pixels.ndim != 3 or 3 not in pixels.shape[::2]:
         raise ValueError(f"want one image, (3, H, W) or (H, W, 3), got {pixels.shape}")
     if pixels.shape[2] != 3:
         pixels = pixels.transpose(1, 2, 0)                                # (3, H, W) -> (H, W, 3)
@@ -1447,16 +1413,18 @@ def _rectangle(axes, box, **how):
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **how))
 
 
-def _boxes(axes, boxes, color, linestyle="-", width=1.1, labels=None, names=None):
-    """Rectangles, as far as the image reaches; with labels, the marker or name of each class."""
+def _boxes(axes, boxes, color, linestyle="-", width=1.1, labels=(), names=()):
+    """Rectangles, as far as the image reaches; with labels, the marker of each class.
+
+    Of more classes than there are markers the names are written.
+    """
     _, right, bottom, _ = axes.images[0].get_extent()
     boxes = _corners(boxes).clip(0, [right, bottom] * 2)
     for box in boxes:
         _rectangle(axes, box, fill=False, edgecolor=color, linestyle=linestyle, linewidth=width,
                    path_effects=_halo(width + 1, color))
-    labels = () if labels is None else _array(labels).astype(int)
-    for label, (x0, y0, x1, _) in zip(labels, boxes):
-        if names is None:
+    for label, (x0, y0, x1, _) in zip(_array(labels).astype(int), boxes):
+        if len(names) <= len(MARKERS):
             # A marker above the box hides no part of the object.
             above = ScaledTranslation(0, 2.6 / 72, axes.figure.dpi_scale_trans)
             axes.plot((x0 + x1) / 2, y0, MARKERS[label % len(MARKERS)], color=color, markersize=3.6,
@@ -1479,13 +1447,11 @@ def _reference(axes, place):
 def _strong(result, min_score):
     """Detections of at least min_score, best first -> list of (score, label, box)."""
     scores, labels, boxes = (_array(result[key]) for key in ("scores", "labels", "boxes"))
-    order = np.argsort(-scores, kind="stable")
-    order = order[scores[order] >= min_score]
-    labels = labels.astype(int)
-    return list(zip(scores[order], labels[order], boxes[order]))
+    return [(scores[i], int(labels[i]), boxes[i])
+            for i in np.argsort(-scores, kind="stable") if scores[i] >= min_score]
 
 
-def _judged(axes, result, truth, color, min_score, names=None):
+def _judged(axes, result, truth, color, min_score, names):
     """Draw one model's detections -> how many are found, missed, false.
 
     Right ones are solid, false ones dashed, missed objects dotted.
@@ -1525,12 +1491,9 @@ def _highest(maps, least):
 
 def _log_norm(maps):
     """Logarithmic colours from the least to the largest positive value."""
-    values = np.concatenate([[], *map(np.ravel, maps)])
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values):
-        values = np.array([0.1, 1])
-    low = values.min()
-    return LogNorm(low, values.max() if values.max() > low else low * 10)
+    positive = np.concatenate([[], *(values[values > 0] for values in maps)])
+    low, high = min(positive, default=0.1), max(positive, default=1)
+    return LogNorm(low, high if high > low else 10 * low)
 
 
 def _cells(axes, values, norm):
@@ -1566,38 +1529,33 @@ def _dots(axes, places, weights, size, scale):
     """
     for level in range(places.shape[1]):
         pixels = places[:, level] * torch.tensor(size)                    # (heads, P, 2)
-        x, y = pixels.reshape(-1, 2).T                                    # (heads * P,) each
-        axes.scatter(x, y, s=scale * weights[:, level].ravel(), facecolors="none", linewidths=1.3,
-                     edgecolors=LEVELS[level % 6], marker=MARKERS[level % 6],
-                     path_effects=_halo(2.2, LEVELS[level % 6]))
+        color = LEVELS[level % 6]
+        axes.scatter(*pixels.reshape(-1, 2).T, s=scale * weights[:, level].ravel(),
+                     facecolors="none", edgecolors=color, linewidths=1.3, marker=MARKERS[level % 6],
+                     path_effects=_halo(2.2, color))
 
 
-def _over_scene(image, boxes, maps, heading, label="", norm=None, columns=0):
-    """Maps over the scene, dict title -> cells (H, W), with one colour bar; norm: of the colours.
+def _over_scene(image, boxes, maps, heading, label="", norm=None, scene=True):
+    """Maps over the scene, dict title -> cells (H, W), two in a row, with one colour bar.
 
-    Without label the maps are colours (H, W, 3), and there is no bar. Without columns there are
-    two, and the scene itself comes first, in a row of its own where that fills the rows.
+    norm: of the colours. Without label the maps are colours (H, W, 3), and there is no bar.
+    scene: the scene itself comes first, in a row of its own where that fills the rows.
     """
     pixels = _pixels(image)
-    norm = norm or _log_norm(maps.values())
     titles = [*maps]
-    if not columns:
-        scene = f"the scene, {_objects(len(boxes))}"
-        columns = 2
-        titles = [scene] * (2 - len(maps) % 2) + titles
-    rows = len(titles) // columns
+    if scene:
+        titles = [f"the scene, {_objects(len(boxes))}"] * (2 - len(maps) % 2) + titles
     below = 0.75 if label else 0.3                                        # a colour bar
-    row_inches = PAGE_INCHES / columns * _ratio(pixels) + 0.2
-    figure = _figure(row_inches * rows + below)
-    layout = np.reshape(titles, (rows, columns))
-    panels = figure.subplot_mosaic(layout) if titles else {}
+    row_inches = PAGE_INCHES / 2 * _ratio(pixels) + 0.2
+    figure = _figure(row_inches * len(titles) / 2 + below)
+    panels = figure.subplot_mosaic(np.reshape(titles, (-1, 2)))
     for title, axes in panels.items():
         _show(axes, pixels, gray=title in maps)
         _boxes(axes, boxes, TRUTH, width=0.7 if title in maps else 1.1)
         _title(axes, title, 8.5, pad=3)
     for title, values in maps.items():
         drawn = _cells(panels[title], values, norm)
-    if label and maps:
+    if label:
         _bar(figure, [*panels.values()], drawn, label)
     _heading(figure, heading)
     return _legible(figure)

@@ -216,8 +216,13 @@ class Thing:
     """
 
     def __init__(self, scene, x=0.0, z=0.0, number=None, flip=1):
-        self.s, self.x, self.z, self.number, self.flip = scene, x, z, number, flip
-        self.lit, self.given = False, dict(scene.colours)
+        self.s = scene
+        self.x = x
+        self.z = z
+        self.number = number
+        self.flip = flip
+        self.lit = False
+        self.given = dict(scene.colours)
         self.corners = []                       # canvas points drawn, also beyond the border
 
     def draw(self, table, **given):
@@ -341,7 +346,8 @@ HATCHBACK, BOOT, BONNET = (.12, .7), (.55, 1.15), (.95, 1.75)
 
 def car_along(t, s):
     """A car along the road, going away (red lights) or coming (white); one flank shows."""
-    away, paint = s.chance(.55), s.pick(PAINTS)
+    away = s.chance(.55)
+    paint = s.pick(PAINTS)
     wide, roof, long = s.pick(CARS)
     first, last = s.pick([HATCHBACK, BOOT]) if away else BONNET
     side = -math.copysign(wide, t.x * t.flip)                       # the flank that the camera sees
@@ -374,8 +380,10 @@ def car_along(t, s):
 
 def car_across(t, s):
     """A crossing car's side, its nose towards the right."""
-    paint, (long, roof) = s.pick(PAINTS), s.pick(CROSSING)
-    half, back = long / 2, s.pick([.62, .9, .97])                   # saloon, hatchback, estate
+    paint = s.pick(PAINTS)
+    long, roof = s.pick(CROSSING)
+    half = long / 2
+    back = s.pick([.62, .9, .97])                                   # saloon, hatchback, estate
     t.lit = s.mood == "night"
     t.draw("""
         shadow dark       1.04half
@@ -408,8 +416,12 @@ def head(t, s, right, up, hats):
 
 
 def pedestrian(t, s):
-    k, legs, coat = s.between(.89, 1.08), s.pick(CLOTHES), s.pick(CLOTHES)      # k: of 1.75 m
-    stride, wide, hem = s.between(-.3, .3), s.between(.19, .25), s.pick([.8, .8, .55]) * k
+    k = s.between(.89, 1.08)                                        # of 1.75 m
+    legs = s.pick(CLOTHES)
+    coat = s.pick(CLOTHES)
+    stride = s.between(-.3, .3)
+    wide = s.between(.19, .25)
+    hem = s.pick([.8, .8, .55]) * k
     t.draw("shadow dark .34", k=k)
     if s.chance(.25):
         t.draw("poly rucksack -.14,.9k -.34,.95k -.34,1.38k -.12,1.42k", rucksack=s.pick(CLOTHES))
@@ -448,7 +460,8 @@ def bike_along(t, s):
 
 def cyclist_across(t, s):
     coat, legs = s.pick(CLOTHES), s.pick(CLOTHES)
-    lean, turn = s.between(.1, .3), s.between(0, 2 * math.pi)
+    lean = s.between(.1, .3)
+    turn = s.between(0, 2 * math.pi)
     t.draw("""
         shadow dark       .8
         line   legs*.72   .145  -.2,.95  -.6u+.2,-.5v+.68  -u-.1,-v+.34
@@ -463,7 +476,9 @@ def cyclist_across(t, s):
 
 
 def cyclist_along(t, s):
-    coat, legs, turn = s.pick(CLOTHES), s.pick(CLOTHES), s.between(-.14, .14)
+    coat = s.pick(CLOTHES)
+    legs = s.pick(CLOTHES)
+    turn = s.between(-.14, .14)
     t.draw("shadow dark .4")
     bike_along(t, s)
     t.draw("""
@@ -484,7 +499,8 @@ def cyclist(t, s):
 
 def round_sign(t, s):
     """Clutter: a head on a thin body."""
-    top, face = s.between(1.6, 2.2), s.pick(SIGNS)
+    top = s.between(1.6, 2.2)
+    face = s.pick(SIGNS)
     t.draw("""
         box    808284     -.05,0  .05,top
         oval   face       0,top  .3,.3
@@ -503,7 +519,9 @@ def bin_(t, s):
 
 def kiosk(t, s):
     """Clutter: a car without wheels."""
-    wall, top, half = s.pick(PAINTS), s.between(1.6, 2.3), s.between(.8, 1.5)
+    wall = s.pick(PAINTS)
+    top = s.between(1.6, 2.3)
+    half = s.between(.8, 1.5)
     t.draw("""
         shadow dark       1.1half
         box    wall       -half,0  half,top
@@ -567,7 +585,8 @@ def backdrop(s):
 
 def sky(s):
     """A gradient down to the horizon, clouds by day, and hills."""
-    pen, horizon = s.pens[0], s.vanish[1]
+    pen = s.pens[0]
+    horizon = s.vanish[1]
     for y in range(0, int(horizon) + 2, 2):
         f = y / horizon
         pen.rectangle([0, y, WIDE, y + 1], fill=blend(s.sky, 1 - f, s.air, f))
@@ -592,7 +611,8 @@ def road(s, world, left, right):
             flat   bebcb6     left-.2,0,near  right+.2,0,far
             flat   road       left,0,near  right,0,far
             """, near=near, far=far)
-    middle, phase = (left + right) / 2 + s.between(-.5, .5), s.between(3.2, 9.2)
+    middle = (left + right) / 2 + s.between(-.5, .5)
+    phase = s.between(3.2, 9.2)
     for i in range(9):
         world.draw("flat e2e2dc middle-.08,0,z middle+.08,0,z+3", middle=middle, z=phase + 6 * i)
     if s.chance(.2):                                                # a zebra crossing
@@ -603,7 +623,8 @@ def road(s, world, left, right):
 
 def street(s, side, x, built):
     """Houses (about a share `built`) and trees along x, from far to near."""
-    slots, z = [], s.between(3, 8)
+    slots = []
+    z = s.between(3, 8)
     while z < 70:
         length = s.between(6, 14)
         slots.append((z, length))
@@ -618,7 +639,9 @@ def street(s, side, x, built):
 
 def house(s, side, x, z, length):
     """A front and the wall along the street, with windows when it is near."""
-    world, wall, top = Thing(s), s.pick(WALLS), s.between(4, 10)
+    world = Thing(s)
+    wall = s.pick(WALLS)
+    top = s.between(4, 10)
     world.draw("""
         poly   wall*.8    x,0,z  x,top,z  deep,top,z  deep,0,z
         poly   wall       x,0,z  x,top,z  x,top,far  x,0,far
@@ -634,7 +657,8 @@ def house(s, side, x, z, length):
 
 def tree(s, x, z):
     """A trunk, and seven balls of leaves, the last the brightest."""
-    thing, high = Thing(s, x, z), s.between(2.2, 3.6)
+    thing = Thing(s, x, z)
+    high = s.between(2.2, 3.6)
     green = shade(s.pick(LEAVES), s.between(.85, 1.2))
     thing.draw("box 544234 -.14,0 .14,high", high=high)
     for i in range(7):
@@ -693,7 +717,8 @@ def choose(s):
     for _ in range(s.pick(TOO_FAR)):
         place(s, spots, s.pick(FAR_KINDS), s.between(4, 8.5))
     for _ in range(s.pick(range(1, 6))):
-        figure, pixels = s.pick(CLUTTER), 9 * 2.8 ** s.rng.random()
+        figure = s.pick(CLUTTER)
+        pixels = 9 * 2.8 ** s.rng.random()
         place(s, spots, figure, pixels, beside=s.chance(.8))
     return spots
 

@@ -61,7 +61,8 @@ def sampled(queries, boxes=None, references=None):
 
 def dense(queries, boxes=None):
     """A look of 4 heads at 6 x 20 cells, without references."""
-    return {"places": SHAPES[0], "weights": torch.rand(queries, 4, 120).softmax(-1), "boxes": boxes}
+    return {"places": SHAPES[0], "weights": torch.rand(queries, 4, 120).softmax(-1), "boxes": boxes,
+            "references": None}
 
 
 def pictures(objects, found):
@@ -71,8 +72,9 @@ def pictures(objects, found):
     memory = torch.randn(120, 8), torch.randn(120, 8).bfloat16().requires_grad_()
     history = {"teacher": 0.5, "student alone": [(0, .1), (9, float("nan"))],
                "rival": [(0, [.1, .2]), (9, [.2, .4])]}
-    terms = {f"loss_{i}": [(step, 1 / (1 + step)) for step in range(90)] for i in range(9)}
-    terms["memory"] = [(3, .1)]
+    steps = list(range(90)) if found else []
+    terms = {f"loss_{i}": [1 / (1 + step) for step in steps] for i in range(9)}
+    terms["memory"] = [.1 * (step == 3) for step in steps]
     boxes = truth["boxes"]
     looks = {"teacher": sampled(objects, boxes, boxes[:, :2]),
              "distilled student": dense(objects, boxes + 1)}
@@ -84,8 +86,7 @@ def pictures(objects, found):
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
-            "maps_over_scene": (2 + 1 if found else 0, (image, boxes, heads if found else {},
-                                                        "chance", "Title")),
+            "maps_over_scene": (2 + 1, (image, boxes, heads, "chance", "Title")),
             "joined_boxes": (1, (image, {"a": {"teacher": boxes, "student": boxes + 5}}, "Title")),
             "query_attention": (2 * max(objects, 1) + (objects > 0),
                                 (image, looks, ["a", "b", "c"], (6, 20))),
@@ -95,7 +96,7 @@ def pictures(objects, found):
                 "Title")),
             "self_attention": (6 + 1, (among, None, ["a", "", "c"][:objects] if found else ())),
             "curves": (1, (history if found else {},)),
-            "losses": (2, (terms if found else {},)),
+            "losses": (2, (steps, terms if found else {})),
             "paired": (1, ({"DINO": pair} if found else {}, "AP", "Title")),
             "reading": (1, (answers if found else {},)),
             "dots": (2 if found else 1, (off if found else {}, "Title")),
@@ -320,22 +321,22 @@ def test_query_attention_counts_the_weight_inside_the_box():
     # The box is x 10..30, y 20..40 of 160 x 48.
     image, truth, _ = scene(1)
     places, weights = one_point((20 / 160, 30 / 48), (0., 0.), (1., 1.), weights=[.75, .15, .1])
-    figure = plots.query_attention(image, {"teacher": {"places": places, "weights": weights,
-                                                       "boxes": truth["boxes"]}})
+    one = {"places": places, "weights": weights, "boxes": truth["boxes"], "references": None}
+    figure = plots.query_attention(image, {"teacher": one})
     assert figure.axes[0].get_title() == "teacher\n75% in the box"
     assert sum(len(dots.get_offsets()) for dots in figure.axes[0].collections) == 3
     weights = torch.zeros(1, 1, 120)
     # Cells x, y 24..32: 6/8 inside; 16..24: half.
     weights[0, 0, 3 * 20 + 3] = weights[0, 0, 2 * 20 + 2] = .5
-    figure = plots.query_attention(image, {"student": {"places": (6, 20), "weights": weights,
-                                                       "boxes": truth["boxes"]}})
+    one |= {"places": (6, 20), "weights": weights}
+    figure = plots.query_attention(image, {"student": one})
     assert figure.axes[0].get_title() == "student\n62% in the box"        # (6/8 + 4/8) / 2
 
 
 def test_query_attention_says_how_far_the_columns_agree():
     image, truth, _ = scene(1)
     one = {"places": one_point((.1, .6))[0], "weights": one_point((.1, .6))[1],
-           "boxes": truth["boxes"]}
+           "boxes": truth["boxes"], "references": None}
     # IoU 10 * 10 / 700
     far = one | {"places": one["places"] + .3, "boxes": truth["boxes"] + 10}
     figure = plots.query_attention(image, {"teacher": one, "student": one, "far": far}, ["Car"],
@@ -540,14 +541,14 @@ def test_gains_have_the_colour_of_their_verdict():
     assert [text.split(":")[0] for text in legend(figure)] == [
         "more", "less", "undecided", "one seed"]
     # A legend has what is drawn, no more; no interval is drawn of one seed: a hollow dot.
-    assert legend(plots.gains([("", "a", one_seed)])) == ["one seed: no interval"]
+    assert legend(plots.gains([("", "a", one_seed)], "Title")) == ["one seed: no interval"]
     assert axes.containers[3][0].get_markerfacecolor() == "white"
 
 
 def test_sensitivity_shows_mean_and_deviation_of_each_value_and_the_student():
     """.1, .2, .3: mean .2, deviation .1."""
     figure = plots.sensitivity({"temperature": [("1", [.1, .2, .3]), ("10", [.4])],
-                                "lambda_mem": []}, [.1, .3])
+                                "lambda_mem": []}, [.1, .3], "Title")
     axes = figure.axes[0]
     assert axes.lines[0].get_ydata() == pytest.approx([.2, .4])
     bars = axes.containers[0].lines[2][0].get_segments()
