@@ -155,3 +155,11 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^(?:# )?#+ (.*)$", file.read_text(), re.M) if anchor else []
             anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert not anchor or anchor.lower() in anchors, link
+
+
+def test_the_trials_of_the_weights():
+    """The page's figures of digits are those of the runs."""
+    runs = json.loads((ROOT / "results/kitti/digits.json").read_text())
+    of = {run["balance"]["memory"]: f"{run['AP']:.3f}"[1:] for run in runs if run["run"] == "distilled"}
+    rows = {row[0]: row[1:] for row in rows_of("results/kitti/README.md", "| wanted ratio of gradients")}
+    assert rows["AP on digits"] == [of[ratio] for ratio in (3.125, 12.5, 50, 200)]
