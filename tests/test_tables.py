@@ -406,10 +406,11 @@ out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 time.sleep(900)
 """
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
 import train
 from experiments import tables
+signal.signal(signal.SIGHUP, signal.SIG_DFL)              # the tests may run under nohup
 train.HERE = Path(sys.argv[2])
 here = tables.Study("toy", "ROOT", Path(sys.argv[1]), Path(sys.argv[1]), {})
 tables.run_all(here, [tables.make_job(here, "dino", "student")], 1)
