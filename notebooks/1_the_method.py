@@ -911,7 +911,7 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # <details><summary>Answer</summary>
 #
 # It was .05 to .22 and is .59 to .91: for these four queries the mask is a reason.
-# `sees_learned=True` trains so; no table has it.
+# `sees_learned=True` trains so; that a student gains from it is undecided (toy, five seeds).
 #
 # ```python
 # content, reference, _, _ = target_queries(batch.labels, batch.boxes, teacher.label_embedding)

@@ -163,3 +163,12 @@ def test_the_trials_of_the_weights():
     of = {run["balance"]["memory"]: f"{run['AP']:.3f}"[1:] for run in runs if run["run"] == "distilled"}
     rows = {row[0]: row[1:] for row in rows_of("results/kitti/README.md", "| wanted ratio of gradients")}
     assert rows["AP on digits"] == [of[ratio] for ratio in (3.125, 12.5, 50, 200)]
+
+
+def test_the_remedy_for_the_logit_part():
+    """The page's interval is that of the runs, paired by seed."""
+    runs = [run for run in json.loads((ROOT / "results/toy/sees_learned.json").read_text())
+            if run["run"] == "logit part" and "changed" not in run]
+    with_it, without = ({run["seed"]: run["AP"] for run in runs if run["sees_learned"] is seen} for seen in (True, False))
+    gain = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**tables.gain(with_it, without))
+    assert len(without) == 5 and f"has {gain} with it" in (ROOT / "results/kitti/README.md").read_text()
