@@ -160,7 +160,7 @@ def compare(detectors):
     """
     grid = min((watched["grid"] for watched in detectors.values()), key=math.prod)
     mass = {name: plots.attention_mass(watched["look"]["places"], watched["look"]["weights"],
-                                       *grid).cpu()                       # (q, H, W)
+                                       *grid)                             # (q, H, W)
             for name, watched in detectors.items()}
     (name, first), *others = detectors.items()
     even = plots.even_mass(first["boxes"], first["side"], *grid)

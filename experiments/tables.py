@@ -784,8 +784,8 @@ def draw(tables, done, reading, folder):
                 f"{TITLES[name]}: {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}",
                 zero="student alone", chosen=("clockdistill", "both parts: clockdistill"))
     if reading:
-        always = reading.pop("always", None)
-        figures["reading"] = plots.reading(reading, always=always)
+        answers = {name: read for name, read in reading.items() if name != "always"}
+        figures["reading"] = plots.reading(answers, always=reading.get("always"))
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -924,8 +924,9 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
         needed = [*teachers_of(study, lines), *jobs_of(lines)]
         bench.print_costs(needed, measured(study), tflops)
         # Until tuning has chosen, some rows have no options, so they are not among the runs above.
+        chosen = read_chosen(study)
         untuned = {line.label for line in lines if line.table == "tuning" and line.label not in
-                   choices(study, line.detector) | read_chosen(study).get(line.detector, {})}
+                   choices(study, line.detector) | chosen.get(line.detector, {})}
         if untuned:
             print(f"Rows that wait for tuning come on top: {', '.join(sorted(untuned))}.")
         return 0
