@@ -244,7 +244,7 @@ figure
 # DINO's winner leads by less than luck gives. Deformable DETR's, 24 random queries more, leads by
 # twice as much as luck, and was taken into the recipe. Measured again on `val`, three seeds, it
 # still gains where it was found, in the logit part alone: +.016 after +.024 on `tune`. In the whole
-# method, where it is used, no gain is seen. Measure a choice again, and where you use it.
+# method, where it is used, no gain is seen. So measure a choice again, and where you use it.
 #
 # The scale mask S, which lets each object count the same, near or far, went out by such a choice
 # too: for all three detectors the best of four trials without S was above the best of four with it
@@ -420,7 +420,6 @@ forest({"Distilled minus alone": {"half the steps": tables.gain(half, nothing),
 # | effects of .03 or more in most rows (three seeds) | most differences of .01 between methods |
 # | how much a part adds at most (the end of its bar) | that a part adds nothing |
 # | the sign of S here | the sign of S where a level has thousands of cells |
-# | that a lone student would profit from more steps | what happens at convergence |
 #
 # The intervals are over seeds of the *student*: of each detector there is one teacher, here and on
 # KITTI. Two things set the toy apart from real images. Its students start from random weights; real

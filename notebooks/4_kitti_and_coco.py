@@ -384,9 +384,9 @@ plots.detections(pictures, shown, {}, frames.classes)
 # splits/kitti_cyclists_tune.txt` to train on 703 frames and measure on 90. Without them a run
 # trains on all 5,985.
 #
-# What distillation gains there is in [notebook 3](3_ablations.ipynb). The choices before it taught
-# six lessons. Those of 1 to 4 are DINO's on the 90 frames, which no table uses, with **one run of
-# each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
+# What distillation gains there is in [notebook 3](3_ablations.ipynb). Here are six lessons from the
+# choices before. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one
+# run of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
 #    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
@@ -536,8 +536,8 @@ assert "heads=8" in refusal and "\n" not in refusal
 # MMDetection's DINO and DAB-DETR use two eps of the inverse sigmoid, ours one: boxes differ where a
 # reference lies within 0.001 of the image's edge. Of detrex's DINO the file of 12 epochs is
 # assumed; those of 24 and 36 have another position encoding: add `--made-with
-# position_temperature=20 position_offset=0`. A teacher below `--teacher-floor` AP is refused by `distill`: it was hardly
-# loaded.
+# position_temperature=20 position_offset=0`. A teacher below `--teacher-floor` AP is refused by
+# `distill`: it was hardly loaded.
 #
 # ## Before you pay for a table
 #
