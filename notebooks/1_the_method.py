@@ -80,7 +80,7 @@ plots.detections([picture], [truth], results, val.classes)
 # *Look at the two pedestrians: the student alone misses both (dotted). Its boxes there have scores
 # of .36 and .34, below the threshold of .4. The distilled one is sure enough.* This scene was
 # picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 % interval
-# +0.106 to +0.158; [results](../results/README.md)).
+# +0.106 to +0.158; [results](../results/README.md)). `make demo` trains such a pair in minutes.
 #
 # This student goes without two pieces of the method as it is described [T]: the mask $S$ (part 1),
 # and the label as a query's content (part 2).
@@ -110,7 +110,7 @@ plots.method_drawing()
 # |---|---|---|
 # | DETR | none: a learned position vector | all tokens |
 # | DAB-DETR | learned, the same in every image | all tokens |
-# | Deformable DETR | learned points, the same in every image (or proposals) | places around it |
+# | Deformable DETR | learned points, the same in every image (or proposals) | places around its point |
 # | DINO | **proposals of the encoder**, different in every image | places around its box |
 #
 # ## DINO's forward pass, opened
@@ -164,7 +164,7 @@ with torch.no_grad():
     tokens = torch.cat([x.flatten(2).mT for x in maps], 1)              # (1, 160, 64)
 
     # Where a token is: a sine code of its cell, plus a learned vector of its level.
-    padded = [torch.zeros(1, *shape, dtype=torch.bool) for shape in shapes]     # no cell is
+    padded = [torch.zeros(1, *shape, dtype=torch.bool) for shape in shapes]     # nothing is
     places = [image_positions(mask, 64, encoder.temperature) + level
               for mask, level in zip(padded, encoder.level_embed)]
     position = torch.cat([place.flatten(1, 2) for place in places], 1)  # (1, 160, 64)

@@ -508,4 +508,7 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 # ```
 # </details>
 #
+# **On your own pictures**, `train.py look --checkpoint runs/teacher --checkpoint runs/student
+# IMAGE...` draws such maps and writes the agreement beside its baseline.
+#
 # **Next:** [what is and is not shown about each part](3_ablations.ipynb).
