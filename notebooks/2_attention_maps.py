@@ -3,15 +3,15 @@
 #
 # A distilled student copies two things: what the teacher's encoder **remembers** of an image, and
 # what its decoder **answers** when both are asked about the same objects ([notebook
-# 1](1_the_method.ipynb) explains how; read it first). Did it work? Here we look into
+# 1](1_the_method.ipynb) explains how; read it first). Did that work? Here we look into
 # [DAB-DETR](https://arxiv.org/abs/2201.12329), [Deformable DETR](https://arxiv.org/abs/2010.04159)
 # and [DINO](https://arxiv.org/abs/2203.03605): the teacher, the student trained alone, the same
 # student distilled, and, for comparison, an untrained one. None was trained on the images shown.
 #
 # Four things to take home, each measured below:
 #
-# 1. The distilled memory, as it is, is closer to the teacher's than a lone student's memory after
-#    the best linear map. It is closest on objects.
+# 1. The distilled memory, as it is, is closer to the teacher's than the memory of a student trained
+#    alone (a *lone* student) after the best linear map. It is closest on objects.
 # 2. An attention map need not lie on the object. Dense attention here mostly does not.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
 #    the distilled DAB-DETR and Deformable DETR attend clearly more like the teacher than the lone
@@ -288,9 +288,10 @@ plots.around_object(panels, "All are asked about the car (last decoder layer, ce
 #
 # ## The cell size decides
 #
-# Cells of 8 pixels are as wide as a pedestrian: they hide where on an object a model looks. So we
-# count on cells of 8, 4, 2 and 1 pixels. (DAB-DETR's own maps have cells of 8 pixels: its dots are
-# the same in both panels.)
+# Cells of 8 pixels are as wide as a pedestrian: they hide where on an object a model looks. And
+# large cells flatter: splitting a cell replaces its $\min(a, b)$ by two minima, whose sum is at
+# most $\min(a, b)$; with one cell any two maps agree by 1. So we count on cells of 8, 4, 2 and 1
+# pixels. (DAB-DETR's own maps have cells of 8 pixels: its dots are the same in both panels.)
 
 # %%
 def agreements(name, kind, cell):
@@ -490,23 +491,7 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 # ```
 # </details>
 #
-# **2. The coarsest grid.** What is the agreement of any two maps on a grid of one cell? Why can
-# splitting cells only lower it?
-#
-# <details><summary>Answer</summary>
-#
-# It is 1: both maps are the number 1. Splitting a cell in two replaces its $\min(a, b)$ by two
-# minima, whose sum is at most $\min(a, b)$.
-#
-# ```python
-# a, b = torch.rand(2, 4, 8)
-# assert agreement(a.sum()[None, None], b.sum()[None, None]) == 1
-# coarse = [map_.unflatten(1, (4, 2)).sum(2) for map_ in (a, b)]           # cells joined in pairs
-# assert agreement(a, b) <= agreement(*coarse)
-# ```
-# </details>
-#
-# **3. Without the map.** Is $R^2$ of DINO's lone student above or below 0 without the linear map?
+# **2. Without the map.** Is $R^2$ of DINO's lone student above or below 0 without the linear map?
 #
 # <details><summary>Answer</summary>
 #
@@ -523,6 +508,7 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 # ```
 # </details>
 #
-# # Next
+# **On your own pictures**, `train.py look --checkpoint runs/teacher --checkpoint runs/student
+# IMAGE...` draws such maps and writes the agreement beside its baseline.
 #
-# [3_ablations](3_ablations.ipynb): what is and is not shown about each piece.
+# **Next:** [what is and is not shown about each part](3_ablations.ipynb).
