@@ -465,10 +465,10 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # with the teacher's *learned* contents instead, query $i$ with the $i$-th (`content="own"`).
 #
 # Each object may be asked for $G$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
-# group asks from other boxes; asked with labels and without noise, all groups answer alike. The
-# queries stand object by object: query $i$ asks for object $\lfloor i / G \rfloor$, and its group
-# is $g_i = i \bmod G$. In a batch, images with fewer objects have *padding rows*, where $v_i = 0$;
-# else $v_i = 1$. Query $i$ may attend to query $j$ where $m_{ij} = 1$:
+# group asks from other boxes. The queries stand object by object: query $i$ asks for object
+# $\lfloor i / G \rfloor$, and its group is $g_i = i \bmod G$. In a batch, images with fewer objects
+# have *padding rows*, where $v_i = 0$; else $v_i = 1$. Query $i$ may attend to query $j$ where
+# $m_{ij} = 1$:
 #
 # $$m_{ij} = 1 \text{ if } (g_i = g_j \text{ and } v_i v_j = 1) \text{ or } i = j,
 #   \text{ else } 0$$
@@ -665,7 +665,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # %% [markdown]
 # Most of $L_\mathrm{log}$ is the class. This student was never asked with the teacher's embedding;
 # asked with its own, it has half of this class loss. And $w$ is only .05 to .22 in the teacher's
-# middle layer, although these objects were the teacher's best proposals. (Why? See exercise 2.)
+# middle layer, although these objects were the teacher's best proposals. (Why? See exercise 3.)
 #
 # ## How to choose the weights for your data: one rule
 #
@@ -845,7 +845,32 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # ```
 # </details>
 #
-# **2. Why is the teacher so unsure in its middle layer?** A suspicion: in its training the queries
+# **2. Predict, then run.** The scene has four objects. What happens to its $L_\mathrm{log}$ with
+# `CLoCKDistill(64, 64, groups=3)`, and what with `normalise="batch"`? (The losses above are in
+# `added`.)
+#
+# <details><summary>Answer</summary>
+#
+# `groups=3` changes nothing: without noise the groups are alike and cannot see one another. Each
+# answer counts three times, and the sum is divided by three times as many queries.
+# `normalise="batch"` divides by 1 image instead of 4 queries: four times the loss.
+#
+# ```python
+# for option, factor in (dict(groups=3), 1), (dict(normalise="batch"), 4):
+#     changed = CLoCKDistill(64, 64, **option)
+#     content, reference, attend, valid = changed.queries(batch.labels, batch.boxes,
+#                                                         teacher.label_embedding)
+#     with torch.no_grad():
+#         t = teacher.decode(t_memory, content, reference, attend)
+#         s = alone.decode(s_memory, content, reference, attend)
+#     again = changed(s_memory.tokens, t_memory.tokens, s.logits, s.boxes, t.logits, t.boxes,
+#                     batch.labels, batch.boxes, shapes, None, valid)
+#     for name in ("cls", "l1", "giou"):
+#         assert_close(again[name], factor * added[name], rtol=1e-3, atol=1e-5)
+# ```
+# </details>
+#
+# **3. Why is the teacher so unsure in its middle layer?** A suspicion: in its training the queries
 # made of true boxes (denoising) saw its learned queries, and target-aware queries do not. Let them,
 # and look at $w$.
 #
@@ -868,7 +893,7 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # ```
 # </details>
 #
-# **3. From memory.** Draw DINO's forward pass on paper. Where do the reference boxes of its own
+# **4. From memory.** Draw DINO's forward pass on paper. Where do the reference boxes of its own
 # queries come from, and those of the target-aware ones? In your training, with lambda 1, the memory
 # part's gradient is a tenth of detection's: which lambda do you start with? What is shown about
 # $M$?

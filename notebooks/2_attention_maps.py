@@ -491,7 +491,24 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 # ```
 # </details>
 #
-# **2. Without the map.** Is $R^2$ of DINO's lone student above or below 0 without the linear map?
+# **2. A lazy student.** The teacher's attention lies evenly on $k$ of $n$ cells; a student spreads
+# its own over all $n$. What is their agreement? Does it rise or fall with smaller cells?
+#
+# <details><summary>Answer</summary>
+#
+# On each of the teacher's cells the smaller number is $1 / n$, elsewhere it is 0: the agreement is
+# $k / n$, the part of the image that the teacher's cells cover. Smaller cells cover less beside
+# what is looked at, so it falls: here from 4 of 15 cells to 10 of 60.
+#
+# ```python
+# for k, n in (4, 15), (10, 60):
+#     evenly = (torch.arange(n) < k).float()[None] / k          # (1, n): one row of cells
+#     lazy = torch.full((1, n), 1 / n)
+#     torch.testing.assert_close(agreement(evenly, lazy), torch.tensor(k / n))
+# ```
+# </details>
+#
+# **3. Without the map.** Is $R^2$ of DINO's lone student above or below 0 without the linear map?
 #
 # <details><summary>Answer</summary>
 #
