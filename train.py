@@ -1205,8 +1205,8 @@ class Settings:
                                "queries for each object of the fullest training image, and an "
                                "average over the last twentieth of the steps")
     precision: str = option("fp32", "autocast; losses, matcher, masks and sampling locations stay "
-                            "fp32. Detecting in bf16 takes 0.6 of fp32's time on large images, "
-                            "where the processor has it, and more on the toy's", choices=tuple(PRECISIONS))
+                            "fp32. Where the CPU has bf16, it detects in 0.6 of fp32's time on "
+                            "large images, and is slower on the toy's", choices=tuple(PRECISIONS))
     seed: int = option(0, "initial weights, order of the images, augmentation, noise")
     # --- distillation (`distill` only)
     teacher: str | None = option(None, "teacher's checkpoint, or the folder of its run")
@@ -1615,7 +1615,7 @@ SHIPPED_TEACHERS = {name: HERE / "weights" / f"toy_teacher_{name}.safetensors"
 # Command line
 # ----------------------------------------------------------------------------------------------
 
-CHECKPOINT_HELP = "last.pt, best.pt, exported safetensors, or a run's folder"
+CHECKPOINT_HELP = "a run's folder (its last.pt), last.pt, best.pt (chosen on val), or safetensors"
 DISTILLATION = ("teacher", "method", "method_options", "balance", "teacher_floor")
 # All commands, in the order of `--help`. From "predict" on each has a file in experiments/.
 COMMANDS = {
@@ -1636,7 +1636,7 @@ examples:
   python train.py demo                                     all of it, on generated images, in minutes
   python train.py fit --recipe kitti-teacher --root DIR --out runs/teacher
   python train.py distill --recipe kitti-student --root DIR --out runs/student --teacher runs/teacher
-  python train.py eval --checkpoint runs/student/best.pt --data kitti --root DIR
+  python train.py eval --checkpoint runs/student --data kitti --root DIR
   torchrun --nproc_per_node 4 train.py fit ...             several GPUs: --batch-size is of each process
 AP values are fractions 0..1. Give --debug for the whole traceback of an error."""
 
@@ -1724,7 +1724,8 @@ def command_line(asked):
         if name in ("fit", "distill"):
             add_training_options(command, name)
         elif name == "eval":
-            command.epilog = "--data and --class-map are those of the training when not given"
+            command.epilog = ("--data, --class-map and --size are as in training when not given; "
+                              "--root has to be given, except for the toy")
             command.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
             command.add_argument("--out", help="also write the figures to this JSON file")
             add_options(command, Config, only=(

@@ -353,7 +353,8 @@ def peak_memory_mb(kind, file, size):
 
 def add_options(parser):
     """The options of `train.py deploy`."""
-    parser.add_argument("data", nargs="?", default="toy", choices=data.DEFAULT_SIZE)
+    parser.add_argument("data", nargs="?", default="toy", choices=data.DEFAULT_SIZE,
+                        help="which images and weights (default: toy)")
     train.add_options(parser, train.Config,
                       only=("root", "train_split", "val_split", "class_map", "limit"))
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
@@ -363,11 +364,9 @@ def add_options(parser):
                         help="folder of DATA_ROLE_DETECTOR.safetensors (default: %(default)s)")
     parser.add_argument("--out", default="results/deploy", help="(default: %(default)s)")
     parser.add_argument("--work", default="runs/deploy",
-                        help="folder of the programs; those there are used again (default: "
-                             "%(default)s)")
+                        help="folder of programs, used again if there (default: %(default)s)")
     parser.add_argument("--calibrate", type=int, default=100,
-                        help="training images that the 8-bit ranges are read from (default: "
-                             "%(default)s)")
+                        help="training images that give the 8-bit ranges (default: %(default)s)")
 
 
 def run(data, detectors, only, weights, out, work, calibrate, **given):

@@ -883,7 +883,7 @@ def add_options(parser):
     """The options of `train.py table`."""
     parser.epilog = ("Options of fit after -- go to every run, and the results elsewhere:\n"
                      "  python train.py table kitti --root DIR -- --steps 100 --size 160,540")
-    parser.add_argument("scale", choices=SCALES)
+    parser.add_argument("scale", choices=SCALES, help="which plan, on which data")
     parser.add_argument("--root", help="folder of the data (toy: datasets/toy)")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
