@@ -189,7 +189,7 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     Returns, with Q = groups * max(max_b K_b, at_least) + random_queries, 0 without anything to ask:
         content (B, Q, D), boxes (B, Q, 4)
         attend (B, Q, Q) bool, True where the row may attend to the column: within a group, and every
-            row to itself
+            row to itself (nn.MultiheadAttention wants ~attend, once per head)
         valid (B, Q) bool, False in padding rows, which attend only to themselves and whose outputs
             must be ignored
     Raises ValueError on noise outside 0..1, groups below 1, an unknown value of `rows`, and, on the
@@ -370,7 +370,8 @@ class CLoCKDistill(nn.Module):
             content, reference, attend, valid = distill.queries(labels, boxes, teacher_embedding)
             t_logits, t_boxes = ...decode(t_memory, content, reference, attend)
         content = distill.student_content(content)
-        s_memory, s_logits, s_boxes = ...       # the student: beside its own queries, in one pass
+        s_memory, s_logits, s_boxes = ...       # the student: in one pass with its own queries, which
+                                                # must not see these: they hold the true boxes
         losses = distill(s_memory, t_memory, s_logits, s_boxes, t_logits, t_boxes,
                          labels, boxes, shapes, padding, valid)
 
@@ -380,8 +381,8 @@ class CLoCKDistill(nn.Module):
 
     def __init__(
             self, student_dim=256, teacher_dim=256, *,
-            lambda_mem=1.0,         # [O] weight of the memory part: look at its share, then set it
-            lambda_log=1.0,         # [O] weight of the logit part; a heavy one crowds out detection
+            lambda_mem=1.0,         # [O] set both for your models; a start: memory's gradient 50 times
+            lambda_log=1.0,         # [O] as long as detection's, the logit part's as long
             # --- memory part
             alpha=5e-5,             # [T] objects
             beta=1e-7,              # [T] background
@@ -490,8 +491,8 @@ class CLoCKDistill(nn.Module):
 
         student_memory (B, S, D), teacher_memory (B, S, D'), shapes, padding (B, S) or None: see
             memory_loss.
-        *_logits (L, B, Q, C), *_boxes (L, B, Q, 4), valid (B, Q): answers to `queries`, see
-            logit_loss.
+        *_logits (L, B, Q, C), *_boxes (L, B, Q, 4), valid (B, Q): answers to `queries` and to no
+            others, see logit_loss.
         labels, boxes: lists of B tensors (K_b,), (K_b, 4), fractions of each image's OWN size.
         extent: (B, 2), (w_i / W, h_i / H), the part of the padded W x H batch image that image i
             fills. None reads it off `padding`, which knows it to a cell of the first level: exact

@@ -49,8 +49,16 @@ plots.deployment_drawing()
 # file for each shape.
 #
 # `export` needs a checkpoint of this repository. With a detector of your own call its core,
-# `deploy.to_onnx`, which needs no more than a module from pixels to boxes, scores and labels
-# (`deploy.Program` is ours). Inside are one call of `torch.export` and one of `torch.onnx.export`.
+# `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module from
+# pixels to boxes, scores and labels (ours is `deploy.Program`). `detect.py` looks for size and
+# classes in the file's metadata:
+#
+# ```python
+# proto = deploy.to_onnx(module, [images], dynamic=False)           # images (1, H, W, 3) uint8
+# for key, value in {"size": [H, W], "classes": ["Car", "Dog"]}.items():
+#     proto.metadata_props.add(key=key, value=json.dumps(value))
+# onnx.save(proto, "mine.onnx")
+# ```
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
@@ -181,9 +189,10 @@ assert apart < 1e-4 and sure.any()
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
 # rounds it, too, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled DINO
-# student keeps .353 as here, and .300 with rounded outputs. Its activation ReLU6 keeps 0 to 6 of
-# what comes out of a convolution, and that ranges 4 to 34 times as wide: few of the 256 steps would
-# be left ([the trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
+# student keeps .353 as here, and .300 with rounded outputs. The reason is its backbone: the ReLU6
+# behind a convolution keeps 0 to 6 of an output that ranges 4 to 34 times as wide, so few of the 256
+# steps are left ([the
+# trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
 # linear layer.
