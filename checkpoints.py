@@ -9,6 +9,7 @@ A payload is a nested dict / list of tensors, numbers, strings and None. A model
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -97,18 +98,40 @@ def numpy_number(kind, content):
     return np.frombuffer(content, kind.dtype)[0]
 
 
+def stands_for(name, stand_in):
+    """The class, or a copy of the function, under the name by which torch finds it in a file."""
+    if not isinstance(stand_in, type):
+        stand_in = functools.partial(stand_in)
+    stand_in.__module__, _, stand_in.__qualname__ = name.rpartition(".")
+    stand_in.__name__ = stand_in.__qualname__                        # torch 2.4 reads this one
+    return stand_in
+
+
 # What published .pth files hold in addition to tensors, and what cannot execute anything when it is
 # unpickled: the arguments of official programs, numpy's numbers and arrays (numpy 1 says core,
 # numpy 2 _core), MMEngine's log of the training.
-INERT = [argparse.Namespace, (Dtype, "numpy.dtype"), (Array, "numpy.ndarray"),
-         *[(stand_in, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
-           for stand_in, name in ((numpy_number, "scalar"), (empty_array, "_reconstruct"))],
-         (lambda: b"", "builtins.bytes"),                         # of an array without elements
+INERT = [argparse.Namespace, stands_for("numpy.dtype", Dtype), stands_for("numpy.ndarray", Array),
+         *[stands_for(f"numpy.{core}.multiarray.{name}", stand_in) for core in ("core", "_core")
+           for name, stand_in in (("scalar", numpy_number), ("_reconstruct", empty_array))],
+         stands_for("_codecs.encode", str.encode),                 # bytes; torch 2.5 knows it itself
+         stands_for("builtins.bytes", lambda: b""),                # of an array without elements
          # torch's unpickler fills no defaultdict, but fills a dictionary.
-         (lambda *factory: {}, "collections.defaultdict"),
-         # The factories of a defaultdict.
-         *[(kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)],
-         (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"), (Ignored, "builtins.getattr")]
+         stands_for("collections.defaultdict", lambda *factory: {}),
+         list, dict, set, int, float,                              # the factories of a defaultdict
+         stands_for("mmengine.logging.history_buffer.HistoryBuffer", Ignored),
+         stands_for("builtins.getattr", lambda *names: Ignored())]
+
+
+@contextlib.contextmanager
+def inert_allowed():
+    """Let torch's unpickler meet INERT, for as long as one file is read."""
+    others = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(INERT)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def save(path: str | Path, payload: dict, half: bool = False) -> None:
@@ -191,7 +214,7 @@ def load(path: str | Path) -> dict:
         return payload
     try:
         # By its name alone torch would take a file for safetensors: it gets the opened one.
-        with torch.serialization.safe_globals(INERT), open(path, "rb") as file:
+        with inert_allowed(), open(path, "rb") as file:
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except Refused as error:
         raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None
