@@ -308,7 +308,8 @@ class Balance(nn.Module):
         """Remember the ratios of this step, if it is one of the first."""
         if step < len(self.measured):
             row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
-            row = torch.tensor(row, device=self.measured.device)             # (parts,)
+            # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
+            row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)
             if dist.is_initialized():                    # the same factors in all processes
                 dist.all_reduce(row)
             self.measured[step] = row / process_count()
@@ -353,7 +354,7 @@ def open_balance(cfg, method, steps):
     if steps <= len(balance.measured):
         raise ValueError(f"--balance measures in the first {len(balance.measured)} steps, and this "
                          f"run has {steps} in all: more --steps, or weights in --method-options")
-    return balance.to(next(method.parameters(), torch.zeros(())).device)
+    return balance
 
 
 def lr_factor(cfg, step, steps):
@@ -862,13 +863,13 @@ def say(text):
 def pick_device(name="auto"):
     """The torch.device of a name; auto: CUDA, else Apple's MPS, else the CPU. With torchrun, each
     process has the GPU of its local rank. Raises ValueError for a name or a device that is not there."""
-    if name not in ("auto", "cpu", "cuda", "mps"):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name not in ("auto", *there):
         raise ValueError(f"--device {name}: want auto | cpu | cuda | mps")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA GPU here; take auto or cpu")
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(kind for kind, is_there in there.items() if is_there)
+    if not there[name]:
+        raise ValueError(f"--device {name}: torch finds none here; take auto or cpu")
     if name != "cuda":
         return torch.device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1426,9 +1427,9 @@ def read_method_options(method, pairs):
     if method == "clockdistill":
         known = {"preset": "paper"} | known
     options = read_options(pairs, known, "--method-options")
-    # A negative weight would push the student away from its teacher.
+    # A negative weight would push the student away from its teacher; no other number is negative.
     for name, value in options.items():
-        if name.startswith(("lambda_", "alpha", "beta", "weight")) and value < 0:
+        if not isinstance(value, str) and value < 0:
             raise ValueError(f"--method-options {name}={value}: want at least 0")
     preset = options.pop("preset", "paper")
     if preset not in PRESETS:

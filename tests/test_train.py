@@ -439,6 +439,21 @@ def test_a_part_that_is_off_is_not_balanced():
     assert cfg.balance == {} and cfg.method_options["lambda_mem"] == 3
 
 
+def test_ratios_are_averaged_over_processes_where_the_losses_are(monkeypatch):
+    """NCCL takes tensors of a GPU alone, and between models of one width a method has no parameter that lies there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    told = []
+    monkeypatch.setattr(train, "gradient_ratio", lambda *args: 4.)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda row: told.append(row.device.type))
+    cfg = Config(**TINY, teacher="t", method="clockdistill", balance={"memory": 50.})
+    with FakeTensorMode():                                              # a GPU without a GPU
+        balance = train.open_balance(cfg, train.CLoCKDistill(8, 8).to("cuda"), 20)
+        balance.measure({"memory": torch.zeros((), device="cuda")}, 0, [])
+    assert told == ["cuda"]
+
+
 def test_a_balanced_part_has_the_wanted_gradient(toy, teacher):
     """The same batch again and again, with a learning rate of 0: from the ninth step on the ratios are those asked for,
     whatever lambda is, and until then the student trains alone."""
@@ -899,7 +914,8 @@ def test_backbone_errors_speak_the_command_lines_words(toy, tmp_path, content, w
 
 @pytest.mark.parametrize("words, message", [
     (["--device", "cud"], "want auto | cpu | cuda | mps"), (["--method-options", "lambda_mem=nan"], "want a float"),
-    (["--method-options", "lambda_mem=-5"], "want at least 0"), (["--method-options", "groups=1.5"], "want a int")])
+    (["--method-options", "lambda_mem=-5"], "want at least 0"), (["--method-options", "groups=1.5"], "want a int"),
+    (["--method-options", "cls_weight=-1"], "want at least 0"), (["--method-options", "temperature=-1"], "want at least 0")])
 def test_devices_and_method_options_are_checked_first(toy, teacher, tmp_path, words, message, capsys):
     assert train.main(["distill", "--teacher", str(teacher), "--out", str(tmp_path / "run"), "--workers", "0",
                        *flags({**TINY, "root": toy}), *words]) == 2
@@ -907,10 +923,11 @@ def test_devices_and_method_options_are_checked_first(toy, teacher, tmp_path, wo
     assert error.startswith("error: --") and message in error and not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_one_line(teacher, tmp_path, capsys):
-    assert train.main(["predict", "--checkpoint", str(teacher), "--device", "cuda", str(tmp_path)]) == 2
-    assert "torch finds no CUDA GPU here" in capsys.readouterr().err
+@pytest.mark.parametrize("device, module", [("cuda", "cuda"), ("mps", "backends.mps")])
+def test_a_gpu_that_is_not_there_is_one_line(teacher, tmp_path, capsys, monkeypatch, device, module):
+    monkeypatch.setattr(f"torch.{module}.is_available", lambda: False)
+    assert train.main(["predict", "--checkpoint", str(teacher), "--device", device, str(tmp_path)]) == 2
+    assert f"--device {device}: torch finds none here" in capsys.readouterr().err
 
 
 def test_a_run_is_named_by_what_it_depends_on():
