@@ -1687,6 +1687,13 @@ def add_options(parser, cls, only=()):
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **form)
 
 
+def at_least_1(text):
+    """'3' -> 3, for argparse."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"want a whole number from 1 on, not {text}")
+    return int(text)
+
+
 def describe_recipes():
     """Every recipe, option by option, for `fit --help`."""
     lines = ["recipes (given options override them; --data toy takes toy-student by default):"]

@@ -365,7 +365,7 @@ def add_options(parser):
     parser.add_argument("--work", default="runs/deploy",
                         help="folder of the programs; those there are used again (default: "
                              "%(default)s)")
-    parser.add_argument("--calibrate", type=int, default=100,
+    parser.add_argument("--calibrate", type=train.at_least_1, default=100,
                         help="training images that the 8-bit ranges are read from (default: "
                              "%(default)s)")
 

@@ -923,6 +923,15 @@ def test_devices_and_method_options_are_checked_first(toy, teacher, tmp_path, wo
     assert error.startswith("error: --") and message in error and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("words", [
+    ["table", "toy", "--jobs", "0"], ["deploy", "--calibrate", "0"], ["bench", "--repeats", "0"],
+    ["evidence", "kitti", "--root", "x", "--draws", "-1"]], ids=" ".join)
+def test_counts_of_other_commands_begin_at_1(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.parse(words)
+    assert end.value.code == 2 and f"{words[-2]}: want a whole number from 1 on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device, module", [("cuda", "cuda"), ("mps", "backends.mps")])
 def test_a_gpu_that_is_not_there_is_one_line(teacher, tmp_path, capsys, monkeypatch, device, module):
     monkeypatch.setattr(f"torch.{module}.is_available", lambda: False)
