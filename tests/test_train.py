@@ -560,7 +560,7 @@ def gradients(toy, indices, empty=()):
         student, teacher = make(), make().eval().requires_grad_(False)
         learner = Learner(student, train.methods()[name](16, 16, **options))
         if dist.is_initialized():
-            learner = torch.nn.parallel.DistributedDataParallel(learner, find_unused_parameters=True)
+            learner = torch.nn.parallel.DistributedDataParallel(learner)
         sum(learner(teacher, batch).values()).backward()
         found[name] = {key: p.grad for key, p in student.named_parameters() if p.grad is not None}
     return found
@@ -625,7 +625,7 @@ def test_fit_distill_eval_predict_export_from_the_command_line(toy, tmp_path, ca
                        "--out", str(scores)]) == 0
     told = json.loads(scores.read_text())
     again = json.loads((tmp_path / "student" / "result.json").read_text())
-    assert told["AP"] == again["AP"] or told["AP"] != told["AP"]
+    assert told["AP"] == again["AP"]
     picture = str(next(Path(toy, "training/image_2").iterdir()))
     assert train.main(["predict", "--checkpoint", str(tmp_path / "student"), "--out", str(tmp_path / "seen"),
                        "--min-score", "0", picture]) == 0
