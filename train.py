@@ -1021,8 +1021,8 @@ def detect(model, dataset, run, batch_size=1, progress=True, precision="fp32"):
 def evaluate_checkpoint(checkpoint, out=None, **given):
     """Print AP of a checkpoint on a split, seconds per image and peak memory; also to the JSON `out`.
 
-    Options that are not given are those that the checkpoint was trained with, but for the folder of
-    the data: a checkpoint never says which files are opened.
+    Data, class map and size are those that the checkpoint was trained with, where not given; which
+    files are opened (root, val_split), a checkpoint never says.
     """
     payload = load_payload(checkpoint)
     settings = payload["settings"]
@@ -1250,7 +1250,8 @@ Config.__doc__ = Settings.__doc__
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a run happens; it changes no result (but for rounding, on another device)."""
+    """Where and how a run happens; it changes nothing that is learned, but for rounding (on another
+    device, by the teacher's cache)."""
     out: str = option("runs/fit", "folder for the log, checkpoints, config.json and result.json")
     resume: bool = option(False, "go on from the last checkpoint in --out, on a CPU bit for bit")
     device: str = option("auto", "auto | cpu | cuda | mps")
@@ -1271,7 +1272,8 @@ class Run:
 # Upper ends keep a forged checkpoint from asking for more memory than there is.
 LIMITS = {
     "limit": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf),
-    "eval_batch": (1, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31), "workers": (0, 1024),
+    "eval_batch": (1, math.inf), "clip": (1e-6, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31),
+    "workers": (0, 1024),
     "backbone_width": (1, 2 ** 10), "hidden_dim": (1, 2 ** 13), "heads": (1, 2 ** 10),
     "ffn_dim": (1, 2 ** 16), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
     "num_queries": (1, 2 ** 16), "feature_levels": (1, 10), "points": (1, 100), "dropout": (0, 1),
@@ -1732,7 +1734,8 @@ def command_line(asked):
         if name in ("fit", "distill"):
             add_training_options(command, name)
         elif name == "eval":
-            command.epilog = "--data and --class-map are those of the training when not given"
+            command.epilog = ("--data, --class-map and --size are those of the training when not "
+                              "given")
             command.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
             command.add_argument("--out", help="also write the figures to this JSON file")
             add_options(command, Config, only=(

@@ -730,7 +730,7 @@ def test_nothing_of_an_earlier_run_is_overwritten_unasked(toy, tmp_path, name, c
 
 
 @pytest.mark.parametrize("option, value", [
-    ("ema", "nan"), ("ema", "1"), ("clip", "nan"), ("lr", "-1"), ("lr", "inf"), ("limit", "0"), ("limit", "-1"),
+    ("ema", "nan"), ("ema", "1"), ("clip", "nan"), ("clip", "0"), ("lr", "-1"), ("lr", "inf"), ("limit", "0"), ("limit", "-1"),
     ("num-queries", "0"), ("batch-size", "0"), ("eval-batch", "0"), ("size", "0,0"), ("size", "1,2,3"),
     ("size", "-4,5"), ("size", "200,100"), ("accumulate", "99"), ("position-offset", "nan"), ("feature-stride", "0"), ("decoder-layers", "0"), ("steps", "-1"), ("warmup", "-1"), ("seed", "-1")])
 def test_every_option_is_checked_before_data_is_read(tmp_path, option, value, capsys):
