@@ -863,7 +863,8 @@ def say(text):
 def pick_device(name="auto"):
     """The torch.device of a name; auto: CUDA, else Apple's MPS, else the CPU. With torchrun, each
     process has the GPU of its local rank. Raises ValueError for a name or a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name not in ("auto", *there):
         raise ValueError(f"--device {name}: want auto | cpu | cuda | mps")
     if name == "auto":
