@@ -438,9 +438,9 @@ class CLoCKDistill(nn.Module):
         self.checked = False                            # whether a batch with objects was looked at
 
         # Drawn from their own seed: a student's first weights and its data order are the same with
-        # and without the method.
+        # and without the method. torch.manual_seed would seed the GPUs too.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             rows = num_classes if content == "random_label" else 1
             frozen = torch.zeros(1, teacher_dim)
             if content != "zero":

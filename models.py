@@ -184,7 +184,8 @@ class TimmBackbone(nn.Module):
     """A convolutional feature extractor of timm: maps of strides 8, 16, 32, or those it has.
 
     name: timm's.  coarsest: the largest stride that is read.
-    frozen: as in `ResNet`, BatchNorms are fixed and nothing before stride 8 gets a gradient.
+    frozen: as in `ResNet`, BatchNorms are fixed and nothing before stride 8 gets a gradient. What
+    lies behind `coarsest` never does.
     weights: False, True (timm's own, downloaded) or a state_dict, see `timm_state`.
     Raises ValueError without timm, for names it lacks, models of a fixed image size, and weights
     that cannot be had.
@@ -199,9 +200,11 @@ class TimmBackbone(nn.Module):
                              "ResNet") from None
         # timm warns of a classifier in the file, which a feature extractor does not want.
         logging.getLogger("timm.models").setLevel(logging.ERROR)
-        if not timm.is_model(name):
+        try:
+            own = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError:                                     # also of a tag behind a known name
             raise ValueError(f"timm has no backbone {name!r}: choose a convolutional model of "
-                             "timm.list_models()")
+                             "timm.list_models()") from None
         with torch.device("meta"):                               # names and shapes only
             whole = timm.create_model(name).state_dict()
         given = isinstance(weights, dict) and {"state_dict": timm_state(whole, weights)}
@@ -222,18 +225,26 @@ class TimmBackbone(nn.Module):
                              f"{coarsest}: choose another")
         self.channels = [maps[i].shape[1] for i in self.chosen]
         self.frozen = frozen
+        weights = list(self.body.parameters())
+
+        def gradients(maps):
+            """Of each weight; None where these maps do not depend on it."""
+            return torch.autograd.grad([x.sum() for x in maps], weights, allow_unused=True,
+                                       retain_graph=True)
+
+        # Nobody reads maps that are coarser. DDP would wait for the gradients of what makes them.
+        read = gradients([maps[i] for i in self.chosen])
+        fixed = [p for p, gradient in zip(weights, read) if gradient is None]
         if frozen:
-            early = [x.sum() for x, stride in zip(maps, strides) if stride < 8]
-            weights = list(self.body.parameters())
-            used = torch.autograd.grad(early, weights, allow_unused=True) if early else ()
-            fixed = [p for p, gradient in zip(weights, used) if gradient is not None]
+            early = [x for x, stride in zip(maps, strides) if stride < 8]
+            used = zip(weights, early and gradients(early))
+            fixed += [p for p, gradient in used if gradient is not None]
             batch_norm = nn.modules.batchnorm._BatchNorm
             fixed += [m for m in self.body.modules() if isinstance(m, batch_norm)]
-            for part in fixed:
-                part.requires_grad_(False)
+        for part in fixed:
+            part.requires_grad_(False)
         # Images come normalised for torchvision's models; timm's were trained with their own
         # mean and deviation.
-        own = timm.get_pretrained_cfg(name)
         values = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], own.mean, own.std)
         mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in values)
         self.register_buffer("scale", std / own_std, persistent=False)

@@ -631,6 +631,13 @@ def test_switched_off_it_computes_nothing_holds_nothing_and_draws_nothing():
     assert torch.equal(before, torch.random.get_rng_state())             # so the student trains bit for bit as without
 
 
+def test_a_gpus_random_numbers_stay_as_they_were(monkeypatch):
+    """torch.manual_seed seeds every GPU as well: all processes would go on with the same dropout."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    first, second = (CLoCKDistill(8, 12, content="random") for _ in range(2))
+    assert torch.equal(first.adapter.weight, second.adapter.weight)
+
+
 def test_boxes_of_an_image_are_moved_to_its_part_of_the_padded_batch():
     """Image 0 fills the left 6 of 8 columns and the upper 4 of 6 rows."""
     _, teacher, _ = scene()

@@ -308,7 +308,8 @@ class Balance(nn.Module):
         """Remember the ratios of this step, if it is one of the first."""
         if step < len(self.measured):
             row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
-            row = torch.tensor(row, device=self.measured.device)             # (parts,)
+            # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
+            row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)
             if dist.is_initialized():                    # the same factors in all processes
                 dist.all_reduce(row)
             self.measured[step] = row / process_count()
@@ -353,7 +354,7 @@ def open_balance(cfg, method, steps):
     if steps <= len(balance.measured):
         raise ValueError(f"--balance measures in the first {len(balance.measured)} steps, and this "
                          f"run has {steps} in all: more --steps, or weights in --method-options")
-    return balance.to(next(method.parameters(), torch.zeros(())).device)
+    return balance
 
 
 def lr_factor(cfg, step, steps):
@@ -862,13 +863,14 @@ def say(text):
 def pick_device(name="auto"):
     """The torch.device of a name; auto: CUDA, else Apple's MPS, else the CPU. With torchrun, each
     process has the GPU of its local rank. Raises ValueError for a name or a device that is not there."""
-    if name not in ("auto", "cpu", "cuda", "mps"):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name not in ("auto", *there):
         raise ValueError(f"--device {name}: want auto | cpu | cuda | mps")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA GPU here; take auto or cpu")
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(kind for kind, is_there in there.items() if is_there)
+    if not there[name]:
+        raise ValueError(f"--device {name}: torch finds none here; take auto or cpu")
     if name != "cuda":
         return torch.device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1020,8 +1022,8 @@ def detect(model, dataset, run, batch_size=1, progress=True, precision="fp32"):
 def evaluate_checkpoint(checkpoint, out=None, **given):
     """Print AP of a checkpoint on a split, seconds per image and peak memory; also to the JSON `out`.
 
-    Options that are not given are those that the checkpoint was trained with, but for the folder of
-    the data: a checkpoint never says which files are opened.
+    Data, class map and size are those that the checkpoint was trained with, where not given; which
+    files are opened (root, val_split), a checkpoint never says.
     """
     payload = load_payload(checkpoint)
     settings = payload["settings"]
@@ -1249,7 +1251,8 @@ Config.__doc__ = Settings.__doc__
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a run happens; it changes no result (but for rounding, on another device)."""
+    """Where and how a run happens; it changes nothing that is learned, but for rounding (on another
+    device, by the teacher's cache)."""
     out: str = option("runs/fit", "folder for the log, checkpoints, config.json and result.json")
     resume: bool = option(False, "go on from the last checkpoint in --out, on a CPU bit for bit")
     device: str = option("auto", "auto | cpu | cuda | mps")
@@ -1270,7 +1273,8 @@ class Run:
 # Upper ends keep a forged checkpoint from asking for more memory than there is.
 LIMITS = {
     "limit": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf),
-    "eval_batch": (1, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31), "workers": (0, 1024),
+    "eval_batch": (1, math.inf), "clip": (1e-6, math.inf), "ema": (0, 1), "seed": (0, 2 ** 31),
+    "workers": (0, 1024),
     "backbone_width": (1, 2 ** 10), "hidden_dim": (1, 2 ** 13), "heads": (1, 2 ** 10),
     "ffn_dim": (1, 2 ** 16), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
     "num_queries": (1, 2 ** 16), "feature_levels": (1, 10), "points": (1, 100), "dropout": (0, 1),
@@ -1426,9 +1430,9 @@ def read_method_options(method, pairs):
     if method == "clockdistill":
         known = {"preset": "paper"} | known
     options = read_options(pairs, known, "--method-options")
-    # A negative weight would push the student away from its teacher.
+    # A negative weight would push the student away from its teacher; no other number is negative.
     for name, value in options.items():
-        if name.startswith(("lambda_", "alpha", "beta", "weight")) and value < 0:
+        if not isinstance(value, str) and value < 0:
             raise ValueError(f"--method-options {name}={value}: want at least 0")
     preset = options.pop("preset", "paper")
     if preset not in PRESETS:
@@ -1684,6 +1688,13 @@ def add_options(parser, cls, only=()):
             form = {"type": kind, "choices": choices,
                     "metavar": None if choices else kind.__name__.upper()}
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **form)
+
+
+def at_least_1(text):
+    """'3' -> 3, for argparse."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"want a whole number from 1 on, not {text}")
+    return int(text)
 
 
 def describe_recipes():

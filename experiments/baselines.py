@@ -987,7 +987,7 @@ def _prepared(view, detach=False):
 def _own_random_numbers(seed):
     """A student's first weights and its data order are the same with and without the method."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)        # torch.manual_seed would seed GPUs too
         yield
 
 

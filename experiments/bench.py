@@ -509,7 +509,7 @@ def add_options(parser):
     numbers = {"height": "of the images", "width": "of the images", "batch": "images at once",
                "repeats": "of everything, interleaved"}
     for name, text in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS,
+        parser.add_argument(f"--{name}", type=train.at_least_1, default=argparse.SUPPRESS,
                             help=f"{text} (default: {getattr(Options, name)})")
     parser.add_argument("--detectors", nargs="+", choices=models.DETECTORS,
                         default=models.DETECTORS, help="(default: all)")

@@ -365,7 +365,7 @@ def add_options(parser):
     parser.add_argument("--out", default="results/deploy", help="(default: %(default)s)")
     parser.add_argument("--work", default="runs/deploy",
                         help="folder of programs, used again if there (default: %(default)s)")
-    parser.add_argument("--calibrate", type=int, default=100,
+    parser.add_argument("--calibrate", type=train.at_least_1, default=100,
                         help="training images that give the 8-bit ranges (default: %(default)s)")
 
 
@@ -439,17 +439,18 @@ def make_programs(checkpoint, work, dataset, train_set, size, calibrate):
     """-> {format: (its file, what the table says of it)}; programs there are used again."""
     whole, short, facts = (work / f"{checkpoint.stem}{end}" for end in (
         ".onnx", ".int8.onnx", ".json"))
-    # Weights that came later, under the same name, make new programs.
-    if not facts.exists() or facts.stat().st_mtime < checkpoint.stat().st_mtime:
+    # Weights that came later, under the same name, make new programs. So does what was asked for.
+    asked = [list(size), calibrate, train_set.fingerprint]
+    known = checkpoints.read_json(facts) if facts.exists() else {}
+    if known.pop("asked", None) != asked or facts.stat().st_mtime < checkpoint.stat().st_mtime:
         difference = export(checkpoint, whole, ",".join(map(str, size)), image=dataset.paths[0])
         step = max(1, len(train_set) // calibrate)
         spread = range(0, len(train_set), step)[:calibrate]
         operators = quantise(whole, short, views(train_set, size, spread))
-        checkpoints.write_json(facts, {"difference": difference, "int8": operators,
-                                       "calibrated_on": len(spread)})
+        known = {"difference": difference, "int8": operators, "calibrated_on": len(spread)}
+        checkpoints.write_json(facts, known | {"asked": asked})
     else:
         print(f"used again: {whole} and {short.name}, which are newer than {checkpoint}")
-    known = checkpoints.read_json(facts)
     return {"PyTorch": (checkpoint, {}),
             "ONNX fp32": (whole, {"difference": known.pop("difference")}),
             "ONNX int8": (short, known)}

@@ -137,7 +137,8 @@ def add_options(parser):
     parser.add_argument("--root", required=True, help="folder of the data")
     parser.add_argument("--work", help="folder of the runs' folders (default: as the table's)")
     parser.add_argument("--results", help="folder of the results (default: as the table's)")
-    parser.add_argument("--draws", type=int, default=1000, help="of images (default: %(default)s)")
+    parser.add_argument("--draws", type=train.at_least_1, default=1000,
+                        help="of images (default: %(default)s)")
 
 
 def run(scale, root, work, results, draws):

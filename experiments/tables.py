@@ -894,7 +894,7 @@ def add_options(parser):
                         help="no runs: tables and figures from the results there are")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N",
                         help="every N-th run from the I-th")
-    parser.add_argument("--jobs", type=int,
+    parser.add_argument("--jobs", type=train.at_least_1,
                         help="runs at once (default: one per CPU core, one in all on a GPU)")
     parser.add_argument("--teachers", choices=("shipped", "scratch"), default="shipped",
                         help="those in weights/, or trained anew")

@@ -272,8 +272,9 @@ def test_whole_parts_have_weights_of_their_own():
         assert_close(adaptive[term] + fixed[term], both[term])
 
 
-def test_making_a_method_draws_nothing_and_gives_the_same_one_again():
+def test_making_a_method_draws_nothing_and_gives_the_same_one_again(monkeypatch):
     before = torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
     for name in NAMES:
         first, second = build(name, 8, 12), build(name, 8, 12)
         other = build(name, 8, 12, seed=1)

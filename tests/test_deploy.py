@@ -1,8 +1,11 @@
 """Programs for ONNX Runtime: their answers, their metadata, and when they are refused."""
 import functools
 import json
+import os
 import subprocess
 import sys
+import time
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -316,6 +319,26 @@ def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp
     assert short["file_mb"] < whole["file_mb"] and short["calibrated_on"] == 2
     assert short["int8"]["Conv"] == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
     assert (out / "toy.png").exists()
+
+
+@pytest.mark.parametrize("change", ["nothing", "size", "calibrate", "images", "weights"])
+def test_programs_of_another_size_or_calibration_are_not_used_again(tmp_path, monkeypatch, change):
+    checkpoint, made = tmp_path / "toy_student_dino.safetensors", []
+    checkpoint.write_bytes(b"")
+    monkeypatch.setattr(deploy, "export", lambda *args, **options: made.append(args[2]) or 0.)
+    monkeypatch.setattr(deploy, "quantise", lambda *args: {"Conv": 1})
+    monkeypatch.setattr(deploy, "views", lambda *args: None)
+    images = mock.MagicMock(fingerprint="a", paths=["x"], __len__=lambda self: 3)
+    given = dict(checkpoint=checkpoint, work=tmp_path, dataset=images, train_set=images,
+                 size=SIZE, calibrate=2)
+    first = deploy.make_programs(**given)
+    later = mock.MagicMock(fingerprint="b", paths=["x"], __len__=lambda self: 3)
+    other = {"size": {"size": (64, 160)}, "calibrate": {"calibrate": 1}, "images": {"train_set": later}}
+    if change == "weights":
+        os.utime(checkpoint, (time.time() + 9,) * 2)
+    again = deploy.make_programs(**given | other.get(change, {}))
+    assert len(made) == 1 + (change != "nothing")
+    assert first.keys() == again.keys() and again["ONNX int8"][1].keys() == {"int8", "calibrated_on"}
 
 
 def test_the_committed_table_is_made_of_its_figures():

@@ -475,6 +475,14 @@ def test_a_timm_backbone_from_a_file_by_name_or_by_position(tmp_path, capsys):
     assert model.backbone.body.bn1.running_var.data_ptr() != state["bn1.running_var"].data_ptr()
 
 
+def test_what_nobody_reads_of_a_timm_backbone_has_no_gradient_for_which_several_processes_would_wait():
+    timm_or_skip()
+    body = fresh("dab", backbone=LITE, feature_stride=16).backbone.body
+    unread = {name for name, p in body.named_parameters() if not p.requires_grad}
+    assert unread == {name for name, _ in body.named_parameters() if name.startswith(("blocks.5.", "blocks.6."))}
+    assert "blocks.5.0.conv_pw.weight" in unread                                                 # of stride 32
+
+
 @pytest.mark.parametrize("content", ["short", "swapped", "other shape"])
 def test_a_state_of_other_weights_is_one_line(content):
     """Also tensors of the right shapes whose kinds are in another order: weight and bias of a norm look alike."""
@@ -492,7 +500,8 @@ def test_a_state_of_other_weights_is_one_line(content):
 
 
 @pytest.mark.parametrize("name, overrides, message", [
-    ("nosuch", {}, "no backbone 'nosuch'"), ("vit_tiny_patch16_224", {}, "cannot make backbone"),
+    ("nosuch", {}, "no backbone 'nosuch'"), ("resnet18.nosuch", {}, "no backbone 'resnet18.nosuch'"),
+    ("vit_tiny_patch16_224", {}, "cannot make backbone"),
     ("vit_tiny_patch16_224", {"pretrained_backbone": True}, "cannot make backbone")])
 def test_what_timm_cannot_make_is_one_line(monkeypatch, name, overrides, message):
     timm = timm_or_skip()
