@@ -1135,8 +1135,8 @@ def same_classes(payload, dataset, path):
     """Raises ValueError when a checkpoint's classes are not the data set's."""
     theirs, ours = list(payload["classes"]), list(dataset.classes)
     if theirs != ours:
-        raise ValueError(f"{path} knows {len(theirs)} classes ({', '.join(theirs[:4])}...), "
-                         f"{dataset.name} has {len(ours)} ({', '.join(ours[:4])}...): choose the "
+        raise ValueError(f"{path} knows {len(theirs)} classes ({data.first_few(theirs)}), "
+                         f"{dataset.name} has {len(ours)} ({data.first_few(ours)}): choose the "
                          "data, --class-map or checkpoint that go together")
 
 
@@ -1347,6 +1347,9 @@ def build_data(cfg, split, augment=False):
 
     augment: the training augmentation of that kind of data; without, as in evaluation.
     """
+    # Otherwise the toy, in KITTI's layout too, would be trained on for hours.
+    if cfg.data != "toy" and cfg.root == Config.root:
+        raise ValueError(f"give --root, the folder of the {cfg.data} images")
     # The other processes wait for the first one, which may have to draw the toy.
     if process_rank() > 0:
         dist.barrier()

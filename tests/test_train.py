@@ -291,7 +291,7 @@ def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
 @pytest.mark.parametrize("change, message", [
     (dict(teacher_floor=1.1), "under the floor"),
     (dict(feature_levels=2), "do not fit"),
-    (dict(class_map="Car,Cyclist"), "knows 3 classes"),
+    (dict(class_map="Car,Cyclist"), "knows 3 classes (Car, Pedestrian, Cyclist), toy has 2 (Car, Cyclist):"),
     (dict(method_options=("lamda_mem=1",)), "there is no option 'lamda_mem'"),
     (dict(method_options=("groups=many",)), "want a int"),
     (dict(method_options=("preset=mine",)), "preset=mine: choose from paper"),
@@ -960,6 +960,7 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, teacher, tmp_path, capsys):
     foreign = tmp_path / "foreign.pt"
     torch.save({"weights": torch.zeros(1)}, foreign)
     cases = [
+        (["fit", "--data", "kitti", "--out", str(tmp_path / "r")], "give --root, the folder of the kitti images"),
         (["fit", "--root", str(tmp_path / "missing"), "--data", "kitti", "--out", str(tmp_path / "a")], "missing"),
         (["eval", "--checkpoint", str(tmp_path / "none.pt"), "--root", toy], "none.pt"),
         (["eval", "--checkpoint", str(bomb), "--root", toy], "bomb.pt"),
