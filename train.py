@@ -692,10 +692,11 @@ def restore(path, stateful, provenance):
                  for side in (saved, provenance))
     differ = [name for name, value in now.items() if then.get(name, value) != value]
     if differ:
-        longer = ", or go on from its weights in a new run with --init-from"
+        # --fit-to-data sets --ema by the steps.
+        longer = ", and go on from its weights there with --init-from"
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its "
-                         f"command, which {path.parent}/config.json holds, choose another --out"
-                         + longer * (set(differ) <= {"steps", "epochs"}))
+                         f"command, which {path.parent}/config.json holds, or choose another --out"
+                         + longer * (set(differ) <= {"steps", "epochs", "ema"}))
     # best.pt and exported weights hold no optimizer.
     if not stateful.keys() <= saved.get("resume", {}).keys():
         raise ValueError(f"{path} holds weights alone, nothing to resume from: start a new run "
@@ -1727,7 +1728,7 @@ def command_line(asked):
         if name in ("fit", "distill"):
             add_training_options(command, name)
         elif name == "eval":
-            command.epilog = "--data and --class-map are those of the training when not given"
+            command.epilog = "--data, --class-map and --size are those of the training when not given"
             command.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
             command.add_argument("--out", help="also write the figures to this JSON file")
             add_options(command, Config, only=(
