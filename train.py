@@ -692,11 +692,10 @@ def restore(path, stateful, provenance):
                  for side in (saved, provenance))
     differ = [name for name, value in now.items() if then.get(name, value) != value]
     if differ:
-        # --fit-to-data sets --ema by the steps.
-        longer = ", and go on from its weights there with --init-from"
+        longer = set(differ) <= {"steps", "epochs", "ema"}     # --fit-to-data sets ema by the steps
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its "
                          f"command, which {path.parent}/config.json holds, or choose another --out"
-                         + longer * (set(differ) <= {"steps", "epochs", "ema"}))
+                         + ", and go on from its weights there with --init-from" * longer)
     # best.pt and exported weights hold no optimizer.
     if not stateful.keys() <= saved.get("resume", {}).keys():
         raise ValueError(f"{path} holds weights alone, nothing to resume from: start a new run "

@@ -331,8 +331,7 @@ def run(checkpoint, images, out, best, layer, size=None, device="auto", precisio
         objects = [detection for entry in entries for detection in entry["detections"]]
         for line in summary(objects, first, others):
             print(line)
-        print(f"{len(entries)} images: pictures, and look.json with the detections shown, in "
-              f"{out}/")
+        print(f"{len(entries)} images: pictures, and look.json with their detections, in {out}/")
     if broken:
         raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")
 
