@@ -1727,7 +1727,7 @@ def command_line(asked):
         if name in ("fit", "distill"):
             add_training_options(command, name)
         elif name == "eval":
-            command.epilog = "--data, --class-map and --size are those of the training when not given"
+            command.epilog = "--data, --class-map, --size: those of the training when not given"
             command.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
             command.add_argument("--out", help="also write the figures to this JSON file")
             add_options(command, Config, only=(
