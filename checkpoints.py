@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import textwrap
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -215,6 +216,10 @@ def load(path: str | Path) -> dict:
     try:
         # By its name alone torch would take a file for safetensors: it gets the opened one.
         with inert_allowed(), open(path, "rb") as file:
+            # torch itself does not notice bytes that a copy or a disk has changed.
+            if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"{part} has changed since it was written")
+            file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except Refused as error:
         raise ValueError(f"{path} {error}: refused; save tensors where it was made") from None

@@ -429,7 +429,7 @@ def read_kitti(root, split, limit, class_map, others):
     else:
         wanted = listed_ids(split)
     stems = sorted(stem for stem in wanted if stem in files)
-    problems["listed ids not in the folder"] = len(wanted) - len(stems)
+    problems["ids of the split not in the folder"] = len(wanted) - len(stems)
     if not stems:
         raise ValueError(f"{images}: none of the {len(wanted)} ids of split {str(split)!r} is in "
                          "it; use split all, or the path of a file that lists ids of this folder")
@@ -508,7 +508,7 @@ def read_kitti_label(path, mapping):
             row = read_kitti_line(line.split(), mapping) if line.strip() else None
         except ValueError as error:
             raise ValueError(f"{shown(path)}, line {number}: {one_line(error)}; correct or remove "
-                             "the line") from None
+                             "the line, join a class of two words") from None
         if row:
             rows.append(row)
     return rows
@@ -533,7 +533,7 @@ def read_kitti_line(columns, mapping):
     in_range = (truncated == -1 or 0 <= truncated <= 1) and occluded in (-1, 0, 1, 2, 3)
     if not in_range or len(columns) == 16 and "." in words[1]:
         raise ValueError(f"truncation {words[0]} or occlusion {words[1]} is out of KITTI's range, "
-                         "0..1 and 0..3, or -1; if the class has two words, join them")
+                         "0..1 and 0..3, or -1")
     if kind not in mapping:
         raise ValueError(f"unknown class {kind!r}; name all your classes in class_map, as in "
                          f"Car,{kind}")
@@ -586,7 +586,7 @@ def read_coco(root, split, limit, check):
             size = image["height"], image["width"]
             images[image_id] = str(file), image_id, size, rows[image_id]
     if listed is not None:
-        problems["listed ids not in the folder"] = len(listed) - len(images)
+        problems["ids of the split not in the folder"] = len(listed) - len(images)
     if not images:
         raise ValueError(f"{root}: no image of split {str(split)!r} in it; use another split, or "
                          "complete the folder")
@@ -915,8 +915,8 @@ def coco_object(dataset, annotations):
 # remedy. An image that only fails to decode stops the run when it is read, also in a worker.
 # What can be handled is read as it is meant, and counted in `summary`: boxes without area, beyond
 # the border or under a pixel, COCO boxes that look like corners, images with more objects than AP
-# counts, classes without objects, listed ids that the folder lacks, label files without image,
-# pictures turned by their EXIF tag. Images without objects are kept.
+# counts, classes without objects, ids of the split that the folder lacks, label files without
+# image, pictures turned by their EXIF tag. Images without objects are kept.
 # ----------------------------------------------------------------------------------------------
 
 # Image files

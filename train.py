@@ -693,10 +693,10 @@ def restore(path, stateful, provenance):
                  for side in (saved, provenance))
     differ = [name for name, value in now.items() if then.get(name, value) != value]
     if differ:
-        longer = ", or go on from its weights in a new run with --init-from"
+        longer = set(differ) <= {"steps", "epochs", "ema"}     # --fit-to-data sets ema by the steps
         raise ValueError(f"{path} was made with other settings ({', '.join(differ)}): repeat its "
-                         f"command, which {path.parent}/config.json holds, choose another --out"
-                         + longer * (set(differ) <= {"steps", "epochs"}))
+                         f"command, which {path.parent}/config.json holds, or choose another --out"
+                         + ", and go on from its weights there with --init-from" * longer)
     # best.pt and exported weights hold no optimizer.
     if not stateful.keys() <= saved.get("resume", {}).keys():
         raise ValueError(f"{path} holds weights alone, nothing to resume from: start a new run "
@@ -1137,8 +1137,8 @@ def same_classes(payload, dataset, path):
     """Raises ValueError when a checkpoint's classes are not the data set's."""
     theirs, ours = list(payload["classes"]), list(dataset.classes)
     if theirs != ours:
-        raise ValueError(f"{path} knows {len(theirs)} classes ({', '.join(theirs[:4])}...), "
-                         f"{dataset.name} has {len(ours)} ({', '.join(ours[:4])}...): choose the "
+        raise ValueError(f"{path} knows {len(theirs)} classes ({data.first_few(theirs)}), "
+                         f"{dataset.name} has {len(ours)} ({data.first_few(ours)}): choose the "
                          "data, --class-map or checkpoint that go together")
 
 
@@ -1351,6 +1351,9 @@ def build_data(cfg, split, augment=False):
 
     augment: the training augmentation of that kind of data; without, as in evaluation.
     """
+    # Otherwise the toy, in KITTI's layout too, would be trained on for hours.
+    if cfg.data != "toy" and cfg.root == Config.root:
+        raise ValueError(f"give --root, the folder of the {cfg.data} images")
     # The other processes wait for the first one, which may have to draw the toy.
     if process_rank() > 0:
         dist.barrier()

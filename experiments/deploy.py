@@ -372,8 +372,6 @@ def add_options(parser):
 def run(data, detectors, only, weights, out, work, calibrate, **given):
     """The command `deploy`."""
     needed()
-    if data != "toy" and "root" not in given:
-        raise ValueError(f"deploy {data} needs --root, the folder of its images")
     files = {(detector, role): Path(weights) / f"{data}_{role}_{detector}.safetensors"
              for detector in detectors for role in ROLES}
     absent = [str(file) for file in files.values() if not file.exists()]

@@ -326,11 +326,12 @@ def run(checkpoint, images, out, best, layer, size=None, device="auto", precisio
         for name, figure in figures.items():
             figure.savefig(out / f"{index:03d}_{Path(file).stem}_{name}.png", dpi=150)
         entries.append({"image": str(file), "detections": listed(watched, classes)})
-    checkpoints.write_json(out / "look.json", entries)
-    objects = [detection for entry in entries for detection in entry["detections"]]
-    for line in summary(objects, first, others):
-        print(line)
-    print(f"{len(entries)} images: pictures, and look.json with the detections shown, in {out}/")
+    if entries:
+        checkpoints.write_json(out / "look.json", entries)
+        objects = [detection for entry in entries for detection in entry["detections"]]
+        for line in summary(objects, first, others):
+            print(line)
+        print(f"{len(entries)} images: pictures, and look.json with their detections, in {out}/")
     if broken:
         raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")
 

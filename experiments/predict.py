@@ -100,7 +100,8 @@ def run(checkpoint, images, out, min_score, size=None, device="auto", precision=
             for label, score, box in zip(*columns)]})
     if listed:
         write_json(out / "predictions.json", listed)
-        print(f"{len(listed)} images, boxes are x0 y0 x1 y1 in pixels: {out}/predictions.json and "
-              "pictures beside it")
+        count = sum(len(entry["detections"]) for entry in listed)
+        print(f"{count} detections of score {min_score:g} or more in {len(listed)} images: {out}/"
+              "predictions.json (boxes x0 y0 x1 y1 in pixels) and pictures beside it")
     if broken:
         raise ValueError(f"left out {len(broken)} of {len(files)} files: {'; '.join(broken)}")

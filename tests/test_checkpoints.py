@@ -96,7 +96,7 @@ class Calls:
         return self.call
 
 
-@pytest.mark.parametrize("kind, message", [("missing", "check the path"), ("cut", "damaged"), ("text", "a text file, 'not a checkpoint'"),
+@pytest.mark.parametrize("kind, message", [("missing", "check the path"), ("cut", "damaged"), ("flipped", "data/0 has changed"), ("text", "a text file, 'not a checkpoint'"),
                                            ("system", "system"), ("eval", "eval"), ("cut.safetensors", "damaged")])
 def test_unreadable_files_are_one_line_errors(tmp_path, monkeypatch, kind, message):
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,9 @@ def test_unreadable_files_are_one_line_errors(tmp_path, monkeypatch, kind, messa
         path.write_text("not a checkpoint")
     elif kind != "missing":
         checkpoints.save(path, {"model": {"x": torch.zeros(1000)}})
-        path.write_bytes(path.read_bytes()[:900])
+        whole = path.read_bytes()
+        middle = len(whole) // 2                                                        # a number of the tensor
+        path.write_bytes(whole[:middle] + b"\1" + whole[middle + 1:] if kind == "flipped" else whole[:900])
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         checkpoints.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)

@@ -195,6 +195,11 @@ def test_look_takes_folders_and_leaves_out_what_it_cannot_read(tmp_path, capsys)
     (listed,) = json.loads((tmp_path / "x" / "look.json").read_text())
     assert listed["image"].endswith("b.png") and listed["detections"][0]["class"] == "$\\frac$"
     assert (tmp_path / "x" / "001_b_one_layers.png").exists()
+    # Where nothing can be read, what an earlier run found stays.
+    assert train.main(["look", "--checkpoint", model, "--out", str(tmp_path / "x"),
+                       str(folder / "a.png")]) == 2
+    assert "look.json" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "x" / "look.json").read_text()) == [listed]
 
 
 def test_look_names_image_and_detector_of_predictions_that_are_not_finite(tmp_path, capsys):

@@ -291,7 +291,7 @@ def test_distillation_leaves_the_denoising_noise_as_it_was(toy, teacher):
 @pytest.mark.parametrize("change, message", [
     (dict(teacher_floor=1.1), "under the floor"),
     (dict(feature_levels=2), "do not fit"),
-    (dict(class_map="Car,Cyclist"), "knows 3 classes"),
+    (dict(class_map="Car,Cyclist"), "knows 3 classes (Car, Pedestrian, Cyclist), toy has 2 (Car, Cyclist):"),
     (dict(method_options=("lamda_mem=1",)), "there is no option 'lamda_mem'"),
     (dict(method_options=("groups=many",)), "want a int"),
     (dict(method_options=("preset=mine",)), "preset=mine: choose from paper"),
@@ -516,8 +516,12 @@ def test_resume_refuses_other_settings_and_a_fresh_run_refuses_an_old_folder(toy
     words = ["fit", "--out", str(tmp_path / "run"), "--workers", "0", *flags({**TINY, "root": toy})]
     assert train.main(words) == 2
     assert "add --resume" in capsys.readouterr().err
-    assert train.main([*words, "--resume", "--lr", "0.5"]) == 2
-    assert "other settings (lr)" in capsys.readouterr().err
+    for changes, difference, remedy in (
+            (["--lr", "0.5"], "(lr)", "or choose another --out\n"),
+            (["--steps", "9", "--ema", "0.5"], "(steps, ema)", "or choose another --out, and go on from its weights")):
+        assert train.main([*words, "--resume", *changes]) == 2
+        error = capsys.readouterr().err
+        assert f"other settings {difference}" in error and remedy in error
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -793,8 +797,10 @@ def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, 
     (images / "broken.png").write_bytes(b"not an image")
     (images / "notes.txt").write_text("no image")
     assert train.main(["predict", "--checkpoint", str(teacher), "--out", str(tmp_path / "out"), str(images)]) == 2
-    assert "left out 1 of 3 files" in capsys.readouterr().err
+    told = capsys.readouterr()
     listed = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    count = sum(len(entry["detections"]) for entry in listed)
+    assert f"{count} detections of score 0.4 or more in 2 images" in told.out and "left out 1 of 3 files" in told.err
     assert [Path(entry["image"]).name for entry in listed] == sorted(p.name for p in images.glob("[01]*.png"))
     for entry in listed:
         for found in entry["detections"]:
@@ -986,6 +992,7 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, teacher, tmp_path, capsys):
     foreign = tmp_path / "foreign.pt"
     torch.save({"weights": torch.zeros(1)}, foreign)
     cases = [
+        (["fit", "--data", "kitti", "--out", str(tmp_path / "r")], "give --root, the folder of the kitti images"),
         (["fit", "--root", str(tmp_path / "missing"), "--data", "kitti", "--out", str(tmp_path / "a")], "missing"),
         (["eval", "--checkpoint", str(tmp_path / "none.pt"), "--root", toy], "none.pt"),
         (["eval", "--checkpoint", str(bomb), "--root", toy], "bomb.pt"),
