@@ -417,7 +417,7 @@ plots.location_masks(picture, truth["boxes"], levels)
 # **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
 # Level 2 may be the reason, or these weights: with $S$ the heaviest that was tried won (neither is
 # tested). In a KITTI image most cells are background. The recipes for KITTI and COCO keep $S$;
-# whether it helps there is not known.
+# whether it helps there is not known: the two seeds of real KITTI that are run have two signs.
 #
 # ## What each mask does
 #
@@ -818,7 +818,8 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 #
 # On [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064) with both parts and
 # $S$, five seeds. The memory part alone gains +.049 (+.025 to +.072); the logit part alone,
-# +.006 (-.001 to +.012), is undecided (five seeds). Masks and rivals were not tried there.
+# +.006 (-.001 to +.012), is undecided (five seeds). Of the masks two seeds are run
+# there, too few to tell; of rivals none.
 #
 # # Exercises
 #

@@ -539,8 +539,8 @@ plots.reading({"The toy": of_guess[0] | on_toy, "Real KITTI": of_guess[1] | on_k
 # | Does the memory part alone? | yes, both detectors that were taken apart | yes: +.049 (+.025 to +.072), five seeds |
 # | Does the logit part add to it? | undecided, up to .045 either way | undecided: -.007 (-.013 to +.000), five seeds |
 # | Do target-aware queries teach more than random ones? | Deformable DETR: less, -.020 (-.027 to -.013); what they add to random ones is undecided | not measured |
-# | Does the mask M, against a plain copy? | undecided | not measured |
-# | Does the mask S? | it costs DINO .021 (.004 to .037) AP; Deformable DETR .027 at half the steps, undecided at full length | not measured; the students have it, and gain |
+# | Does the mask M, against a plain copy? | undecided | two of five seeds: ahead in both, by .009 and .010; too few |
+# | Does the mask S? | it costs DINO .021 (.004 to .037) AP; Deformable DETR .027 at half the steps, undecided at full length | two of five seeds: +.003 and -.013; too few |
 # | Is it better than its rivals? | than six of eight, with more trials; against FitNets and FGD undecided | not measured |
 # | Speed, or a higher ceiling? | neither is shown: the gain grows, then shrinks | not measured |
 #

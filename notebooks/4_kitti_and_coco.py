@@ -450,7 +450,7 @@ for recipe in ("kitti-student", "coco-student"):
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
 #   each class in the others. The small runs ask with the teacher's own contents.
 # - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
-#   weights tried ([notebook 3](3_ablations.ipynb)); on real images it was not compared.
+#   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI two seeds leave it open.
 # - **The start.** These recipes start from an ImageNet backbone. 5,985 images are few for a DETR: a
 #   detector that was trained on COCO (section 6) should be the better start, above all for the
 #   teacher.

@@ -95,6 +95,14 @@ def test_rows_called_label_of_a_detector_without_label_embedding_are_random():
         assert contents == {"random_label"}
 
 
+def test_the_masks_on_real_kitti():
+    lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["masks"]
+    rows = rows_of("results/kitti/README.md", "| AP of seed | 0 | 1 | 2 to 4")
+    for line, (name, *scores, _) in zip(lines[1:], rows, strict=True):
+        assert line["method"].split(":")[0] in name
+        assert scores == [f"{score:.3f}" for score in line["AP"][:2]] and line["seeds"][:2] == [0, 1]
+
+
 def test_where_real_kitti_gains():
     """The gains by threshold, size and class in results/kitti/README.md, from its runs."""
     lines = {line["method"]: line for line in json.loads((ROOT / "results/kitti/tables.json").read_text())["main"]}
