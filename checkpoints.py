@@ -114,7 +114,7 @@ def stands_for(name, stand_in):
 INERT = [argparse.Namespace, stands_for("numpy.dtype", Dtype), stands_for("numpy.ndarray", Array),
          *[stands_for(f"numpy.{core}.multiarray.{name}", stand_in) for core in ("core", "_core")
            for name, stand_in in (("scalar", numpy_number), ("_reconstruct", empty_array))],
-         stands_for("_codecs.encode", str.encode),                 # bytes; torch 2.5 knows it itself
+         stands_for("_codecs.encode", str.encode),                 # bytes; from torch 2.5 on its own
          stands_for("builtins.bytes", lambda: b""),                # of an array without elements
          # torch's unpickler fills no defaultdict, but fills a dictionary.
          stands_for("collections.defaultdict", lambda *factory: {}),

@@ -146,6 +146,16 @@ def test_what_published_files_hold_beside_tensors_is_read(tmp_path, monkeypatch,
     assert isinstance(loaded["message_hub"]["log_scalars"]["loss"], checkpoints.Ignored)
 
 
+def test_stand_ins_have_the_names_that_torch_2_4_looks_for(tmp_path):
+    """It knows no tuples of a stand-in and its name. What others allowed stays as it was."""
+    assert {f"{each.__module__}.{each.__name__}" for each in checkpoints.INERT} >= {
+        "numpy.ndarray", "numpy._core.multiarray.scalar", "collections.defaultdict", "builtins.getattr"}
+    before = set(torch.serialization.get_safe_globals())
+    checkpoints.save(tmp_path / "x.pt", {"model": {"weight": torch.zeros(1)}})
+    checkpoints.load(tmp_path / "x.pt")
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
 def test_numbers_of_numpy_1_are_read(tmp_path):
     path = tmp_path / "old.pth"
     torch.save({"best": np.float64(0.5)}, path, _use_new_zipfile_serialization=False)
