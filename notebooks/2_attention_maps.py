@@ -11,11 +11,13 @@
 # Four things to take home, each measured below:
 #
 # 1. The distilled memory, as it is, is closer to the teacher's than the memory of a student trained
-#    alone (a *lone* student) after the best linear map. It is closest on objects.
-# 2. An attention map need not lie on the object. Dense attention here mostly does not.
+#    alone (a *lone* student) after the best linear map. $R^2$ is highest on objects.
+# 2. An attention map need not lie on the object. Dense attention lies there less than its coarse
+#    cells allow.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
 #    the distilled DAB-DETR and Deformable DETR attend clearly more like the teacher than the lone
-#    ones. DINO does by .03 at most, and not on cells of 8 pixels. (One pair of students each.)
+#    ones, perhaps because their boxes are more like the teacher's. DINO does by .03 at most, and
+#    not on cells of 8 pixels. (One pair of students each.)
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right.
 #
@@ -113,6 +115,7 @@ plots.memory_colours(picture, truth["boxes"],
 # $A_p^\mathrm{tea}$ is the teacher's token at $p$, $\bar A^\mathrm{tea}$ the mean over the same
 # tokens, and $\hat A_p$ what the student has instead. How much can be had without a look at the
 # image? *Place alone* answers with the teacher's mean token of each cell, over the 60 other images.
+# *On objects* are the cells where $M$ is 1, on all levels; at the coarsest that can be every cell.
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
 # student's after the best linear map. That holds on objects and on the background; it explains most
@@ -152,7 +155,8 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
 # *Compare the green dots with the orange triangles.* The lead is larger on objects in all three.
 # The background gains too, although its cells weigh 1/500 of an object's: perhaps because the same
 # encoder writes both (not tested). *And see the black bars:* on the background DAB-DETR's lone
-# student explains no more than place alone (.70 both).
+# student explains no more than place alone (.70 both). (An untrained memory does worse: perhaps one
+# linear map cannot hold a mean token for each cell.)
 #
 # # Where decoders look
 #
@@ -216,8 +220,9 @@ plots.around_object(panels, "Where each teacher's own query for one car looks")
 # there at once:* it starts from a box that the encoder proposed.
 #
 # **Claim.** In the last layer most of the attention of sampling points lies in the object's box,
-# and most of DAB-DETR's lies outside. (Its .22 inside is still four times the box's share of the
-# image.) An attention map is not a segmentation.
+# and most of DAB-DETR's lies outside. (Its cells of 8 pixels spill over: attention spread evenly on
+# just the cells that the box touches would have .48 inside. It has .22, four times the box's share
+# of the image.) An attention map is not a segmentation.
 
 # %%
 def inside(gaze, layer):
@@ -319,8 +324,9 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 
 # %% [markdown]
 # *Look at DINO's row, left: all marks are within .03 of the baseline, and the untrained model
-# agrees most* (its sampling points form a star as large as the box). On such cells agreement says
-# that the queries start from the right box, and nothing about what was learned.
+# agrees most* (its sampling points form a star as large as the box). For DINO, on such cells,
+# agreement says that the queries start from the right box, and nothing about what was learned. The
+# distilled DAB-DETR and Deformable DETR are above the baseline in both panels.
 #
 # *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
 # is ahead of both.* Small cells have two faults. Two sets of points can miss each other narrowly;

@@ -3,9 +3,9 @@
 #
 # A small student is trained for a small machine, and that machine often has no PyTorch. This
 # notebook writes the shipped distilled student as **one ONNX file** and reads it with a program of
-# eighteen lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow and
-# [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). This notebook itself needs `pip install
-# onnx onnxscript onnxruntime`.
+# eighteen lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow
+# and [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). This notebook itself needs `pip
+# install onnx onnxscript onnxruntime`.
 #
 # **Look at** the arrow that points down: the file is all that the two machines share.
 
@@ -34,9 +34,9 @@ from experiments import deploy, plots
 plots.deployment_drawing()
 
 # %% [markdown]
-# Everything that can be forgotten on the way is in the file: the normalisation of pixels before the
-# detector, the choice of the best detections behind it. Only what depends on the photo's size is
-# outside: the resize, and the way back to its pixels.
+# In the file are the normalisation of pixels before the detector and the choice of
+# the best detections behind it. Outside are four things: the camera's turn, the order of RGB
+# (exercise 1), the resize, and the way back to the photo's pixels.
 #
 # ## One file
 #
@@ -45,12 +45,12 @@ plots.deployment_drawing()
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
 # For your own student add a photo, `--image PHOTO.jpg`, or `--size H,W`: the file is for that size.
-# The program stretches a photo of another shape to it, which `predict` does not do. So export one
-# file for each shape.
+# The program stretches a photo of another shape to it, which `train.py predict` does not do. So
+# export one file for each shape.
 #
 # `export` needs a checkpoint of this repository. With a detector of your own call its core,
-# `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module from
-# pixels to boxes, scores and labels (ours is `deploy.Program`). `detect.py` looks for size and
+# `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module
+# from pixels to boxes, scores and labels (ours is `deploy.Program`). `detect.py` looks for size and
 # classes in the file's metadata:
 #
 # ```python
@@ -148,9 +148,9 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 # "Pedestrian 0.42" is a mistake: he is a cyclist, seen from behind, with little of his bicycle in
 # sight. The cell below prints what the student says of this one box; ranks count from 0.
 #
-# **Claim.** The same box is in the answer three times, once for each class. Classes are sigmoids, each
-# with a score of its own, and the best *pairs* of query and class are kept, not the best queries.
-# There is no second step that removes doubles. The right name has the lower score, and the
+# **Claim.** The same box is in the answer three times, once for each class. Classes are sigmoids,
+# each with a score of its own, and the best *pairs* of query and class are kept, not the best
+# queries. There is no second step that removes doubles. The right name has the lower score, and the
 # threshold of 0.4 hides it.
 
 # %%
@@ -162,9 +162,10 @@ for place in np.flatnonzero(same):
 assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
-# **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores and
-# boxes. (A toy photo has the file's size, so Pillow's resize does nothing here. Real KITTI's photos
-# shrink to a third: the AP of all three models is within .001 of that with the resize of training.)
+# **Claim.** The mistake is the student's, not the file's: PyTorch gives the same
+# classes, scores and boxes. (A toy photo has the file's size, so Pillow's resize does nothing here.
+# Real KITTI's photos shrink to a third: the AP of all three models is within .001 of that with the
+# resize of training.)
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -189,13 +190,14 @@ assert apart < 1e-4 and sure.any()
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
 # rounds it, too, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled DINO
-# student keeps .353 as here, and .300 with rounded outputs. The reason is its backbone: the ReLU6
-# behind a convolution keeps 0 to 6 of an output that ranges 4 to 34 times as wide, so few of the 256
-# steps are left ([the
+# student keeps .353 as here, and .300 with rounded outputs. Most of it is the backbone (left in 32
+# bits: .337), probably since the ReLU6 behind a convolution keeps 0 to 6 of an output that ranges 4
+# to 34 times as wide, so few of the 256 steps are left ([the
 # trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
-# linear layer.
+# linear layer: `quantise` first merges its `MatMul` and `Add`, so most of the `MatMul` above are
+# `Gemm` below.
 #
 # **Claim.** The file is less than half as large, and the program reads it as it is. (`train.py
 # export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise` as here, with
@@ -221,8 +223,8 @@ assert sizes[1] < sizes[0] / 2
 # The figures of this section are measured once, by `python train.py deploy`, and read from
 # [results/deploy/toy.json](../results/deploy/toy.json).
 #
-# **Claim.** On all 500 validation images of the toy, 8 bits cost each of its nine detectors less than
-# .01 AP.
+# **Claim.** On all 500 validation images of the toy, 8 bits cost each of its nine detectors less
+# than .01 AP.
 
 # %%
 rows = json.loads(Path("results/deploy/toy.json").read_text())["rows"]
@@ -254,13 +256,15 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
               f"{row['ms_1']['median']:8.1f} ms")
 
 # %% [markdown]
-# *ONNX Runtime answers more than three times as fast as PyTorch, in less than a tenth of the memory.
-# On real KITTI it is 2 times (teacher: 1.5), in an eighth (a fifth) of the memory.* 8 bits make the
-# file smaller and the answer **not** faster. On one thread only KITTI's teacher gains, 4 %; on two all
-# twelve models lose, 3 to 15 %. Probably the steps into 8 bits and back cost what the short products
-# save. (All rows: [results/deploy](../results/deploy/README.md).) Times hold for the processor named
-# there. Measure on yours, at your image size and with nothing else running, by these lines at the
-# end of `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
+# *On the toy ONNX Runtime answers the distilled DINO more than three times as fast as
+# PyTorch, in less than a tenth of the memory (PyTorch in its CUDA build). On real KITTI it is 2
+# times (teacher: 1.5), in an eighth (a fifth) of the memory.* 8 bits make the file smaller and the
+# answer **not** faster. On one thread only KITTI's teacher gains, 4 %, which one measurement can be
+# off by; on two all twelve models lose, 3 to 15 %. Probably the steps into 8 bits and back cost
+# what the short products save. (All rows: [results/deploy](../results/deploy/README.md).) Times
+# hold for the processor named there. Measure on yours, at your image size and with nothing else
+# running, by these lines at the end of `detect.py` (they use all cores; `train.py deploy` measures
+# on a machine with torch):
 #
 # ```python
 # import time
@@ -273,8 +277,9 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ```
 #
 # **On [real KITTI](../results/deploy/kitti.md) 8 bits cost no more than .005 AP** for each of the
-# three models. With rounded outputs they cost .06 there and less than .01 on the toy: the toy would
-# not have shown it. So measure AP with your own detector and images before you ship 8 bits.
+# three models. With rounded outputs they cost the distilled one .06 on 90 tuning images. On the
+# toy, whose backbones have no ReLU6, that cost less than .01 (measured once): it would not have
+# shown it. So measure AP with your own detector and images before you ship 8 bits.
 #
 # Distillation moves a student up and not to the right: alone and distilled, it is the same program
 # with other weights. (DINO's two times in PyTorch, 5.4 and 6.1 ms, show how far one measurement can
@@ -328,8 +333,8 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # print("best score of rounded numbers:", ask(normal.clip(0, 255).astype(np.uint8))[1][0].round(2))
 # ```
 # Floats are refused: the file wants uint8. Rounded, nearly all pixels are 0, 1 or 2, the picture is
-# black, no detection reaches 0.2, and there is no error message. So refusal is better, and it is why
-# the normalisation is in the file.
+# black, no detection reaches 0.2, and there is no error message. So refusal is better, and it is
+# why the normalisation is in the file.
 # </details>
 #
 # **3** (after exercise 1). `deploy.QUANTISED` names the operators that get 8 bits. Matrix products
