@@ -388,7 +388,7 @@ class CLoCKDistill(nn.Module):
             beta=1e-7,              # [T] background
             location=True,          # [A] objects apart from background; off for ablation
             scale=True,             # [T] small objects count as much as big ones; the toy's recipes
-                                    # go without: there it costs AP
+                                    # go without: there it costs DINO AP
             # --- queries
             content="label",        # [T, P] what a query asks with: "label", the teacher's label
                                     # embedding | "own", its learned contents | frozen random numbers,
