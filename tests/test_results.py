@@ -103,6 +103,18 @@ def test_the_masks_on_real_kitti():
         assert scores == [f"{score:.3f}" for score in line["AP"][:2]] and line["seeds"][:2] == [0, 1]
 
 
+def test_training_in_bf16():
+    """The scores and the difference on results/bench.md, from results/bf16.json."""
+    scores = {(run["data"], run["precision"], run["seed"]): run["AP"]
+              for run in json.loads((ROOT / "results/bf16.json").read_text())}
+    toy, kitti = rows_of("results/bench.md", "| | seed 100 | 101 | 102")
+    for seed, cell in zip((100, 101, 102), toy[1:]):
+        assert cell == ", ".join(f"{scores['toy', name, seed]:.3f}"[1:] for name in ("fp32", "bf16"))
+    gain = tables.gain(*({seed: scores["toy", name, seed] for seed in (100, 101, 102)} for name in ("bf16", "fp32")))
+    assert toy[4] == "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain).replace("0.", ".") + ", undecided"
+    assert kitti[1].endswith(f"{scores['kitti', 'bf16', 100]:.3f}"[1:])
+
+
 def test_where_real_kitti_gains():
     """The gains by threshold, size and class in results/kitti/README.md, from its runs."""
     lines = {line["method"]: line for line in json.loads((ROOT / "results/kitti/tables.json").read_text())["main"]}
