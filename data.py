@@ -20,7 +20,8 @@ KITTI   root/training/image_2/*.png|jpg and root/training/label_2/*.txt, with th
         position in the folder if a stem is no number.
         "train" and "val" are 80 % and 20 % of the 7,481 ids, in splits/: of the ids sorted by
         sha256("clockdistill-kitti-ID"), the first 1,496 are val (`split_ids`). A folder with other
-        ids is split by the same rule over its own.
+        ids is split by the same rule over its own. (Six digits up to 007480 are taken for KITTI's
+        ids: give other names to pictures of your own.)
         splits/kitti_cyclists_{train,tune,val}.txt divide 991 of the ids, images with a cyclist,
         into 703, 90 and 198; tune holds the 90 that come next in that order. They are for
         experiments that choose settings before they look at val.
