@@ -42,7 +42,7 @@ def test_the_first_table_of_the_readme(folder, first):
         line = main[role]
         assert [ap, ap50] == [f"{np.mean(line[key]):.3f}" for key in ("AP", "AP50")]
         assert parameters == f"{line['params'] / 1e6:.2f} M" and gflops == f"{line['gflops']:.3f}"
-        wanted = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**line["gain"]) if role == "clockdistill" else ""
+        wanted = tables.interval(line["gain"]) if role == "clockdistill" else ""
         assert gain == wanted
 
 
@@ -54,7 +54,7 @@ def test_the_gains_of_all_detectors():
         assert teacher == f"{lines[0]['AP'][0]:.3f}" and int(seeds) == len(lines[2]["seeds"])
         for cell, line in zip((alone, distilled), lines[1:]):
             assert cell == f"{np.mean(line['AP']):.3f} ± {np.std(line['AP'], ddof=1):.3f}"
-        assert gain == "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**lines[2]["gain"])
+        assert gain == tables.interval(lines[2]["gain"])
 
 
 @pytest.mark.parametrize("table, start, detector", [("rivals", "| method | AP | gain", "deformable_detr"),
@@ -66,7 +66,7 @@ def test_the_other_tables_of_the_results(table, start, detector):
         ap, gain = row[1:3] if detector else row[2:4]
         line = lines[key]
         assert ap == f"{np.mean(line['AP']):.3f} ± {np.std(line['AP'], ddof=1):.3f}", row
-        assert gain == ("{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**line["gain"]) if line["gain"] else ""), row
+        assert gain == tables.interval(line["gain"]), row
 
 
 def test_what_was_chosen_was_chosen_on_other_images_with_another_seed():
@@ -111,7 +111,7 @@ def test_training_in_bf16():
     for seed, cell in zip((100, 101, 102), toy[1:]):
         assert cell == ", ".join(f"{scores['toy', name, seed]:.3f}"[1:] for name in ("fp32", "bf16"))
     gain = tables.gain(*({seed: scores["toy", name, seed] for seed in (100, 101, 102)} for name in ("bf16", "fp32")))
-    assert toy[4] == "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain).replace("0.", ".") + ", undecided"
+    assert toy[4] == tables.interval(gain).replace("0.", ".") + ", undecided"
     assert kitti[1].endswith(f"{scores['kitti', 'bf16', 100]:.3f}"[1:])
 
 
@@ -127,7 +127,7 @@ def test_where_real_kitti_gains():
             alone, distilled = (dict(enumerate(run[key] if key in run else run["per_class"][key]["AP"]
                                                for run in each)) for each in runs)
             gain = tables.gain(distilled, alone)
-            assert cell.startswith("{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gain)), (name, gain)
+            assert cell.startswith(tables.interval(gain)), (name, gain)
             assert cell.endswith("undecided") == (gain["low"] < 0 < gain["high"]), name
 
 
@@ -190,5 +190,5 @@ def test_the_remedy_for_the_logit_part():
     runs = [run for run in json.loads((ROOT / "results/toy/sees_learned.json").read_text())
             if run["run"] == "logit part" and "changed" not in run]
     with_it, without = ({run["seed"]: run["AP"] for run in runs if run["sees_learned"] is seen} for seen in (True, False))
-    gain = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**tables.gain(with_it, without))
+    gain = tables.interval(tables.gain(with_it, without))
     assert len(without) == 5 and f"has {gain} with it" in (ROOT / "results/kitti/README.md").read_text()
