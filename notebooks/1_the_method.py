@@ -185,8 +185,8 @@ with torch.no_grad():
 #
 # $A_p$ is the memory at $p$; class is a linear layer, box a small MLP. The tokens with the largest
 # scores $s_p$ give the reference boxes, best first. The contents are learned, one for each rank,
-# and the same in every image. (`models.Proposals` first sets tokens to zero that are padding or
-# whose centre is within 1 % of the border; here there are none.)
+# and the same in every image. (`models.Proposals` first zeroes tokens of padding and at the border;
+# here there are none.)
 
 # %%
 with torch.no_grad():
@@ -229,8 +229,7 @@ for rank in range(4):
 #   b_\mathrm{next} = \sigma\big(\mathrm{box}(q) + \sigma^{-1}(b)\big)$$
 #
 # Each layer's *answer* has a loss; the last layer's is the detection. The *next reference box* is
-# where the next layer reads. (How gradients pass from layer to layer, DINO's "look forward twice",
-# stands in `models.Decoder.forward`.)
+# where the next layer reads.
 
 # %%
 with torch.no_grad():
@@ -321,8 +320,7 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
 #
 # A box is `(cx, cy, w, h)` in fractions of the image. On an axis of $n$ cells it touches cells
 # $\lfloor (c - s/2) n \rfloor$ up to, but not including, $\lceil (c + s/2) n \rceil$. Rows and
-# columns are computed apart; a cell is inside if both its row and its column are. (`location_mask`
-# also knows padded cells, which are neither object nor background, and boxes without an area.)
+# columns are computed apart; a cell is inside if both its row and its column are.
 
 # %%
 def touched(centre, side, n):
@@ -402,10 +400,8 @@ print(f"mean error: {error[M].mean():.0f} on objects, {error[~M].mean():.0f} on 
 plots.location_masks(picture, truth["boxes"], levels)
 
 # %% [markdown]
-# *At level 0 the two pedestrians are the brightest, though they are the smallest.* Four objects and
-# the background would each have a fifth of $S$; since the cars overlap, the objects have 79 instead
-# of 80 %. At level 2 the boxes touch every cell: there is no background, and two fifths of the
-# image count as pedestrian.
+# *At level 0 the two pedestrians are the brightest, though they are the smallest.* At level 2 the
+# boxes touch every cell: there is no background, and two fifths of the image count as pedestrian.
 #
 # **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
 # Level 2 may be the reason, or these weights (neither is tested). The recipes for KITTI and COCO
@@ -509,7 +505,7 @@ plots.self_attention({"the scene, 4 objects": attend[0], "the other image, 2 obj
 # teacher does, which has nothing else in its pass.
 #
 # **Claim.** The detections are the same with and without target-aware queries, since learned
-# queries see learned ones only. (`tests/test_models.py` tests this for all three detectors.)
+# queries see learned ones only.
 
 # %%
 queries = target_queries(batch.labels, batch.boxes, teacher.label_embedding, groups=2)
@@ -709,8 +705,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # ## A training step in ten lines
 #
 # The lines from `for` to `optimizer.step()` are a whole training, here of a fresh student on 8
-# images per step (`train.train_steps` adds the schedule, mixed precision, several processes, the
-# log). `train.clockdistill_step` is part 2's one pass of the student, with all losses.
+# images per step. `train.clockdistill_step` is part 2's one pass of the student, with all losses.
 #
 # **Claim.** They lower the memory loss and leave the teacher as it was. The rule gives memory's
 # gradient the wanted ratio over the 8 steps in which it measures, and no longer.
