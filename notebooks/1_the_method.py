@@ -2,28 +2,23 @@
 # # 1 The method
 #
 # **Why distil at all?** A large detector finds more than a small one, but a car or a phone has room
-# for the small one only. Labels say where an object is and what it is, and no more. A trained large
-# detector, the *teacher*, holds more: for each place of the image a vector, what it *remembers* of
-# this place, and for each question a graded answer ("probably a pedestrian, perhaps a cyclist").
-# *Distillation* trains the small detector, the *student*, on the labels and, in addition, to copy
-# the teacher. Afterwards the teacher is put away: the student is no slower than before.
+# for the small one only. A trained large detector, the *teacher*, holds more than labels: for each
+# place of the image a vector, what it *remembers* of this place, and for each question a graded
+# answer ("probably a pedestrian, perhaps a cyclist"). *Distillation* trains the small detector, the
+# *student*, on the labels and, in addition, to copy the teacher. Afterwards the teacher is put
+# away: the student is no slower than before.
 #
 # [CLoCKDistill](https://arxiv.org/abs/2502.10683) copies two things of a detection transformer: its
 # memory, most of all at the objects, and its answers to queries made from the ground truth. You
 # need PyTorch, and to have heard of [DETR](https://arxiv.org/abs/2005.12872). Afterwards you can
-#
-# - draw the forward pass of [DINO](https://arxiv.org/abs/2203.03605) and say where its query boxes
-#   come from (section "DINO's forward pass, opened");
-# - write down the masks $M$ and $S$, the queries' attention mask and both losses (parts 1 and 2);
-# - choose the weights of the two losses for your own data (part 3);
-# - say what is shown about each part of the method, and what is not (the section before the
-#   exercises).
+# draw the forward pass of [DINO](https://arxiv.org/abs/2203.03605), write down the method's masks
+# and losses, choose their weights for your data, and say what is shown about each part.
 #
 # Each equation stands beside the lines that compute it, and an assert shows that
 # [clockdistill.py](../clockdistill.py) gives the same. Of the paper only the abstract was read. So
-# each choice has a mark that says where it comes from: **[A]** the abstract · **[T]** third parties
-# who describe the paper · **[P]** the authors' earlier public code · **[O]** our own choice. Only
-# [A] is certain. A table after part 3 lists all choices.
+# each choice has a mark that says where it comes from: **[A]** the abstract · **[T]** a third
+# party's restatement of the paper (no link is kept) · **[P]** the authors' earlier public code ·
+# **[O]** our own choice. Only [A] is certain. A table after part 3 lists all choices.
 
 # %%
 import copy
@@ -54,8 +49,8 @@ from experiments import plots
 # Three DINO detectors lie in `weights/`: a teacher, a student trained alone, and the same student
 # distilled: the same first weights, the same 1,200 steps, the same images. (The teacher has 1.95 M
 # parameters and 3,000 steps, each student 0.58 M.) They were trained on generated street scenes of
-# 160 x 48 pixels, the *toy KITTI*. Here is a scene that none of them was trained on. (AP is COCO's
-# measure of a detector, from 0 to 1.)
+# 160 x 48 pixels, the *toy KITTI*. None was trained on this scene. (AP is COCO's measure of a
+# detector, from 0 to 1.)
 
 # %%
 data.make_toy("datasets/toy")                           # drawn on first use
@@ -79,11 +74,9 @@ assert AP[0] > AP[2] > AP[1] + 0.1
 plots.detections([picture], [truth], results, val.classes)
 
 # %% [markdown]
-# *Look at the two pedestrians: the student alone misses both (dotted). Its boxes there have scores
-# of .36 and .34, below the threshold of .4. The distilled one is sure enough. Hatched: detections
-# there are not counted.* This scene was
-# picked, and one run is one run: over five seeds the distilled student has +0.132 AP (95 % interval
-# +0.106 to +0.158; [results](../results/README.md)). `make demo` trains such a pair in minutes.
+# *Look at the two pedestrians: the student alone misses both (dotted). Hatched: detections there
+# are not counted.* This scene was picked, and one run is one run: over five seeds the distilled
+# student has +0.132 AP (95 % interval +0.106 to +0.158; [results](../results/README.md)).
 #
 # This student goes without two pieces of the method as it is described [T]: the mask $S$ (part 1),
 # and the label as a query's content (part 2).
@@ -98,7 +91,7 @@ plots.method_drawing()
 #
 # - A **backbone** and an **encoder** turn the image into the **memory**: one vector, a *token*, for
 #   each cell of a few coarse grids over the image.
-# - A **decoder** holds **queries**. A query is a *content* vector and (from DAB-DETR on) a
+# - A **decoder** holds **queries**. A query is a *content* vector and (in DAB-DETR and DINO) a
 #   *reference box*. Layer by layer it reads the memory and corrects its class and its box.
 # - A detector's **own queries** do the detecting. Their answers are matched to the ground truth one
 #   to one, which gives $L_\mathrm{detection}$.
@@ -150,11 +143,10 @@ plots.method_drawing()
 # $V$ is a linear map of the tokens, interpolated between cells. The unit $u_l$ of an offset is one
 # cell of level $l$ in the encoder. In the decoder it is, on all levels, the box's width and height
 # over twice the number of points: a large box is read more widely. One more linear layer joins the
-# heads. (`attention.DeformableAttention` is this equation. It stays closed here, as do the ResNet,
-# plain self-attention, the feed-forward blocks `ffn` and the detection heads.)
+# heads. (`attention.DeformableAttention` is this equation.)
 #
-# **Claim.** The lines of the next three cells are all of DINO's forward pass in inference, for an
-# image without padding: they give the memory and the answers of `teacher(...)`.
+# **Claim.** The next three cells are all of DINO's forward pass in inference, for an image without
+# padding.
 #
 # ### From the image to the memory
 
@@ -193,8 +185,8 @@ with torch.no_grad():
 #
 # $A_p$ is the memory at $p$; class is a linear layer, box a small MLP. The tokens with the largest
 # scores $s_p$ give the reference boxes, best first. The contents are learned, one for each rank,
-# and the same in every image. (`models.Proposals` first sets tokens to zero that are padding or
-# whose centre is within 1 % of the border; here there are none.)
+# and the same in every image. (`models.Proposals` first zeroes tokens of padding and at the border;
+# here there are none.)
 
 # %%
 with torch.no_grad():
@@ -226,8 +218,7 @@ for rank in range(4):
           f"{overlap:.2f} with object {k}, a {val.classes[truth['labels'][k]]}")
 
 # %% [markdown]
-# On this scene the four best proposals are the four objects, nearly in place: the encoder found
-# them before the decoder began.
+# The four best proposals are the four objects: the encoder found them before the decoder began.
 #
 # ### The decoder, and its two boxes per layer
 #
@@ -238,8 +229,7 @@ for rank in range(4):
 #   b_\mathrm{next} = \sigma\big(\mathrm{box}(q) + \sigma^{-1}(b)\big)$$
 #
 # Each layer's *answer* has a loss; the last layer's is the detection. The *next reference box* is
-# where the next layer reads. (How gradients pass from layer to layer, DINO's "look forward twice",
-# stands in `models.Decoder.forward`.)
+# where the next layer reads.
 
 # %%
 with torch.no_grad():
@@ -311,8 +301,7 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
 
 # %% [markdown]
 # *Bottom left, the teacher's head reads noise in the lone student's memory. In the other three
-# panels cells of the four objects stand out.* [Notebook 2](2_attention_maps.ipynb) measures how
-# much of the teacher's memory a student has.
+# panels cells of the four objects stand out.*
 #
 # Where should the student copy best? Where the objects are [A]. Two masks say where that is.
 #
@@ -331,8 +320,7 @@ plots.maps_over_scene(picture, truth["boxes"], maps, "chance of an object",
 #
 # A box is `(cx, cy, w, h)` in fractions of the image. On an axis of $n$ cells it touches cells
 # $\lfloor (c - s/2) n \rfloor$ up to, but not including, $\lceil (c + s/2) n \rceil$. Rows and
-# columns are computed apart; a cell is inside if both its row and its column are. (`location_mask`
-# also knows padded cells, which are neither object nor background, and boxes without an area.)
+# columns are computed apart; a cell is inside if both its row and its column are.
 
 # %%
 def touched(centre, side, n):
@@ -412,15 +400,13 @@ print(f"mean error: {error[M].mean():.0f} on objects, {error[~M].mean():.0f} on 
 plots.location_masks(picture, truth["boxes"], levels)
 
 # %% [markdown]
-# *At level 0 the two pedestrians are the brightest, though they are the smallest.* Four objects and
-# the background would each have a fifth of $S$; since the cars overlap, the objects have 79 instead
-# of 80 %. At level 2 the boxes touch every cell: there is no background, and two fifths of the
-# image count as pedestrian.
+# *At level 0 the two pedestrians are the brightest, though they are the smallest.* At level 2 the
+# boxes touch every cell: there is no background, and two fifths of the image count as pedestrian.
 #
 # **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
-# Level 2 may be the reason, or these weights: with $S$ the heaviest that was tried won (neither is
-# tested). In a KITTI image most cells are background. The recipes for KITTI and COCO keep $S$;
-# whether it helps there is not known: the two seeds of real KITTI that are run have two signs.
+# Level 2 may be the reason, or these weights (neither is tested). The recipes for KITTI and COCO
+# keep $S$; whether it helps there is not known: the two seeds of real KITTI that are run have two
+# signs.
 #
 # ## What each mask does
 #
@@ -448,8 +434,7 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # %% [markdown]
 # *From the bottom up: without masks the background takes more than half. $M$ removes it and leaves
 # the large cars ahead. $S$ gives the two small pedestrians as much as the two cars, and more.*
-# Whether that is worth AP is another question: no table shows that either mask helps (the section
-# before the exercises).
+# Whether that is worth AP is another question: no table shows that either mask helps.
 #
 # # Part 2: logits
 # ## Target-aware queries and their attention mask, opened
@@ -460,12 +445,13 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 #
 # $$q_k = E[c_k] \text{ as content}, \qquad b_k = \text{the true box} \text{ as reference box}$$
 #
-# $c_k$ is the object's class, $E$ an embedding of the classes [T, P]; we take the teacher's, frozen
-# (a student of another width reads it through a learned linear map) [O]. DINO has one,
-# `label_embedding`, of which it makes its denoising queries. Deformable DETR and DAB-DETR have
-# none; there a frozen random row per class stands in (`random_label`). A label as content can give
-# the answer away ([notebook 3](3_ablations.ipynb) measures it). So the student at the top was asked
-# with the teacher's *learned* contents instead, query $i$ with the $i$-th (`content="own"`).
+# The true box as reference is [O]. $c_k$ is the object's class, $E$ an embedding of the classes [T,
+# P]; we take the teacher's, frozen (a student of another width reads it through a learned linear
+# map) [O]. DINO has one, `label_embedding`, of which it makes its denoising queries. Deformable
+# DETR and DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A
+# label as content can give the answer away ([notebook 3](3_ablations.ipynb) measures it). So the
+# student at the top was asked with the teacher's *learned* contents instead, query $i$ with the
+# $i$-th (`content="own"`).
 #
 # Each object may be asked for $G$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
 # group asks from other boxes. The queries stand object by object: query $i$ asks for object
@@ -519,7 +505,7 @@ plots.self_attention({"the scene, 4 objects": attend[0], "the other image, 2 obj
 # teacher does, which has nothing else in its pass.
 #
 # **Claim.** The detections are the same with and without target-aware queries, since learned
-# queries see learned ones only. (`tests/test_models.py` tests this for all three detectors.)
+# queries see learned ones only.
 
 # %%
 queries = target_queries(batch.labels, batch.boxes, teacher.label_embedding, groups=2)
@@ -581,7 +567,7 @@ plots.joined_boxes(picture, panels, "The two models' answers to queries of the s
 # target-aware query lie on each other.* So they can be compared one by one, without matching. (The
 # abstract says "consistent" of the parts of the memory that both decoders attend to [A]; that their
 # answers then correspond is our reading [O].) Much of the overlap (0.84 against 0.41) is built in,
-# because both start from the true box; notebook 2 measures how much of their *attention* agrees.
+# because both start from the true box.
 #
 # ## The logit loss $L_\mathrm{log}$, opened
 #
@@ -626,8 +612,7 @@ assert_close(kl, (t - s) ** 2 / 8, rtol=0.01, atol=0)
 # %% [markdown]
 # The class term is nearly $(t - s)^2 / 8$. At $\tau = 10$, which the authors' earlier code has [P],
 # it is a squared error of logits, as [Hinton et al.](https://arxiv.org/abs/1503.02531) derive for
-# high temperatures. On the toy (Deformable DETR, three seeds) $\tau$ of 1, 3 and 10 gave AP .267,
-# .269 and .267.
+# high temperatures.
 #
 # Now all queries and layers. $w_k$ is the teacher's confidence at this layer: an answer weighs as
 # much as the teacher is sure. $Q$ is the number of valid queries [O]:
@@ -667,9 +652,9 @@ for layer, logits in zip(("middle", "last"), t_logits):
     print(f"w in the teacher's {layer} layer:", *(f"{w:.2f}" for w in logits[0].sigmoid().amax(1)))
 
 # %% [markdown]
-# Most of $L_\mathrm{log}$ is the class. This student was never asked with the teacher's embedding;
-# asked with its own, it has half of this class loss. And $w$ is only .05 to .22 in the teacher's
-# middle layer, although these objects were the teacher's best proposals. (Why? See exercise 3.)
+# Most of $L_\mathrm{log}$ is the class. This student was never asked with the teacher's embedding.
+# And $w$ is only .05 to .22 in the teacher's middle layer, although these objects were the
+# teacher's best proposals. (Why? See exercise 3.)
 #
 # ## How to choose the weights for your data: one rule
 #
@@ -688,7 +673,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #
 # 1. **Start with memory 50, answers 1**: `--balance memory=50 cls+l1+giou=1`, the default of all
 #    recipes but the toy's. So memory's gradient is 50 times detection's, in backbone and encoder
-#    only: it never reaches the decoder and the heads.
+#    only: it never reaches the decoder and the heads. (The joint clipping shrinks theirs too.)
 # 2. **Read the gradient norms** that a run logs every 200 steps. A part without one is not
 #    connected. If the detection loss stops falling, the ratios are too large (a rule of thumb, not
 #    measured).
@@ -696,7 +681,10 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #    (1/16, 1/4, 1), then the best of the three without $S$. (For `small-student` and DINO this is
 #    `--method-options preset=dino scale=False`; without `preset` it would undo the recipe's other
 #    options.) Train each for a quarter of the steps. Compare on a tuning split that no table
-#    reports. If they tie, take the default.
+#    reports: a file with one image id per line. If they tie, take the default. One trial:
+#
+#        python train.py distill --recipe small-student --data coco --root DIR --teacher runs/big \
+#            --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 --val-split TUNE.txt
 #
 # Why 50? It was chosen on the toy's trials, and tried on two other sets of images. AP of DINO, one
 # seed each ([PLAN.md](../results/kitti/PLAN.md#weights-of-the-parts-one-rule),
@@ -705,21 +693,19 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # | memory's ratio, about | no teacher | 3 | 12 | 50 | 200 |
 # |---|---|---|---|---|---|
 # | toy, no $S$, 400 steps | .107 | | .163 | .222, .195 | .203 |
-# | real KITTI, $S$, a quarter of the steps | | .200 | .199 | .194 | .128 |
+# | real KITTI, $S$, a quarter of the steps | not run | .200 | .199 | .194 | .128 |
 # | handwritten digits, $S$, 600 steps | .051 | .066 | .067 | .066 | .056 |
 #
-# On KITTI 3 to 50 tie and 200 is clearly worse. On digits (.011) and on the toy (12 against 50) the
-# differences are hardly larger than those between two runs. The
-# toy's .195 is the rule's; its other trials had lambdas chosen by hand, which mean ratios of 14, 56
-# and 224. (.195 and .222 are nearly the same run: one run can be that far off.) For Deformable DETR
-# and DAB-DETR the toy's best memory lambdas mean ratios of 19 and 129. The answers' ratio is about
-# 1 for all three.
+# On KITTI 3 to 50 tie and 200 is clearly worse. On digits nothing is decided (.011). On the toy 12
+# is .03 to .06 below 50, whose two runs differ by .03. Of these .195 is the rule's; the toy's other
+# trials had lambdas chosen by hand, which mean ratios of 14, 56 and 224. For Deformable DETR and
+# DAB-DETR the toy's best memory lambdas mean ratios of 19 and 129. The answers' ratio is about 1
+# for all three.
 #
 # ## A training step in ten lines
 #
 # The lines from `for` to `optimizer.step()` are a whole training, here of a fresh student on 8
-# images per step (`train.train_steps` adds the schedule, mixed precision, several processes, the
-# log). `train.clockdistill_step` is part 2's one pass of the student, with all losses.
+# images per step. `train.clockdistill_step` is part 2's one pass of the student, with all losses.
 #
 # **Claim.** They lower the memory loss and leave the teacher as it was. The rule gives memory's
 # gradient the wanted ratio over the 8 steps in which it measures, and no longer.
@@ -817,19 +803,19 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # | only target-aware queries, minus student alone (Deformable DETR) | 3, half | +0.013 (+0.005 to +0.020) | **helps** |
 # | target-aware minus random queries (Deformable DETR) | 3, half | -0.020 (-0.027 to -0.013) | random teach more |
 # | learned contents minus a random row per class (Deformable DETR) | 3, half | +0.008 (+0.004 to +0.012) | learned teach more |
-# | $w$; 3 groups; box noise: with minus without (Deformable DETR) | 3, half | +0.006; -0.002; +0.002 | each undecided |
+# | $w$; 3 groups; box noise: with minus without (Deformable DETR) | 3, half | +0.006 (-0.017 to +0.029); -0.002 (-0.016 to +0.013); +0.002 (-0.010 to +0.014) | each undecided |
 # | logit part on top of the memory part (DINO) | 3, half | -0.003 (-0.045 to +0.039) | undecided |
 # | the same on real KITTI, with $S$ | 5, all | -0.007 (-0.013 to +0.000) | undecided |
 # | $M$ minus a plain copy, Deformable DETR | 3, half | +0.003 (-0.020 to +0.027) | undecided |
-# | with $S$ minus without (DINO) | 5, all | -0.021 (-0.037 to -0.004) | costs AP at the weights tried |
-# | both parts minus alone at half, once, twice the steps (Deformable DETR) | 3 | +0.073; +0.087; +0.055 | speed or a higher ceiling: open |
-# | both parts minus eight rivals (Deformable DETR) | 3, half | +0.012 to +0.073 | ahead of six; FGD, FitNets undecided |
+# | with $S$ minus without (DINO; Deformable DETR) | 5, all; 3, half | -0.021 (-0.037 to -0.004); -0.027 (-0.030 to -0.023) | costs AP at the weights tried; three more comparisons: undecided |
+# | both parts minus alone at half, once, twice the steps (Deformable DETR) | 3 | +0.073 (+0.053 to +0.093); +0.087 (+0.055 to +0.118); +0.055 (-0.000 to +0.110) | speed or a higher ceiling: open |
+# | both parts minus each of eight rivals (Deformable DETR) | 3, half | means +0.012 to +0.073 | ahead of six (it had 8 trials, they 4); FGD, FitNets undecided; with $S$ ahead of three |
 #
 # On [real KITTI](../results/kitti/README.md) DINO gains +.042 (+.020 to +.064) with both parts and
-# $S$, five seeds, with the ratios 3.1 and 1/16, which won on `tune` (the default, 50 and 1, was
-# tried there in one short run only). The memory part alone gains +.049 (+.025 to +.072); the logit
-# part alone, +.006 (-.001 to +.012), is undecided (five seeds). Of the masks two seeds are run
-# there, too few to tell; of rivals none.
+# $S$, five seeds, with the ratios 3.1 and 1/16, the best on `tune` by .001: a tie, in which step 3
+# of the rule would have taken 50 and 1. No full-length run on real images has these. The memory
+# part alone gains +.049 (+.025 to +.072); the logit part alone, +.006 (-.001 to +.012), is
+# undecided (five seeds). Of the masks two seeds are run there, too few to tell; of rivals none.
 #
 # # Exercises
 #
