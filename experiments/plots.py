@@ -1024,12 +1024,12 @@ def dots(panels, title, marks=None, one_scale=False):
 
 
 def reading(answers, title="How often the teacher names the right class, "
-                           "by the query's content and by what the decoder reads", always=None):
+                           "by the query's content and by what the decoder reads", always=()):
     """A teacher's accuracy on target-aware queries from three memories: does it read the image?
 
     answers: dict detector -> dict content of the query -> {"own", "another's", "noise": accuracy},
     the image's own memory, another image's, and noise, of what experiments.look.reading measures.
-    always: (class, accuracy) of naming this class for every query, a line.
+    always: dict detector -> (class, accuracy) of naming this class for every query, a line.
     """
     memories = {"own": "the image's own memory", "another's": "another image's memory",
                 "noise": "noise"}
@@ -1040,11 +1040,14 @@ def reading(answers, title="How often the teacher names the right class, "
     figure = dots({"part of the queries whose class the teacher names right": rows}, title)
     axes = figure.axes[0]
     axes.set_xlim(0, 1.02)
-    if always:
-        name, part = always
-        axes.axvline(part, color=INK, linestyle="--", linewidth=1.2, zorder=1)
-        axes.annotate(f"always {name}: {part:.2f}", (part, 1), (3, -3), va="top", fontsize=8,
-                      xycoords=axes.get_xaxis_transform(), textcoords="offset points", color=INK)
+    top = 0                                                              # where a heading stands
+    for detector, contents in answers.items():
+        bottom = top + len(contents) + 1
+        if detector in always:
+            name, part = always[detector]
+            axes.vlines(part, top - 0.5, bottom - 0.5, INK, "--", linewidth=1.2, zorder=1)
+            axes.text(part, top, f" always {name}: {part:.2f}", va="center", fontsize=8, color=INK)
+        top = bottom
     return figure
 
 

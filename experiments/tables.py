@@ -785,7 +785,8 @@ def draw(tables, done, reading, folder):
                 zero="student alone", chosen=("clockdistill", "both parts: clockdistill"))
     if reading:
         answers = {name: read for name, read in reading.items() if name != "always"}
-        figures["reading"] = plots.reading(answers, always=reading.get("always"))
+        figures["reading"] = plots.reading(
+            answers, always=dict.fromkeys(answers, reading["always"]))
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
 

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 4 From the toy to KITTI and COCO
 #
-# Detections that are all right can get an AP of 0.06, and nothing looks like a bug. So before you
-# train on your own folder of [KITTI](https://www.cvlibs.net/datasets/kitti) or
-# [COCO](https://arxiv.org/abs/1405.0312):
+# Right boxes, given in the pixels of the resized image, can get an AP of 0.06, and no error is
+# raised. So before you train on your own folder of [KITTI](https://www.cvlibs.net/datasets/kitti)
+# or [COCO](https://arxiv.org/abs/1405.0312):
 #
 # - know five ways to a wrong number (1);
 # - let a detector overfit two images, the first test of any new data (2);
@@ -27,6 +27,7 @@ sys.path.insert(0, os.getcwd())
 import contextlib
 import io
 import json
+import re
 import shutil
 import textwrap
 from pathlib import Path
@@ -278,7 +279,8 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 
 # %% [markdown]
 # A box is moved by 7 % of its distance from the top left corner. Near it, and for large objects,
-# that matters little; elsewhere it looks like bad localisation, not like a bug.
+# that matters little; elsewhere the number looks like bad localisation, and only the picture shows
+# the bug. (The .06 is the toy's.)
 #
 # ## 2. First debugging step: overfit a few images
 #
@@ -290,8 +292,8 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 #         --train-split all --val-split all --size 160,600 --no-augment --steps 900 \
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 100 --out runs/overfit
 #
-# Two frames with 11 objects had AP50 .02 after 200 steps and .58 after 300; that run was stopped at
-# 482. At its end AP50 should be near 1.
+# Two frames with 11 objects had AP50 .02 after 200 steps and .58 after 300. That run was stopped at
+# 482 of 900 steps: AP50 near 1 at its end is expected, not seen.
 #
 # **Claim.** It can fail although nothing is broken. What is evaluated is a moving average of the
 # weights, which must reach back over a small part of the run only (`--ema`). Here is the same run
@@ -366,7 +368,11 @@ print(f"{len(train_ids)} train + {len(val_ids)} val = {len(train_ids) + len(val_
 frames = data.build("kitti", os.environ.get("KITTI_ROOT", "datasets/toy"), "all", limit=2)
 print(frames.summary)
 pictures, shown = zip(*(frames.raw(index) for index in range(2)))
-plots.detections(pictures, shown, {}, frames.classes)
+figure = plots.detections(pictures, shown, {}, frames.classes)
+for axes in figure.axes:
+    for marker in axes.lines:                            # large, as the picture fills the page
+        marker.set(markersize=8, markeredgewidth=1)
+figure
 
 # %% [markdown]
 # ## 4. Small real runs, and what they taught
@@ -379,21 +385,19 @@ plots.detections(pictures, shown, {}, frames.classes)
 #     python train.py fit     --recipe small-student --root DIR $SPLITS --out runs/alone
 #     python train.py distill --recipe small-student --root DIR $SPLITS --out runs/both \
 #         --teacher runs/teacher --teacher-cache 2
-#     python train.py table kitti-small --root DIR        # the whole plan: tuning, seeds, tables
 #
 # They train on 703 frames and measure on 90; without the splits a run trains on all 5,985. The runs
-# of notebook 3 also have `--balance memory=3.125 cls+l1+giou=0.0625`: the recipe's default is
-# sixteen times both. Their labels merge Van, Truck and Tram into Car and lack DontCare, so official
-# ones give other numbers.
+# of [notebook 3](3_ablations.ipynb) also have `--balance memory=3.125 cls+l1+giou=0.0625` (the
+# recipe's default is sixteen times both); [one command](../results/kitti/README.md#make-it) makes
+# them. Their labels merge Van, Truck and Tram into Car and Person_sitting into Pedestrian, and lack
+# Misc and DontCare (no class map above): official ones give other numbers.
 #
-# What distillation gains there is in [notebook 3](3_ablations.ipynb). Here are six lessons from the
-# choices before. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one
-# run of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
+# Six lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
+# of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
 #    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
-#    its gain may be speed alone. (The tables have 2,400 steps, which the budget allowed. A part of
-#    their gain may be speed, too.)
+#    its gain may be speed alone. (So may a part of the tables' gain, at 2,400 steps.)
 # 2. **A curve that flattens need not be at its end.** The picture below shows it.
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
 #    above the student with as many steps. Asked with its learned contents at the true boxes, it
@@ -402,8 +406,8 @@ plots.detections(pictures, shown, {}, frames.classes)
 # 4. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high, and
 #    after 1,600 steps AP is .122 for small objects, .379 for large ones. At 160 x 530 a step takes
 #    1.6 times as long.
-# 5. **A lambda does not carry over** (not from these runs). For a memory gradient of the same
-#    length, in proportion to detection's, the three detectors of [notebook
+# 5. **A lambda does not carry over to another detector** (not from these runs). For a memory
+#    gradient of the same length, relative to detection's, the three detectors of [notebook
 #    5](5_copy_into_your_code.ipynb) need a $\lambda_{mem}$ from some 1,800 to over 40,000. So the
 #    recipes set this *ratio* ([notebook 1](1_the_method.ipynb) says how).
 # 6. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
@@ -428,9 +432,14 @@ figure
 #
 # ## 5. The paper's size: decisions, and the cost
 #
-# The recipes are called `kitti-teacher`, `kitti-student`, `coco-teacher` and `coco-student`, each
-# with a `--detector`. Learning rates, and on COCO epochs and images per step, are the detectors'
-# official ones. Only the paper's abstract was read, so no setting is confirmed to be the paper's.
+#     python train.py fit     --recipe kitti-teacher --root DIR --out runs/teacher
+#     python train.py fit     --recipe kitti-student --root DIR --out runs/alone
+#     python train.py distill --recipe kitti-student --root DIR --out runs/both \
+#         --teacher runs/teacher
+#
+# `coco-*` likewise; `--detector` chooses one of three. Learning rates, and on COCO epochs and
+# images per step, are the detectors' official ones. Only the paper's abstract was read: no
+# setting is confirmed to be the paper's.
 
 # %%
 for recipe in ("kitti-student", "coco-student"):
@@ -444,20 +453,18 @@ for recipe in ("kitti-student", "coco-student"):
 # Five things need your decision.
 #
 # - **The learning rate belongs to a total batch.** KITTI's 8 images per GPU are the authors'
-#   earlier public code's; on how many GPUs it does not say. The rates are official, for 16 or 32
-#   images. Together they have not been run.
-# - **The weights are ratios of gradients**, 50 for memory and 1 for answers, for the table's rivals
-#   too. They were chosen on the toy. On small KITTI and on handwritten digits a sixteenth of both
-#   did as well, four times both did not (one run each). At full size nothing tunes them.
+#   earlier public code's, which names no number of GPUs; the rates are official, for 16 or 32
+#   images.
+# - **The weights are ratios of gradients**, 50 for memory and 1 for answers, chosen on the toy. On
+#   small KITTI and on digits a sixteenth of both did as well, four times both did not (one run
+#   each). At full size nothing tunes them.
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
-#   each class in the others. The small runs ask with the teacher's own contents: the safer choice,
-#   untried at full size. On the toy DINO's teacher names the class of a `label` query from noise at
-#   .64, where guessing gives .45.
+#   each class in the others. The small runs ask with the teacher's own contents: the safer choice
+#   ([why](3_ablations.ipynb)), untried at full size.
 # - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
 #   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI two seeds leave it open.
-# - **The start.** These recipes start from an ImageNet backbone. 5,985 images are few for a DETR: a
-#   detector that was trained on COCO (section 6) should be the better start, above all for the
-#   teacher.
+# - **The start** is an ImageNet backbone. 5,985 images are few for a DETR: a detector trained on
+#   COCO (section 6) should be the better start, above all for the teacher.
 #
 # **What it costs.** `python train.py table kitti --dry-run` prints every run with its command, its
 # GPU-hours and its memory, and trains nothing. It counts the multiply-adds of real-size models and
@@ -469,7 +476,8 @@ said = io.StringIO()
 with contextlib.redirect_stdout(said):
     train.main(["table", "kitti", "--dry-run"])
 costs = [line for line in said.getvalue().splitlines() if "GPU-hours" in line]
-print(*costs[:9], textwrap.fill(costs[-1], 98), sep="\n")
+short = [re.sub(r"-\w{8}-0:", ":", line) for line in costs[:9]]     # without the runs' digests
+print(*short, textwrap.fill(costs[-1], 98), sep="\n")
 memory = max(float(line.split()[-2]) for line in costs[:-1])
 hours = float(costs[-1].split()[2])
 assert 24 < hours < 24 * 7 and memory < 24
@@ -477,10 +485,9 @@ assert 24 < hours < 24 * 7 and memory < 24
 # %% [markdown]
 # COCO has 20 times the images, of twice the pixels: months on one card, not days. `--only main`
 # makes the table of the three detectors alone. Where a batch does not fit, `--accumulate N` splits
-# it into N parts. Each part divides its losses by its own number of objects, so the gradient is not
-# quite the whole batch's.
+# it into N parts; the gradient is then not quite the whole batch's.
 #
-# **What to expect?** Published, to check your own runs by (COCO val2017, box AP):
+# <details><summary>Published scores to check your runs by (COCO val2017, box AP)</summary>
 #
 # | detector | teacher R50 | student R18 alone |
 # |---|---|---|
@@ -490,6 +497,7 @@ assert 24 < hours < 24 * 7 and memory < 24
 #
 # On KITTI we know of no number that is comparable. The paper's abstract says gains of 2.2 to 6.4 %
 # over three detectors and both data sets, not whether relative or in points.
+# </details>
 #
 # ## 6. A published teacher
 #
@@ -498,16 +506,12 @@ assert 24 < hours < 24 * 7 and memory < 24
 #     python train.py fit --recipe coco-teacher --root DIR --init-from FILE --steps 0 \
 #         --out runs/teacher
 #
-# loads it, evaluates it and writes what `distill --teacher` reads. A file's *names* are translated
-# ([checkpoints.py](../checkpoints.py)), and one line reports what was loaded, resized, skipped and
-# missing.
+# loads it, evaluates it and writes what `distill --teacher` reads. One line reports what was
+# loaded, resized, skipped and missing.
 #
 # **For KITTI, train it further:** `kitti-teacher`, and no `--steps 0`, which is refused. Rows of
 # the class head go to their namesakes, COCO's *car* to KITTI's *Car*; but a *Pedestrian* starts
 # anew, since COCO says *person*.
-#
-# No published file is at hand: the translation is tested against the programs' lists of names and
-# against live models ([tests](../tests/test_checkpoints.py)).
 #
 # Detectors differ in what no tensor shows: how many heads attention has, the temperature of the
 # position encoding. **Claim.** What a file says of itself, or what its program usually has, is
@@ -527,7 +531,10 @@ print(textwrap.fill(refusal, 98, subsequent_indent="    "))
 assert "heads=8" in refusal and "\n" not in refusal
 
 # %% [markdown]
-# What is read, recognised by the names in the file:
+# <details><summary>What is read, by the names in the file</summary>
+#
+# *Yes*: [tested](../tests/test_checkpoints.py) against the program's names or a live model. No
+# published file was loaded.
 #
 # | program | DAB-DETR | Deformable DETR (plain, refine, two-stage) | DINO |
 # |---|---|---|---|
@@ -540,15 +547,17 @@ assert "heads=8" in refusal and "\n" not in refusal
 # MMDetection's DINO and DAB-DETR use two eps of the inverse sigmoid, ours one: boxes differ where a
 # reference lies within 0.001 of the image's edge. Of detrex's DINO the file of 12 epochs is
 # assumed; those of 24 and 36 have another position encoding: add `--made-with
-# position_temperature=20 position_offset=0`. A teacher below `--teacher-floor` AP (.05) is refused
-# by `distill`: it was hardly loaded.
+# position_temperature=20 position_offset=0`.
+# </details>
+#
+# `distill` refuses a teacher below `--teacher-floor` AP (.05): it was hardly loaded.
 #
 # ## Before you pay for a table
 #
 # 1. `data.build(...).summary`: counts of images, objects, ignored, clipped and dropped boxes are
 #    what you expect.
 # 2. Overfit two images (section 2).
-# 3. On KITTI: `--init-from` a detector trained on COCO, where you have one.
+# 3. On KITTI: `--init-from` a detector trained on COCO, where you have one (untried here).
 # 4. `train.py eval` of the teacher on your `val`, with `--eval-batch 1`: near its published AP, or
 #    it was not loaded. And clearly above the student alone.
 # 5. The student alone at two lengths: if twice the steps still raise its AP, train longer first.

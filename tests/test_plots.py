@@ -618,11 +618,13 @@ def test_pairs_are_those_of_the_seeds_that_both_have():
 
 
 def test_reading_names_the_memories():
-    figure = plots.reading({"DINO": {"label": {"own": 1., "another's": .75, "noise": .5}}})
+    figure = plots.reading({"DINO": {"label": {"own": 1., "another's": .75, "noise": .5}}},
+                           always={"DINO": ("Car", .45)})
     assert legend(figure) == ["the image's own memory", "another image's memory", "noise"]
     assert dots(figure.axes[0]) == [(1, 1), (.75, 1), (.5, 1)]
-    line = plots.reading({}, always=("Car", .45)).axes[0]
-    assert line.texts[0].get_text() == "always Car: 0.45" and line.lines[0].get_xdata() == [.45] * 2
+    (line,) = figure.axes[0].collections                 # through the rows of this detector
+    assert line.get_segments()[0].tolist() == [[.45, -.5], [.45, 1.5]]
+    assert figure.axes[0].texts[-1].get_text() == " always Car: 0.45"
 
 
 def test_stacked_parts_start_where_the_last_ended():
