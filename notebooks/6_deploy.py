@@ -50,8 +50,9 @@ plots.deployment_drawing()
 #
 # `export` needs a checkpoint of this repository. With a detector of your own call its core,
 # `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module
-# from pixels to boxes, scores and labels (ours is `deploy.Program`). `detect.py` looks for size and
-# classes in the file's metadata:
+# that normalises pixels (1, H, W, 3) and returns boxes (1, k, 4), corners in pixels of this H x W,
+# scores (1, k), the best first, and labels (1, k), places in `classes` (ours is `deploy.Program`).
+# `detect.py` looks for size and classes in the file's metadata:
 #
 # ```python
 # proto = deploy.to_onnx(module, [images], dynamic=False)           # images (1, H, W, 3) uint8
@@ -84,16 +85,16 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU we
 #   train with a product with a sparse matrix, which is faster and which ONNX lacks:
 #   [attention.py](../attention.py) takes `grid_sample` while it is exported.)
-# - **Top-k.** *Which* tokens become DINO's queries is decided by the picture: an index that is
-#   data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change places
-#   between two programs, so two answers must be compared as sets, not row by row.
+# - **Top-k.** *Which* tokens give DINO's queries their boxes is decided by the picture: an index
+#   that is data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change
+#   places between two programs, so two answers must be compared as sets, not row by row.
 # - **Sizes.** A Python number in the code, the shape of a level or the number of tokens, becomes a
 #   constant in the file. So one file is for one size. Only the number of pictures may stay open
 #   (`--batch dynamic`), and smaller pictures may be padded (`--padding`).
 #
 # **Claim.** The file has one `GridSample` for each level of each layer that reads memory: three
 # layers (one of the encoder, two of the decoder) times three levels. It has two `TopK`: one chooses
-# DINO's queries, the other the best detections.
+# the boxes of DINO's queries, the other the best detections.
 
 # %%
 operators = Counter(node.op_type for node in onnx.load(folder / "student.onnx").graph.node)
@@ -118,10 +119,10 @@ assert len(lines) == 18
 
 # %% [markdown]
 # The program runs in a process in which importing torch is an error. The photo is the first
-# validation scene with four or more objects. *Dashes without a colour beside them are missed: the
-# other cyclist and two pedestrians far away.* (The dark person in the middle and the red car on the
-# right do not count: the toy marks them as ignored.) **Look at** the green rider: what does the
-# student call him?
+# validation scene with four or more objects. *Drawn are scores of 0.4 or more. Dashes without a
+# colour beside them have none: the other cyclist and two pedestrians far away.* (The dark person in
+# the middle and the red car on the right do not count: the toy marks them as ignored.) **Look at**
+# the rider in green in the middle: what does the student call him?
 
 # %%
 scenes = data.build("toy", "datasets/toy", "val")
@@ -242,14 +243,14 @@ assert len(costs) == 9 and 0 < max(costs) < 0.01
 # that it has more than the student alone. Each figure is that of one model, so whether a row's cost
 # is .001 or .002 says nothing.
 #
-# Now DINO in PyTorch and as the two files. Memory is the peak of a process that answers ten
-# pictures, libraries included; a time is the median of one picture on one thread. (PyTorch's file
+# Now DINO in PyTorch and as the two files. RAM is the peak of a process that answers ten pictures,
+# libraries included; a time is the median of one picture on one thread. (PyTorch's file
 # is small because it holds 16-bit weights and no program.)
 
 # %%
 for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teacher")):
     rows = json.loads(Path(f"results/deploy/{name}.json").read_text())["rows"]
-    print(f"{f'{name}, {role}':<18}{'AP':>5}{'file':>11}{'memory':>10}{'time':>11}")
+    print(f"{f'{name}, {role}':<18}{'AP':>5}{'file':>11}{'RAM':>10}{'time':>11}")
     for kind in deploy.FORMATS:
         row = rows[f"dino, {role}, {kind}"]
         print(f"    {kind:<14}{row['AP']:.3f}{row['file_mb']:8.2f} MB{row['peak_mb']:7.0f} MB"
@@ -257,14 +258,14 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 
 # %% [markdown]
 # *On the toy ONNX Runtime answers the distilled DINO more than three times as fast as
-# PyTorch, in less than a tenth of the memory (PyTorch in its CUDA build). On real KITTI it is 2
-# times (teacher: 1.5), in an eighth (a fifth) of the memory.* 8 bits make the file smaller and the
-# answer **not** faster. On one thread only KITTI's teacher gains, 4 %, which one measurement can be
-# off by; on two all twelve models lose, 3 to 15 %. Probably the steps into 8 bits and back cost
-# what the short products save. (All rows: [results/deploy](../results/deploy/README.md).) Times
-# hold for the processor named there. Measure on yours, at your image size and with nothing else
-# running, by these lines at the end of `detect.py` (they use all cores; `train.py deploy` measures
-# on a machine with torch):
+# PyTorch, in less than a tenth of the RAM (PyTorch in its CUDA build). On real KITTI it is 2 times
+# (teacher: 1.5), in an eighth (a fifth) of the RAM.* 8 bits make the file smaller and the answer
+# **not** faster. On one thread only KITTI's teacher gains, 4 %; on two all twelve models lose, 3 to
+# 15 %. One measurement can be off by 13 % (below), so trust the twelve, not one row. Probably the
+# steps into 8 bits and back cost what the short products save. (All rows:
+# [results/deploy](../results/deploy/README.md).) Times hold for the processor named there. Measure
+# on yours, at your image size and with nothing else running, by these lines at the end of
+# `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
 #
 # ```python
 # import time
@@ -277,15 +278,14 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ```
 #
 # **On [real KITTI](../results/deploy/kitti.md) 8 bits cost no more than .005 AP** for each of the
-# three models. With rounded outputs they cost the distilled one .06 on 90 tuning images. On the
-# toy, whose backbones have no ReLU6, that cost less than .01 (measured once): it would not have
-# shown it. So measure AP with your own detector and images before you ship 8 bits.
-#
-# Distillation moves a student up and not to the right: alone and distilled, it is the same program
-# with other weights. (DINO's two times in PyTorch, 5.4 and 6.1 ms, show how far one measurement can
-# be off.)
+# three models. With rounded outputs they cost the distilled one .06 on 90 tuning images. The toy
+# would not have shown this: its backbones have no ReLU6, and rounded outputs cost it less than .01
+# (measured once). So measure AP with your own detector and images before you ship 8 bits.
 #
 # ![AP against latency: teacher, student and distilled student](../results/deploy/toy.png)
+#
+# Alone and distilled, a student is the same program with other weights. So a distilled one stands
+# above, not to the right; DINO's 6.1 against 5.4 ms in PyTorch is scatter.
 #
 # ## Exercises
 #

@@ -38,9 +38,17 @@ def test_twin_and_notebook_agree(twin):
     assert all(cell.execution_count for cell in written(twin).cells if cell.cell_type == "code"), "make notebooks"
 
 
+def shown_code(notebook):
+    """The parts of other files that the page shows."""
+    return [output["data"]["text/markdown"] for cell in notebook.cells for output in cell.get("outputs", [])
+            if "text/markdown" in output.get("data", {})]
+
+
 @pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
 def test_notebook_runs_and_draws_what_is_committed(twin):
     """What is claimed is asserted in the notebooks themselves."""
     start = spent()
-    assert pictures(run(twin)) == pictures(written(twin))
+    made, committed = run(twin), written(twin)
+    assert pictures(made) == pictures(committed)
+    assert shown_code(made) == shown_code(committed), f"{twin.stem} shows code as it was: make notebooks"
     assert 0 < spent() - start < LONGEST

@@ -3,6 +3,7 @@
 DenseDetr    of nn.MultiheadAttention, as you may have written it: Conditional DETR
              (arXiv 2108.06152), small, with the head of DETR (arXiv 2005.12872)
 deformable_detr, rt_detr    of `transformers`
+examples     a trained teacher, a student and a batch of each
 """
 import math
 from types import SimpleNamespace
@@ -13,6 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou
+
+import data
+from notebooks.adapters import Batch
 
 # ----------------------------------------------------------------------------------------------
 # A dense DETR
@@ -160,3 +164,43 @@ def rt_detr(width, layers):
         if isinstance(module, nn.BatchNorm2d) and "backbone" not in path:
             nn.init.ones_(module.weight)
     return detector
+
+
+# ----------------------------------------------------------------------------------------------
+# Something to run on
+# ----------------------------------------------------------------------------------------------
+
+def examples():
+    """-> {name: (teacher, student, Batch)}: teachers 64 wide with three decoder layers, frozen
+    after forty steps of their own loss; students 32 wide with two; six images of the toy.
+
+    The dense DETR and Deformable DETR pad: images of two sizes share a batch. RT-DETR cannot be
+    told of padding, so its images are stretched to one size.
+    """
+    torch.manual_seed(0)
+    pairs = {"dense DETR": (DenseDetr(64, 3), DenseDetr(32, 2)),
+             "Deformable DETR": (deformable_detr(64, 3), deformable_detr(32, 2)),
+             "RT-DETR v2": (rt_detr(64, 3), rt_detr(32, 2))}
+    data.make_toy("datasets/toy")
+    sets = [data.build("toy", "datasets/toy", "val", size=size, limit=6)
+            for size in (None, (32, 112))]
+    items = [sets[i % 2][i] for i in range(6)]
+    drawn = data.collate(items)
+    targets = [{"class_labels": labels, "boxes": boxes}               # transformers' words
+               for labels, boxes in zip(drawn.labels, drawn.boxes)]
+    padded = Batch(drawn.images, (~drawn.padding).long(), drawn.labels, drawn.boxes, targets,
+                   drawn.extent)
+    images = torch.cat([F.interpolate(x[None], (64, 192), mode="bilinear") for x, _ in items])
+    stretched = Batch(images, None, drawn.labels, drawn.boxes, targets)
+    found = {}
+    for name, (teacher, student) in pairs.items():
+        batch = stretched if name == "RT-DETR v2" else padded
+        optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-3)
+        for _ in range(40):
+            loss = teacher(batch.images, batch.mask, labels=targets).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+            optimizer.step()
+        found[name] = teacher.eval().requires_grad_(False), student, batch
+    return found

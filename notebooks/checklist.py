@@ -1,0 +1,201 @@
+"""Checks of an adapter: each finds a mistake that mostly gives no error message (notebook 5).
+
+    run(pair, batch)    prints each check's answer -> those that say no
+
+What stands below a check's name is what you would see in training instead (reasoned, not measured).
+Put your detector's names for `config.id2label`, `config.decoder_layers`, `model`, `logits`,
+`pred_boxes`, and for its parts `backbone.` and `decoder.`. Before you run them:
+
+- set the student's dropout to 0: it draws other numbers when there are more queries;
+- ask in one group, without noise;
+- take a batch whose images all have objects, image 0 fewer than another; image 1 is padded.
+"""
+from dataclasses import replace
+
+import torch
+
+from clockdistill import CLoCKDistill
+from notebooks.adapters import our_queries, step
+from train import gradients_of, length
+
+
+def run(pair, batch):
+    """Print each check's name, its answer, and what a mistake would look like -> the checks that
+    say no."""
+    missed = [check for check in CHECKS if not check(pair, batch)]
+    for check in CHECKS:
+        answer = "NO " if check in missed else "yes"
+        print(f"{answer}  {check.__name__.replace('_', ' ')}\n"
+              f"     {check.__doc__}")
+    return missed
+
+
+# ----------------------------------------------------------------------------------------------
+# What the checks share
+# ----------------------------------------------------------------------------------------------
+
+def largest(difference):
+    return difference.abs().max().item()
+
+
+@torch.no_grad()
+def ask_teacher(pair, batch, content, reference, attend, alone=True):
+    """-> the answer to these queries, and the teacher's own output."""
+    with pair.ask(pair.teacher, content, reference, attend, alone=alone) as answer:
+        output = (pair.teacher.model if alone else pair.teacher)(batch.images, batch.mask)
+    return answer, output
+
+
+@torch.no_grad()
+def moved(pair, batch, factor=1.0):
+    """How far the teacher's boxes move, at most, when image 1 is taken out of the padded batch.
+
+    factor: of the references in the padded batch.
+    """
+    content, reference, attend, valid = our_queries(pair, batch)
+    padded, _ = ask_teacher(pair, batch, content, reference * factor, attend)
+    real = batch.mask[1].bool()                           # (H, W): the image fills a rectangle
+    image = batch.images[1][:, real.any(1)][:, :, real.any(0)][None]
+    single = replace(batch, images=image, mask=torch.ones_like(image[:, 0]).long())
+    single, _ = ask_teacher(pair, single, content[1:2], reference[1:2], attend[1:2])
+    return largest((padded.boxes[-1, 1] - single.boxes[-1, 0])[valid[1]])
+
+
+def gradient(pair, loss, module):
+    """The norm of a loss's gradient on a part of the student."""
+    parameters = [p for name, p in pair.student.named_parameters()
+                  if module in name and p.requires_grad]
+    return length(gradients_of(loss, parameters)) if parameters else 0.0
+
+
+def against_itself(pair, batch):
+    """The pair with the teacher as its own student."""
+    width = our_queries(pair, batch)[0].shape[-1]         # the teacher's
+    distill = CLoCKDistill(width, width, num_classes=len(pair.teacher.config.id2label), at_least=1,
+                           content=pair.distill.content,
+                           classes=pair.distill.logit_options["classes"])
+    return replace(pair, student=pair.teacher, distill=distill.to(batch.images.device))
+
+
+def answers(losses):
+    return losses["cls"] + losses["l1"] + losses["giou"]
+
+
+# ----------------------------------------------------------------------------------------------
+# Teacher and student
+# ----------------------------------------------------------------------------------------------
+
+def the_teacher_is_frozen_and_in_eval_mode(pair, batch):
+    """Its answers to the same image change from step to step."""
+    frozen = not any(p.requires_grad for p in pair.teacher.parameters())
+    return frozen and not pair.teacher.training
+
+
+def classes_agree(pair, batch):
+    """`cls` and the own loss pull apart, and AP is lowest for the classes that are swapped."""
+    return pair.teacher.config.id2label == pair.student.config.id2label
+
+
+def every_layer_answers(pair, batch):
+    """No sign: all student layers learn from the one layer that the teacher shows in eval mode."""
+    done = step(pair, batch)
+    return (len(done.taught.logits) == pair.teacher.config.decoder_layers
+            and len(done.learned.logits) == pair.student.config.decoder_layers)
+
+
+def columns_fit_the_class_head(pair, batch):
+    """False boxes: where the teacher sees nothing, its boxes are copied with full weight."""
+    no_object = pair.distill.logit_options["classes"] == "softmax"
+    columns = step(pair, batch).learned.logits.shape[-1]
+    return columns == len(pair.student.config.id2label) + no_object
+
+
+# ----------------------------------------------------------------------------------------------
+# Our queries ask right, and keep to themselves
+# ----------------------------------------------------------------------------------------------
+
+def references_are_of_the_own_size(pair, batch):
+    """Answers beside the objects, in padded images only."""
+    if batch.extent is None:                              # no padding
+        return True
+    own_size, padded_size = (moved(pair, batch, factor)
+                             for factor in (1.0, batch.extent.repeat(1, 2)[:, None]))
+    return 2 * own_size < padded_size
+
+
+def our_queries_leave_its_answers_alone(pair, batch):
+    """The own loss falls faster than without the method, and AP is far lower."""
+    torch.manual_seed(2)                                  # RT-DETR draws its denoising queries
+    with_ours = step(pair, batch).output.logits
+    torch.manual_seed(2)
+    without = pair.student(batch.images, batch.mask, labels=batch.targets).logits
+    return largest(with_ours - without) < 1e-4
+
+
+def its_queries_leave_our_answers_alone(pair, batch):
+    """The logit part falls slowly: teacher and student answer in different company."""
+    *queries, valid = our_queries(pair, batch)
+    alone, _ = ask_teacher(pair, batch, *queries)
+    both, _ = ask_teacher(pair, batch, *queries, alone=False)
+    return largest((both.logits - alone.logits)[:, valid]) < 1e-4
+
+
+def padding_rows_change_nothing(pair, batch):
+    """An image's answers depend on how many objects the others in its batch have."""
+    content, reference, attend, _ = our_queries(pair, batch)
+    few = len(batch.labels[0])                            # image 0 then has no padding rows
+    with_rows, _ = ask_teacher(pair, batch, content, reference, attend)
+    without, _ = ask_teacher(pair, batch, content[:, :few], reference[:, :few],
+                             attend[:, :few, :few])
+    return largest(with_rows.logits[:, 0, :few] - without.logits[:, 0]) < 1e-4
+
+
+def its_own_queries_get_its_own_answers(pair, batch):
+    """`l1` and `giou` stay high: contents, references or heads are not those of the detector."""
+    answer, output = ask_teacher(pair, batch, *our_queries(pair, batch)[:3], alone=False)
+    content, reference = answer.own
+    count = content.shape[1]
+    everyone = torch.ones(len(content), count, count, dtype=torch.bool, device=content.device)
+    echo, _ = ask_teacher(pair, batch, content, reference, everyone)
+    return max(largest(echo.logits[-1] - output.logits),
+               largest(echo.boxes[-1] - output.pred_boxes)) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------
+# Losses and gradients
+# ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def a_copy_of_the_teacher_has_no_loss(pair, batch):
+    """Losses that never reach 0, whatever is learned."""
+    losses = step(against_itself(pair, batch), batch).losses
+    return abs(losses["memory"] + answers(losses)) < 1e-5
+
+
+@torch.no_grad()
+def images_without_objects_add_nothing(pair, batch):
+    """NaN, or a crash, at the first such batch."""
+    empty = replace(batch, labels=[x[:0] for x in batch.labels], targets=None,
+                    boxes=[x[:0] for x in batch.boxes])
+    return answers(step(against_itself(pair, batch), empty).losses) == 0
+
+
+def both_parts_reach_the_backbone(pair, batch):
+    """AP stays the lone student's: a `detach`, a `no_grad` or a frozen backbone cuts it off."""
+    losses = step(pair, batch).losses
+    parts = losses["memory"], answers(losses)
+    return all(gradient(pair, part, "backbone.") > 0 for part in parts)
+
+
+def memory_does_not_reach_the_decoder(pair, batch):
+    """Detection suffers: what was hooked is not the encoder's memory."""
+    return gradient(pair, step(pair, batch).losses["memory"], "decoder.") == 0
+
+
+CHECKS = [
+    the_teacher_is_frozen_and_in_eval_mode, classes_agree, every_layer_answers,
+    columns_fit_the_class_head, references_are_of_the_own_size,
+    our_queries_leave_its_answers_alone, its_queries_leave_our_answers_alone,
+    padding_rows_change_nothing, its_own_queries_get_its_own_answers,
+    a_copy_of_the_teacher_has_no_loss, images_without_objects_add_nothing,
+    both_parts_reach_the_backbone, memory_does_not_reach_the_decoder]
