@@ -125,7 +125,7 @@ show(memory_step, Learner)
 # from the student's width to the teacher's, which learns too. On a GPU move `learner` and the
 # teacher there first. Afterwards the student is the plain detector: save it alone.
 #
-# What is missing is the weight of the loss: `weigh`, [further down](#How-heavy?).
+# What is missing is the weight of the loss: `weigh`, further down ("How heavy?").
 #
 # **What must agree.** Teacher and student need the same levels with the same tokens, and the same
 # classes in the same order. Widths and numbers of layers may differ. Where strides differ, resize
