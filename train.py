@@ -48,7 +48,7 @@ import checkpoints
 import data
 import models
 from checkpoints import write_json, write_text
-from clockdistill import CLoCKDistill
+from clockdistill import Balance, CLoCKDistill, gradients_of, is_detection, length
 
 HERE = Path(__file__).resolve().parent
 
@@ -235,23 +235,6 @@ def numbers(losses, step, batch):
     return values
 
 
-def is_detection(name):
-    """Whether a loss is the student's own; the others come from the teacher."""
-    return name.startswith("loss_")
-
-
-def gradients_of(loss, parameters):
-    """One gradient per parameter; None where the loss does not reach it, or is off (a constant)."""
-    if not loss.requires_grad:
-        return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-
-
-def length(gradients):
-    """The norm of all gradients together."""
-    return math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
-
-
 def gradient_report(losses, parameters):
     """How much each part of the loss asks of the student: {part: (share of the total, gradient norm)}.
 
@@ -267,73 +250,6 @@ def gradient_report(losses, parameters):
     total = max(sum(value.item() for value in parts.values()), 1e-12)
     return {name: (value.item() / total, length(gradients_of(value, parameters)))
             for name, value in parts.items()}
-
-
-def gradient_ratio(losses, names, parameters):
-    """How long the gradient of some losses is: |g of the part| / |g of detection|.
-
-    losses: {name: weighted scalar} of one step.  names: the losses that make up the part.
-    parameters: the student's; those count that both reach (memory does not reach the decoder).
-    NaN where the part has no gradient.
-    """
-    part = gradients_of(sum(losses[name] for name in names), parameters)
-    detection = gradients_of(
-        sum(value for name, value in losses.items() if is_detection(name)), parameters)
-    both = [pair for pair in zip(part, detection) if all(g is not None for g in pair)]
-    part, detection = map(length, zip(*both)) if both else (0, 0)
-    return part / detection if part and detection else math.nan
-
-
-class Balance(nn.Module):
-    """Weights that carry over from one set of pictures to another (`--balance`).
-
-    How large a loss is depends on teacher, images and widths, so a lambda tuned on one set says
-    little about another. Here the *ratio* of gradients is chosen, and the weight follows from it:
-    the first 8 steps measure each part's `gradient_ratio` without using the part; from then on the
-    part is multiplied with (wanted ratio) / (geometric mean of the 8).
-
-    Why so early: in the first steps, the lambdas tuned on the toy are ratios of 56, 19 and 129 for
-    memory (DINO, Deformable DETR, DAB-DETR), about 1 for the answers. After the warm-up, those of
-    memory are 57, 14 and 450.
-
-    ratios: {"memory": 50.0, "cls+l1+giou": 1.0}: a part is named by its losses.
-    What was measured is a buffer: a resumed run goes on with the same factors.
-    """
-    def __init__(self, ratios, steps=8):
-        super().__init__()
-        self.ratios = ratios
-        self.register_buffer("measured", torch.full((steps, len(ratios)), math.nan))
-
-    def measure(self, losses, step, parameters):
-        """Remember the ratios of this step, if it is one of the first."""
-        if step < len(self.measured):
-            row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
-            # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
-            row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)
-            if dist.is_initialized():                    # the same factors in all processes
-                dist.all_reduce(row)
-            self.measured[step] = row / process_count()
-
-    def factors(self, step):
-        """{part: its factor at this step}. Raises ValueError when a part never had a gradient."""
-        if step < len(self.measured):
-            return dict.fromkeys(self.ratios, 0.0)
-        usual = self.measured.log().nanmean(0).exp().tolist()    # NaN: a batch without objects
-        factors = {}
-        for (part, wanted), value in zip(self.ratios.items(), usual):
-            if not math.isfinite(value):
-                raise ValueError(f"--balance {part}: this part of the method has no gradient: "
-                                 "leave it out")
-            factors[part] = wanted / value
-        return factors
-
-    def forward(self, losses, step):
-        """The losses with the factors of this step."""
-        losses = dict(losses)
-        for part, factor in self.factors(step).items():
-            for name in part.split("+"):
-                losses[name] = losses[name] * factor
-        return losses
 
 
 # CLoCKDistill's parts: the weight of each, and its losses.

@@ -26,7 +26,7 @@ import warnings
 import numpy as np
 import torch
 from matplotlib import font_manager, patheffects
-from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -417,18 +417,6 @@ def memory_colours(image, boxes, memories, shape, title):
         colours = 0.5 + (tokens - mean) @ axes[:3].T @ mix                # (H * W, 3)
         maps[name] = colours.clip(0, 1).reshape(*shape, 3)
     return _over_scene(image, boxes, maps, title)
-
-
-def maps_over_scene(image, boxes, maps, label, title, high=None):
-    """Any maps over one scene, two in a row, with one colour scale.
-
-    image: the padded batch image. maps: dict heading -> (H, W), an even number; cells of 0 or less
-    stay bare. label: of the colours, with the unit. The colours reach from 0 to high; None takes
-    the largest value there is.
-    """
-    maps = {heading: _array(values) for heading, values in maps.items()}
-    colors = Normalize(0, high or _highest(maps, 1e-12))
-    return _over_scene(image, boxes, maps, title, label, colors, scene=False)
 
 
 def joined_boxes(image, panels, title):
@@ -1538,16 +1526,14 @@ def _dots(axes, places, weights, size, scale):
                      path_effects=_halo(2.2, color))
 
 
-def _over_scene(image, boxes, maps, heading, label="", norm=None, scene=True):
-    """Maps over the scene, dict title -> cells (H, W), two in a row, with one colour bar.
+def _over_scene(image, boxes, maps, heading, label="", norm=None):
+    """The scene, then maps over it, dict title -> cells (H, W), two in a row, with one colour bar.
 
-    norm: of the colours. Without label the maps are colours (H, W, 3), and there is no bar.
-    scene: the scene itself comes first, in a row of its own where that fills the rows.
+    norm: of the colours. Without label the maps are colours (H, W, 3), and there is no bar. The
+    scene has a row of its own where that fills the rows.
     """
     pixels = _pixels(image)
-    titles = [*maps]
-    if scene:
-        titles = [f"the scene, {_objects(len(boxes))}"] * (2 - len(maps) % 2) + titles
+    titles = [f"the scene, {_objects(len(boxes))}"] * (2 - len(maps) % 2) + [*maps]
     below = 0.75 if label else 0.3                                        # a colour bar
     row_inches = PAGE_INCHES / 2 * _ratio(pixels) + 0.2
     figure = _figure(row_inches * len(titles) / 2 + below)

@@ -212,8 +212,9 @@ TRIALS = {
 }
 
 
-# On real images every method is weighed by the ratios of its gradients (train.Balance): 50 for what
-# copies memory, 1 for what copies answers. These are untuned, for the tables that have no trials.
+# On real images every method is weighed by the ratios of its gradients (clockdistill.Balance): 50
+# for what copies memory, 1 for what copies answers. These are untuned, for the tables that have no
+# trials.
 COPIES, ANSWERS = {"memory": 50.}, {"cls+l1+giou": 1.}
 RATIOS = {
     "clockdistill": train.RATIOS, "fitnets": COPIES, "mgd": COPIES, "kd_detr": ANSWERS,

@@ -16,10 +16,11 @@
 #    there; spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
 #    the distilled DAB-DETR and Deformable DETR attend clearly more like the teacher than the lone
-#    ones, perhaps because their boxes are more like the teacher's. DINO does by .03 at most, and
-#    not on cells of 8 pixels. (One pair of students each.)
+#    ones: perhaps because only they were trained on such queries, perhaps because their boxes are
+#    more like the teacher's. DINO does by .03 at most, and not on cells of 8 pixels. (One pair of
+#    students each.)
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
-#    Deformable DETR are wrong more often than right.
+#    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #
 # Numbers are mean ± half of the 95 % interval over images. Each student is one run: the intervals
 # leave out the scatter between seeds.
@@ -119,8 +120,8 @@ plots.memory_colours(picture, truth["boxes"],
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
 # student's after the best linear map. That holds on objects and on the background; the lead is
-# larger on objects, where the memory loss looks. (Two of three lone students are better there,
-# too.)
+# larger on objects. (That need not be the loss's doing: each part is divided by its own variance,
+# and two of three lone students explain more on objects, too.)
 
 # %%
 MARK = {"color": plots.INK, "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
@@ -177,13 +178,14 @@ print(f"a head's weights add up to {last.weights[0, 0, 0].sum():.2f}")
 assert last.points.shape == last.weights.shape + (2,)                   # x and y of each
 
 # %% [markdown]
-# For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
-# model's own query that fits the object best: the one with the largest product of its box's IoU
-# with the object and its score for the object's class. *Asked* is the target-aware query, made of
-# the true box and the teacher's learned content, the same for all models. To compare maps, all
-# attention is counted on one grid of cells, as the mean over heads: a sampling point's weight is
-# shared between the cells whose centres surround it, a dense weight is spread evenly over its own
-# cell.
+# For each true object of 120 images, 514 in all, we record two queries of each model.
+# *Own* is the model's own query that fits the object best: the one with the largest product of its
+# box's IoU with the object and its score for the object's class. *Asked* is the target-aware query,
+# made of the true box and the teacher's learned content (DAB-DETR has none: zeros), the same for
+# all models. Of the students only the distilled ones were trained on such queries. To compare maps,
+# all attention is counted on one grid of cells, as the mean over heads: a sampling point's weight
+# is shared between the cells whose centres surround it, a dense weight is spread evenly over its
+# own cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
@@ -343,9 +345,10 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 # lone student: for a teacher that looks outside the box this baseline is low.
 #
 # *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
-# is ahead of both.* Small cells have two faults. Two sets of points can miss each other narrowly;
-# the baseline, which fills the box, cannot. And cells say where a point lies, not what it reads: a
-# point on the coarsest level blends tokens 32 pixels apart.
+# is ahead of both.* Small cells have three faults. Two sets of points can miss each other narrowly;
+# the baseline, which fills the box, cannot. Cells say where a point lies, not what it reads: a
+# point on the coarsest level blends tokens 32 pixels apart. And Deformable DETR's and DINO's
+# students have 2 points per head and level, their teachers 4: no student reaches 1.
 #
 # So compare the students, which share these faults. Here is distilled minus alone, for every cell
 # size: left with the *asked* queries, right with the *own* ones.
@@ -412,9 +415,9 @@ plots.around_object(panels, "The wrong answer with the largest w")
 #
 # - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20, Deformable DETR's three
 #   times in five, DINO's one time in twelve. (From the exact box. In training each corner moves by
-#   up to a fifth of the box's width and height. Not measured.)
+#   up to a fifth of the box's width and height; how often they are wrong then is not measured.)
 # - With the last two, $w$ tells right from wrong: of the fifth with the least $w$ more are wrong
-#   than of the fifth with the most. With DAB-DETR this is undecided.
+#   than of the fifth with the most. With DAB-DETR they differ by less than .1.
 # - With their own queries all three teachers find most of the same objects. (That is an upper
 #   bound: the best of the own queries is chosen by the truth, and false alarms do not count.)
 

@@ -293,7 +293,8 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 100 --out runs/overfit
 #
 # Two frames with 11 objects had AP50 .02 after 200 steps and .58 after 300. That run was stopped at
-# 482 of 900 steps: AP50 near 1 at its end is expected, not seen.
+# 482 of 900 steps: AP50 near 1 at its end is expected, and was seen on the toy only (below). If it
+# is still under .5 when the command ends, look for the bug.
 #
 # **Claim.** It can fail although nothing is broken. What is evaluated is a moving average of the
 # weights, which must reach back over a small part of the run only (`--ema`). Here is the same run
@@ -387,10 +388,11 @@ figure
 #         --teacher runs/teacher --teacher-cache 2
 #
 # They train on 703 frames and measure on 90; without the splits a run trains on all 5,985. The runs
-# of [notebook 3](3_ablations.ipynb) also have `--balance memory=3.125 cls+l1+giou=0.0625` (the
-# recipe's default is sixteen times both); [one command](../results/kitti/README.md#make-it) makes
-# them. Their labels merge Van, Truck and Tram into Car and Person_sitting into Pedestrian, and lack
-# Misc and DontCare (no class map above): official ones give other numbers.
+# of [notebook 3](3_ablations.ipynb) are made by [one command](../results/kitti/README.md#make-it);
+# their `distill` has `--balance memory=3.125 cls+l1+giou=0.0625` in addition (the recipe's default
+# is sixteen times both: start with it on your own data). Their labels merge Van, Truck and Tram
+# into Car and Person_sitting into Pedestrian, and lack Misc and DontCare (no class map above):
+# official ones give other numbers.
 #
 # Six lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
 # of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
@@ -403,12 +405,12 @@ figure
 #    above the student with as many steps. Asked with its learned contents at the true boxes, it
 #    names 98 % of the classes right from an image's own memory, and 48 % from another image's: less
 #    than always *Car* (64 %).
-# 4. **Image size is the price.** At 128 x 424 half of the objects are less than 20 pixels high, and
-#    after 1,600 steps AP is .122 for small objects, .379 for large ones. At 160 x 530 a step takes
-#    1.6 times as long.
+# 4. **A larger image costs time; what it gains was not tried.** At 128 x 424 half of the objects
+#    are less than 20 pixels high, and after 1,600 steps AP is .122 for small objects, .379 for
+#    large ones. At 160 x 530 a step takes 1.6 times as long.
 # 5. **A lambda does not carry over to another detector** (not from these runs). For a memory
 #    gradient of the same length, relative to detection's, the three detectors of [notebook
-#    5](5_copy_into_your_code.ipynb) need a $\lambda_{mem}$ from some 1,800 to over 40,000. So the
+#    5](5_copy_into_your_code.ipynb) get a $\lambda_{mem}$ from some 1,800 to 40,000. So the
 #    recipes set this *ratio* ([notebook 1](1_the_method.ipynb) says how).
 # 6. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
 #    2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
@@ -453,9 +455,11 @@ for recipe in ("kitti-student", "coco-student"):
 # Five things need your decision.
 #
 # - **The learning rate belongs to a total batch.** KITTI's 8 images per GPU are the authors'
-#   earlier public code's, which names no number of GPUs; the rates are official, for 16 or 32
-#   images.
-# - **The weights are ratios of gradients**, 50 for memory and 1 for answers, chosen on the toy. On
+#   earlier public code's, which names no number of GPUs; the rates are official, for 16 images
+#   (Deformable DETR: 32). So on one GPU give `--batch-size 16` (or 32), with `--accumulate` if it
+#   does not fit, or a lower `--lr` (untried).
+# - **The weights are ratios of gradients**, 50 for the memory part and 1 for the logit part
+#   (`cls+l1+giou`), chosen on the toy. On
 #   small KITTI and on digits a sixteenth of both did as well, four times both did not (one run
 #   each). At full size nothing tunes them.
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
@@ -483,9 +487,9 @@ hours = float(costs[-1].split()[2])
 assert 24 < hours < 24 * 7 and memory < 24
 
 # %% [markdown]
-# COCO has 20 times the images, of twice the pixels: months on one card, not days. `--only main`
-# makes the table of the three detectors alone. Where a batch does not fit, `--accumulate N` splits
-# it into N parts; the gradient is then not quite the whole batch's.
+# COCO has 20 times the images, of up to twice the pixels: months on one card, not days. `--only
+# main` makes the table of the three detectors alone. Where a batch does not fit, `--accumulate N`
+# splits it into N parts; the gradient is then not quite the whole batch's.
 #
 # <details><summary>Published scores to check your runs by (COCO val2017, box AP)</summary>
 #

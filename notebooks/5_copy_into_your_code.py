@@ -12,12 +12,12 @@
 # box as reference and a content, the vector that it asks with. The student copies the teacher's
 # answers to them, class logits and boxes.
 #
-# **What you copy:**
+# **What you copy**, into one folder:
 #
 # 1. [clockdistill.py](../clockdistill.py), as it is;
 # 2. [adapters.py](adapters.py): the step, and the adapter nearest to your detector, 25 to 45 lines
 #    that you change;
-# 3. [checklist.py](checklist.py): 13 checks that your adapter is right.
+# 3. [checklist.py](checklist.py): 13 checks of your adapter.
 #
 # The page goes in this order: the memory alone, the answers too, an adapter, its checks, the
 # weights of the losses. After that come other detectors and several processes. The models are tiny,
@@ -31,7 +31,7 @@ import sys
 
 if os.path.basename(os.getcwd()) == "notebooks":        # the modules are a folder of files
     os.chdir("..")
-sys.path.insert(0, os.getcwd())
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "notebooks")]
 os.environ["HF_HUB_OFFLINE"] = "1"                      # a download would fail
 
 # %%
@@ -49,11 +49,12 @@ import torch.multiprocessing as mp
 from IPython.display import Markdown
 from torch import nn
 
+import adapters
+import checklist
+from adapters import Learner, Pair, hooked, memory_step, step, weigh
 from clockdistill import CLoCKDistill
 from experiments import plots
-from notebooks import adapters, checklist
-from notebooks.adapters import Learner, Pair, hooked, memory_step, step, weigh
-from notebooks.three_detectors import deformable_detr, examples
+from three_detectors import deformable_detr, examples
 
 
 def show(*parts):
@@ -85,6 +86,11 @@ plots.wiring_drawing()
 # | fractions of the *padded* image (processors of `transformers` that pad) | `boxes / extent[i].repeat(2)`; `targets` stay as they are |
 #
 # `extent` (B, 2) says how much of the padded width and height each image covers.
+#
+# **What must agree.** Teacher and student need the same images, normalised alike, and the same
+# levels with the same tokens; for the answers also the same classes in the same order. Widths and
+# numbers of layers may differ. Where strides differ, resize the teacher's memory first, level by
+# level (not tried here).
 
 # %%
 models = examples()
@@ -95,10 +101,11 @@ print(f"images {tuple(batch.images.shape)}; objects {[len(x) for x in batch.labe
 # %% [markdown]
 # ## First the memory alone
 #
-# Begin here: on real KITTI the memory part alone gained +.049 AP, both parts +.042
-# ([results](../results/kitti/README.md)). It needs no queries, no mask and no second answer, only a
-# hook that reads three arguments. `lambda_log=0` turns the rest off. `scale=True`, the default,
-# lets small objects count as much as large ones; on the toy that cost AP.
+# Begin here: with DINO on real KITTI the memory part alone gained +.049 AP (+.025 to +.072, five
+# seeds); what the answers add is undecided ([results](../results/kitti/README.md)). It needs no
+# queries, no mask and no second answer, only a hook that reads three arguments. `lambda_log=0`
+# turns the rest off. `scale=True`, the default, lets small objects count as much as large ones; on
+# the toy that cost AP. Memory (S, B, D), as in Facebook's DETR, is transposed by the hook.
 
 # %%
 @contextmanager
@@ -113,29 +120,28 @@ def memory_of(detector):
         yield kept
 
 
-pair = Pair(teacher, student, ask=memory_of, distill=CLoCKDistill(32, 64, lambda_log=0))
+distill = CLoCKDistill(student_dim=32, teacher_dim=64, lambda_log=0)
+pair = Pair(teacher, student, ask=memory_of, distill=distill)
 losses = memory_step(pair, batch).losses
 print(f"own loss {losses['loss_own']:.1f}, memory {losses['memory']:.3f}")
-assert losses["memory"] > 0
+assert losses["memory"] > 0 and checklist.memory_is_right(pair, batch)
 show(memory_step, Learner)
 
 # %% [markdown]
-# **Training** is the loop that you have, with `Learner` in place of the student:
-# `loss = learner(batch)`. Give `learner.parameters()` to the optimizer: `distill` has a linear map
-# from the student's width to the teacher's, which learns too. On a GPU move `learner` and the
-# teacher there first. Afterwards the student is the plain detector: save it alone.
+# **Yours** are the call of the teacher, the call of the student, and `output.loss`, the sum of your
+# weighted losses. The teacher runs without the heads of its own queries: `teacher.model`.
 #
-# What is missing is the weight of the loss: `weigh`, further down ("How heavy?").
-#
-# **What must agree.** Teacher and student need the same levels with the same tokens, and the same
-# classes in the same order. Widths and numbers of layers may differ. Where strides differ, resize
-# the teacher's memory first, level by level (not tried here).
+# **Training** is the loop that you have, with `learner = Learner(pair, memory_step)` in place of
+# the student: `loss = learner(batch)`. Give `learner.parameters()` to the optimizer: `distill` has
+# a linear map from the student's width to the teacher's, which learns too. On a GPU move teacher,
+# student and `distill` there before you build `Pair`. Afterwards the student is the plain detector:
+# save it alone. What is missing is the weight of the loss: `weigh`, further down ("How heavy?").
 #
 # ## Then the answers too
 #
-# `step` asks both decoders. The teacher decodes our queries alone (`alone=True`), so it runs
-# without the heads of its own: `teacher.model`. If yours has no such part, ask with `alone=False`
-# and run the whole teacher: it gives the same answers. The student decodes both kinds **in the same
+# `step` asks both decoders; `Learner(pair)` trains with it. The teacher decodes our queries alone
+# (`alone=True`). If yours has no part without heads, ask with `alone=False` and run the whole
+# teacher: it gives the same answers. The student decodes both kinds **in the same
 # pass**. `student_content` is a second linear map, from the teacher's width to the student's.
 
 # %%
@@ -178,6 +184,10 @@ show(adapters.together, hooked)
 # - **Reference.** The centre of the true box: a point has no width and height.
 # - **Mask.** `nn.MultiheadAttention` wants it once per head: `(~may).repeat_interleave(heads, 0)`.
 # - **Heads.** Softmax over the classes and "no object": `classes="softmax"`.
+#
+# **Which content** do you ask with? `"own"` where the teacher has learned contents or positions
+# (the tables here ask so), `"random_label"` where it has none; `"label"` needs a label embedding
+# and tells the class that is asked for.
 
 # %%
 show(adapters.ask_dense)
@@ -199,7 +209,8 @@ for name, value in step(dense, batch).losses.items():
 #
 # Mistakes in an adapter mostly give no error message. Below each check stands what you would see in
 # training instead (reasoned, not measured). Before you run them on yours, set the student's dropout
-# to 0, ask in one group and without noise, and take a batch as the one above.
+# to 0, ask in one group and without noise, take a batch as the one above, and put your names for
+# `config.id2label`, `config.decoder_layers`, `logits`, `pred_boxes`, `backbone.` and `decoder.`.
 
 # %%
 assert not checklist.run(dense, batch)
@@ -237,9 +248,8 @@ assert checklist.our_queries_leave_its_answers_alone in missed and len(missed) =
 # A term's size does not say how much it moves the student: compare gradients. The rule of
 # [notebook 1, part 3](1_the_method.ipynb) starts with memory's gradient 50 times as long as the own
 # loss's, and that of the answers (`cls`, `l1`, `giou` together) as long. The student trains alone
-# for 8 steps; the ratios measured there give both lambdas. (`Balance` is from
-# [train.py](../train.py): copy it with `process_count`, `gradient_ratio`, `gradients_of`, `length`
-# and `is_detection`.)
+# for 8 steps; the ratios measured there, over the parameters that both losses reach, give both
+# lambdas.
 
 # %%
 def weighed(pair, step, batch):
@@ -254,18 +264,19 @@ weighed(dense, step, batch)
 show(weigh)
 
 # %% [markdown]
-# $\lambda_{mem}$ is large because $\beta$ is $10^{-7}$ by default. It says nothing about another
-# detector: the three of this page need from under 2,000 to over 40,000.
+# $\lambda_{mem}$ is large because $\alpha = 5 \cdot 10^{-5}$ is meant for wider memories and larger
+# images. It says nothing about another detector: the rule gives the three of this page from under
+# 2,000 to some 40,000.
 #
 # **Then compare AP, on images that no table of yours reports.** Train with and without the method
-# for a quarter of your steps. If the distilled student is below by more than two seeds scatter, try
-# both ratios a quarter as large (a rule of thumb, not measured). On KITTI's tuning images the
-# ratios memory : answers 3 : 1/16, 12 : 1/4, 50 : 1 and 200 : 4 gave AP .200, .199, .194 and .128
-# (one seed each): the first three tie, the last is too heavy. The tables use the first; `weigh`
-# starts with the third.
+# for a quarter of your steps. If the distilled student's AP is below the lone one's by more than
+# two seeds differ, weigh again with both ratios a quarter as large (a rule of thumb, not measured).
+# On KITTI's tuning images the ratios memory : answers 3 : 1/16, 12 : 1/4, 50 : 1 and 200 : 4 gave
+# AP .200, .199, .194 and .128 (one seed each): the first three tie, the last is too heavy. The
+# tables use the first; `weigh` starts with the third, since on the toy 12 was .03 to .06 below 50.
 #
-# **Options that gained AP here**, all else as it is by default. No gain is shown for each of them
-# by itself; that of the answers alone, at a sixteenth, is +.006 on KITTI (undecided).
+# **The options of the tables**, all else as it is by default. That any one of them gains is not
+# shown; the answers alone, at a sixteenth, gained +.006 on KITTI (undecided).
 #
 # | | DINO, real KITTI | DINO, toy |
 # |---|---|---|
@@ -316,8 +327,8 @@ show(weigh)
 #
 # <details><summary><b>DETR and Conditional DETR of transformers</b></summary>
 #
-# Distilled once (5.24, on a CPU): their own answers moved by less than 1e-6, and Conditional DETR
-# passed the whole checklist. What their decoders lack:
+# Distilled once (`transformers` 5.24, on a CPU): their own answers moved by less than 1e-6, and
+# Conditional DETR passed the whole checklist. What their decoders lack:
 #
 # - **No mask** (Conditional DETR). Set it in a hook on each self-attention: `at_self_attention`.
 # - **No shapes.** Read them off the input of `model.input_projection`.
@@ -340,11 +351,11 @@ show(weigh)
 #
 # <details><summary><b>DINO of MMDetection</b></summary>
 #
-# Distilled once (3.3, with stubbed operators). `before` gives `together` its denoising mask turned
-# round, `after` takes `(states, references)` and asks `detector.bbox_head` with our rows. In `step`
-# the teacher runs as `teacher.forward_transformer(teacher.extract_feat(images), samples)`, the
-# student as `student.loss(images, samples)`, whose sum is the own loss. Ask with `content="label"`
-# and `teacher.dn_query_generator.label_embedding.weight`.
+# Distilled once (MMDetection 3.3, with stubbed operators). `before` gives `together` its denoising
+# mask turned round, `after` takes `(states, references)` and asks `detector.bbox_head` with our
+# rows. In `step` the teacher runs as `teacher.forward_transformer(teacher.extract_feat(images),
+# samples)`, the student as `student.loss(images, samples)`, whose sum is the own loss. Ask with
+# `content="label"` and `teacher.dn_query_generator.label_embedding.weight`.
 # </details>
 
 # %%

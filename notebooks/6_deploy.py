@@ -50,12 +50,14 @@ plots.deployment_drawing()
 #
 # `export` needs a checkpoint of this repository. With a detector of your own call its core,
 # `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module
-# that normalises pixels (1, H, W, 3) and returns boxes (1, k, 4), corners in pixels of this H x W,
-# scores (1, k), the best first, and labels (1, k), places in `classes` (ours is `deploy.Program`).
+# in eval mode that normalises pixels (1, H, W, 3) and returns boxes (1, k, 4), corners in pixels of
+# this H x W, scores (1, k), the best first, and labels (1, k), places in `classes` (ours is
+# `deploy.Program`). It compares nothing: ask both, and see that `deploy.disagreement(ours, theirs,
+# (H, W))` is below 1e-4.
 # `detect.py` looks for size and classes in the file's metadata:
 #
 # ```python
-# proto = deploy.to_onnx(module, [images], dynamic=False)           # images (1, H, W, 3) uint8
+# proto = deploy.to_onnx(module, [images], dynamic=False)           # a tensor (1, H, W, 3) uint8
 # for key, value in {"size": [H, W], "classes": ["Car", "Dog"]}.items():
 #     proto.metadata_props.add(key=key, value=json.dumps(value))
 # onnx.save(proto, "mine.onnx")
@@ -89,8 +91,8 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #   that is data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change
 #   places between two programs, so two answers must be compared as sets, not row by row.
 # - **Sizes.** A Python number in the code, the shape of a level or the number of tokens, becomes a
-#   constant in the file. So one file is for one size. Only the number of pictures may stay open
-#   (`--batch dynamic`), and smaller pictures may be padded (`--padding`).
+#   constant in the file. So one file of ours is for one size; only the number of pictures may stay
+#   open (`--batch dynamic`), and smaller pictures may be padded (`--padding`).
 #
 # **Claim.** The file has one `GridSample` for each level of each layer that reads memory: three
 # layers (one of the encoder, two of the decoder) times three levels. It has two `TopK`: one chooses
@@ -191,9 +193,9 @@ assert apart < 1e-4 and sure.any()
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
 # rounds it, too, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled DINO
-# student keeps .353 as here, and .300 with rounded outputs. Most of it is the backbone (left in 32
-# bits: .337), probably since the ReLU6 behind a convolution keeps 0 to 6 of an output that ranges 4
-# to 34 times as wide, so few of the 256 steps are left ([the
+# student keeps .353 as here, and .300 with rounded outputs. Of the .056 lost, .037 come back with
+# the backbone alone in 32 bits. Probably because the ReLU6 behind a convolution keeps 0 to 6 of an
+# output that ranges 4 to 34 times as wide, so few of the 256 steps are left ([the
 # trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
@@ -201,8 +203,8 @@ assert apart < 1e-4 and sure.any()
 # `Gemm` below.
 #
 # **Claim.** The file is less than half as large, and the program reads it as it is. (`train.py
-# export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise` as here, with
-# some 50 training pictures.)
+# export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise(file, out,
+# pictures)` with some 50 training pictures, uint8 (H, W, 3) in RGB at the file's size.)
 
 # %%
 training = data.build("toy", "datasets/toy", "train")
@@ -224,8 +226,8 @@ assert sizes[1] < sizes[0] / 2
 # The figures of this section are measured once, by `python train.py deploy`, and read from
 # [results/deploy/toy.json](../results/deploy/toy.json).
 #
-# **Claim.** On all 500 validation images of the toy, 8 bits cost each of its nine detectors less
-# than .01 AP.
+# **Claim.** On all 500 validation images of the toy, 8 bits cost each of its nine models
+# (three detectors, three roles) less than .01 AP.
 
 # %%
 rows = json.loads(Path("results/deploy/toy.json").read_text())["rows"]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clockdistill import CLoCKDistill
-from train import Balance        # it needs process_count, gradient_ratio and what that calls
+from clockdistill import Balance, CLoCKDistill
 
 # ----------------------------------------------------------------------------------------------
 # A step of training
@@ -25,6 +24,7 @@ from train import Balance        # it needs process_count, gradient_ratio and wh
 
 @dataclass
 class Pair:
+    """A teacher, a student, and what lets the one teach the other."""
     teacher: nn.Module           # frozen, in eval mode
     student: nn.Module
     ask: Callable                # the adapter: open around a forward pass, it keeps the answers
@@ -34,12 +34,14 @@ class Pair:
 
 @dataclass
 class Batch:
+    """B images and their objects."""
     images: Tensor               # (B, 3, H, W), padded at the right and bottom
     mask: Tensor                 # (B, H, W), 1 where an image is; None: everywhere
     labels: list                 # B tensors (K,)
-    boxes: list                  # B tensors (K, 4), (cx, cy, w, h): fractions of an image's OWN size
+    boxes: list                  # B tensors (K, 4), (cx, cy, w, h), fractions of its OWN size
     targets: list                # the same objects, as the detector's own loss wants them
-    extent: Tensor = None        # (B, 2): how much of W and H each image covers; None: all
+    extent: Tensor = None        # (B, 2): how much of W and H each image covers; None: what the
+                                 # padding says, to a cell
 
 
 def memory_step(pair, batch):
@@ -93,12 +95,13 @@ class Learner(nn.Module):
 
 
 def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
-    """Choose pair.distill's lambdas, which are still 1 (or 0: off), from 8 batches.
+    """Choose pair.distill's lambdas from 8 batches; a lambda_log of 0 stays off.
 
     The student takes 8 steps of its own loss. memory, answers: how long each part's gradient shall
-    be then, beside that of the own loss.
+    be then, beside that of the own loss. The rule: clockdistill.Balance.
     """
     distill = pair.distill
+    distill.lambda_mem, distill.lambda_log = 1.0, float(distill.lambda_log > 0)
     ratios = {"memory": memory} | ({"cls+l1+giou": answers} if distill.lambda_log else {})
     balance = Balance(ratios)
     for index, batch in zip(range(8), batches):

@@ -1,6 +1,7 @@
 """Checks of an adapter: each finds a mistake that mostly gives no error message (notebook 5).
 
-    run(pair, batch)    prints each check's answer -> those that say no
+    run(pair, batch)                prints each check's answer -> those that say no
+    memory_is_right(pair, batch)    of the memory alone
 
 What stands below a check's name is what you would see in training instead (reasoned, not measured).
 Put your detector's names for `config.id2label`, `config.decoder_layers`, `model`, `logits`,
@@ -14,9 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from clockdistill import CLoCKDistill
-from notebooks.adapters import our_queries, step
-from train import gradients_of, length
+from adapters import memory_step, our_queries, step
+from clockdistill import CLoCKDistill, gradients_of, length
 
 
 def run(pair, batch):
@@ -28,6 +28,12 @@ def run(pair, batch):
         print(f"{answer}  {check.__name__.replace('_', ' ')}\n"
               f"     {check.__doc__}")
     return missed
+
+
+def memory_is_right(pair, batch):
+    """Of memory_step: its loss reaches the backbone, and not the decoder."""
+    loss = memory_step(pair, batch).losses["memory"]
+    return gradient(pair, loss, "backbone.") > 0 and gradient(pair, loss, "decoder.") == 0
 
 
 # ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou
 
 import data
-from notebooks.adapters import Batch
+from adapters import Batch
 
 # ----------------------------------------------------------------------------------------------
 # A dense DETR

@@ -80,13 +80,11 @@ def pictures(objects, found):
              "distilled student": dense(objects, boxes + 1)}
     among = {f"layer {i}": torch.rand(4, objects, objects).softmax(-1) for i in range(4)}
     models = {"teacher": [result] * 2, "student": [result] * 2}
-    heads = {"teacher": torch.rand(6, 20), "student": torch.rand(3, 10)}
     off = {"AP": {"toy": {"a": {"teacher": 0.}}}, "x": {"toy": {"a": {}}}}
     answers = {"DINO": {"label": dict.fromkeys(["own", "another's", "noise"], .5)}}
     pair = {"student": {0: .1}, "distilled": {0: .2}, "teacher": .5}
     return {"detections": (2 * 3, ([image] * 2, [truth] * 2, models, CLASSES)),
             "location_masks": (4 + 1, (image, truth["boxes"], masks(truth["boxes"]))),
-            "maps_over_scene": (2 + 1, (image, boxes, heads, "chance", "Title")),
             "joined_boxes": (1, (image, {"a": {"teacher": boxes, "student": boxes + 5}}, "Title")),
             "query_attention": (2 * max(objects, 1) + (objects > 0),
                                 (image, looks, ["a", "b", "c"], (6, 20))),
@@ -176,18 +174,6 @@ def test_ground_truth_alone_has_no_legend_of_judgements():
     assert legend(figure) == [*CLASSES, "reference", "ignored"]
     assert [patch.get_bbox().extents.tolist() for patch in figure.axes[0].patches] == [
         [130, 0, 160, 48], [10, 20, 30, 40], [12, 20, 30, 38]]
-
-
-def test_maps_over_a_scene_share_their_colours():
-    image, truth, _ = scene()
-    maps = {"a": torch.tensor([[1., 2]]), "b": torch.tensor([[0., 8]])}
-    for high, top in ((None, 8), (20, 20)):
-        panels = plots.maps_over_scene(image, truth["boxes"], maps, "chance", "Title",
-                                       high).axes[:2]
-        assert [axes.get_title() for axes in panels] == ["a", "b"]
-        drawn = [axes.images[-1] for axes in panels]
-        assert drawn[1].get_array().tolist() == [[None, 8]]                # 0 stays bare
-        assert {(one.norm.vmin, one.norm.vmax) for one in drawn} == {(0, top)}
 
 
 def test_joined_boxes_have_a_numbered_line_from_model_to_model():

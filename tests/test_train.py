@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import checkpoints
+import clockdistill
 import data
 import models
 import train
@@ -398,14 +399,14 @@ def test_the_ratio_of_two_gradients_by_hand():
     shared, decoder = torch.tensor([1., 2.], requires_grad=True), torch.tensor([1.], requires_grad=True)
     losses = {"loss_ce": 3 * shared[0] + 12 * decoder[0], "loss_bbox": 4 * shared[1], "memory": 0.5 * shared[0],
               "cls": 5 * decoder[0], "l1": 12 * shared[0]}
-    assert train.gradient_ratio(losses, ["memory"], [shared, decoder]) == pytest.approx(0.5 / 5)
-    assert train.gradient_ratio(losses, ["cls", "l1"], [shared, decoder]) == pytest.approx(1.0)    # (12, 0, 5) to 13
-    assert math.isnan(train.gradient_ratio(losses | {"memory": torch.zeros(())}, ["memory"], [shared]))
+    assert clockdistill.gradient_ratio(losses, ["memory"], [shared, decoder]) == pytest.approx(0.5 / 5)
+    assert clockdistill.gradient_ratio(losses, ["cls", "l1"], [shared, decoder]) == pytest.approx(1.0)    # (12, 0, 5) to 13
+    assert math.isnan(clockdistill.gradient_ratio(losses | {"memory": torch.zeros(())}, ["memory"], [shared]))
 
 
 def test_balance_by_hand():
     """Ratios of 0.1 and 0.4 are 0.2 in geometric mean; so a wanted ratio of 1 multiplies with 5, of 0.5 with 2.5."""
-    balance = train.Balance({"memory": 1.0, "cls+l1": 0.5}, steps=2)
+    balance = clockdistill.Balance({"memory": 1.0, "cls+l1": 0.5}, steps=2)
     shared = torch.tensor([1.], requires_grad=True)
     for step, ratio in enumerate((0.1, 0.4, 9)):
         losses = {"loss_ce": 2 * shared[0], "memory": 2 * ratio * shared[0], "cls": ratio * shared[0],
@@ -416,11 +417,11 @@ def test_balance_by_hand():
     weighted = balance(losses, 2)
     assert weighted["memory"].item() == pytest.approx(90) and weighted["giou"].item() == 1
     assert weighted["l1"].item() == pytest.approx(22.5)
-    resumed = train.Balance(balance.ratios, steps=2)
+    resumed = clockdistill.Balance(balance.ratios, steps=2)
     resumed.load_state_dict(balance.state_dict())
     assert resumed.factors(3) == balance.factors(3)
     with pytest.raises(ValueError, match="no gradient"):
-        train.Balance({"memory": 1.0}).factors(8)
+        clockdistill.Balance({"memory": 1.0}).factors(8)
 
 
 def test_a_weight_beside_the_balance_of_another_part_is_read():
@@ -443,7 +444,7 @@ def test_ratios_are_averaged_over_processes_where_the_losses_are(monkeypatch):
     """NCCL takes tensors of a GPU alone, and between models of one width a method has no parameter that lies there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     told = []
-    monkeypatch.setattr(train, "gradient_ratio", lambda *args: 4.)
+    monkeypatch.setattr(clockdistill, "gradient_ratio", lambda *args: 4.)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda row: told.append(row.device.type))
@@ -470,8 +471,8 @@ def test_a_balanced_part_has_the_wanted_gradient(toy, teacher):
     assert logs[8]["balance"].keys() == {"memory", "cls+l1+giou"} and not any("balance" in log for log in logs[:8])
     student = [p for p in learner.student.parameters() if p.requires_grad]
     losses = balance(learner(network, batches[0]), 8)
-    assert train.gradient_ratio(losses, ["memory"], student) == pytest.approx(2, rel=1e-3)
-    assert train.gradient_ratio(losses, ["cls", "l1", "giou"], student) == pytest.approx(0.25, rel=1e-3)
+    assert clockdistill.gradient_ratio(losses, ["memory"], student) == pytest.approx(2, rel=1e-3)
+    assert clockdistill.gradient_ratio(losses, ["cls", "l1", "giou"], student) == pytest.approx(0.25, rel=1e-3)
 
 
 # --- resumption -------------------------------------------------------------------------------------------------------
