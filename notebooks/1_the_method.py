@@ -88,7 +88,8 @@ plots.detections([picture], [truth], results, val.classes)
 plots.method_drawing()
 
 # %% [markdown]
-# *Read the student's row from left to right: that is a DETR. Green is what the method adds.*
+# *Read the student's row from left to right: that is a DETR. Green is what the method
+# adds; an arrow with two heads compares, and only the student is changed.*
 #
 # - A **backbone** and an **encoder** turn the image into the **memory**: one vector, a *token*, for
 #   each cell of a few coarse grids over the image.
@@ -219,7 +220,8 @@ for rank in range(4):
           f"{overlap:.2f} with object {k}, a {val.classes[truth['labels'][k]]}")
 
 # %% [markdown]
-# The four best proposals are the four objects: the encoder found them before the decoder began.
+# In this scene the four best proposals lie on the four objects: the encoder found the places before
+# the decoder began.
 #
 # ### The decoder, and its two boxes per layer
 #
@@ -230,8 +232,9 @@ for rank in range(4):
 #   b_\mathrm{next} = \sigma\big(\mathrm{box}(q) + \sigma^{-1}(b)\big)$$
 #
 # Each layer's *answer* has a loss; the last layer's is the detection. The *next reference box* is
-# where the next layer reads. Why two? In training the loss of an answer goes back through $b$ into
-# the layer before (*look forward twice*), while the next layer reads around a detached box.
+# where the next layer reads. DINO is built with the LayerNorm in one and not in the other. In
+# training an answer's loss goes back through $b$ into the layer before (*look forward twice*),
+# while the next layer reads around a detached box.
 
 # %%
 with torch.no_grad():
@@ -596,7 +599,10 @@ assert_close(kl, (t - s) ** 2 / 8, rtol=0.01, atol=0)
 # $$L_\mathrm{log} = \sum_\mathrm{layers} \frac{1}{Q} \sum_k w_k (D_k + 5 B_k + 2 G_k), \qquad
 #   w_k = \max_c \sigma(t_c) \quad\text{[T, P]}$$
 #
-# With $L_s$ layers in the student and $L_t$ in the teacher, layer $i$ of the student learns from
+# (The students of the tables divide by $\sum_k w_k$ instead of $Q$, and ask from boxes that are
+# moved by noise; DINO's ask in three groups.)
+#
+# With $L_s$ layers in the student and $L_t$ in the teacher, layer $i$, counted from 1, learns from
 # layer $\mathrm{round}(i L_t / L_s)$ of the teacher. Here these are 2 and 3: the student's first
 # layer learns from the teacher's second, the last from the last [O].
 #
@@ -648,8 +654,9 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # the student trains alone while the ratios are measured. So, on data of your own:
 #
 # 1. **Start with memory 50, answers 1**: `--balance memory=50 cls+l1+giou=1`, the default of all
-#    recipes but the toy's. So memory's gradient is 50 times detection's, in backbone and encoder
-#    only: it never reaches the decoder and the heads. (The joint clipping shrinks theirs too.)
+#    recipes but the toy's. So memory's gradient *starts* near 50 times detection's, in backbone and
+#    encoder only: it never reaches the decoder and the heads. (Gradients are clipped together, so a
+#    long one of memory shrinks theirs as well.)
 # 2. **Read the gradient norms** that a run logs every 200 steps. A part without one is not
 #    connected. If the detection loss stops falling, the ratios are too large (a rule of thumb, not
 #    measured).
@@ -758,9 +765,8 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # |---|---|---|---|---|---|---|
 # | as described [T], rest [O]: the defaults | yes | label | 1 | 0 | queries | lambdas 1, 1 |
 # | toy: the distilled student at the top | no | own | 3 | 0.4 | confidence | lambdas 960, 0.5 |
-# | real KITTI: `small-student` | yes | own | 3 | 0.4 | confidence | ratios 50, 1 |
-#
-# KITTI's tables have the ratios 3.1 and 1/16.
+# | `small-student` by default | yes | own | 3 | 0.4 | confidence | ratios 50, 1 |
+# | real KITTI's tables: `small-student` | yes | own | 3 | 0.4 | confidence | ratios 3.1, 1/16 |
 # </details>
 #
 # # What is shown about each part, and what is not
