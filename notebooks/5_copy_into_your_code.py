@@ -74,9 +74,10 @@ plots.wiring_drawing()
 # detector's code, heads, matching and loss stay as they are.
 #
 # `examples` gives a teacher, frozen and in eval mode, a student and a batch of each detector
-# ([three_detectors.py](three_detectors.py)). A batch holds `images`, padded at the right and
-# bottom, `mask`, 1 where an image is, `labels` and `boxes`, a tensor per image, and `targets`, the
-# same objects as the detector's own loss wants them.
+# ([three_detectors.py](three_detectors.py)). An `adapters.Batch`, which your loader gives, holds
+# `images`, padded at the right and bottom, `mask`, 1 where an image is (None: everywhere), `labels`
+# and `boxes`, a tensor per image, and `targets`, the same objects as the detector's own loss wants
+# them.
 #
 # **Boxes** are (cx, cy, w, h), fractions of the image's *own* size. Other codes have others:
 #
@@ -105,7 +106,12 @@ print(f"images {tuple(batch.images.shape)}; objects {[len(x) for x in batch.labe
 # seeds); what the answers add is undecided ([results](../results/kitti/README.md)). It needs no
 # queries, no mask and no second answer, only a hook that reads three arguments. `lambda_log=0`
 # turns the rest off. `scale=True`, the default, lets small objects count as much as large ones; on
-# the toy that cost AP. Memory (S, B, D), as in Facebook's DETR, is transposed by the hook.
+# the toy that cost AP.
+#
+# **In your code** arguments without names are in `args`. Memory (S, B, D), as `nn.Transformer` and
+# Facebook's DETR have it, becomes (B, S, D): `kept.memory = args[1].transpose(0, 1)`. If the
+# decoder is given no shapes, take them behind the backbone: `hooked([detector.backbone],
+# after=...)`. Without padding `padding`, `mask` and `extent` are None.
 
 # %%
 @contextmanager
@@ -128,14 +134,33 @@ assert losses["memory"] > 0 and checklist.memory_is_right(pair, batch)
 show(memory_step, Learner)
 
 # %% [markdown]
-# **Yours** are the call of the teacher, the call of the student, and `output.loss`, the sum of your
-# weighted losses. The teacher runs without the heads of its own queries: `teacher.model`.
+# **Does your detector have other names**, or its loss outside? Wrap it, and change nothing in the
+# files; your hooks then go to `detector.inner.decoder`. The teacher runs as `teacher.model`, which
+# may leave out the heads of its own queries.
+#
+# ```python
+# class AsAsked(nn.Module):
+#     def __init__(self, inner, classes):
+#         super().__init__()
+#         self.inner = inner                               # with parts `backbone` and `decoder`
+#         self.config = SimpleNamespace(id2label=dict(enumerate(classes)),
+#                                       decoder_layers=len(inner.decoder.layers))
+#
+#     def model(self, images, mask):
+#         return self.inner(images, mask)
+#
+#     def forward(self, images, mask, labels=None):        # labels: a batch's targets
+#         found = self.inner(images, mask)
+#         loss = None if labels is None else my_weighted_loss(found, labels)
+#         return SimpleNamespace(loss=loss, logits=found["logits"], pred_boxes=found["boxes"])
+# ```
 #
 # **Training** is the loop that you have, with `learner = Learner(pair, memory_step)` in place of
 # the student: `loss = learner(batch)`. Give `learner.parameters()` to the optimizer: `distill` has
 # a linear map from the student's width to the teacher's, which learns too. On a GPU move teacher,
 # student and `distill` there before you build `Pair`. Afterwards the student is the plain detector:
 # save it alone. What is missing is the weight of the loss: `weigh`, further down ("How heavy?").
+# The lambdas that it finds are in no checkpoint: a resumed run gives them to `CLoCKDistill`.
 #
 # ## Then the answers too
 #
@@ -209,8 +234,7 @@ for name, value in step(dense, batch).losses.items():
 #
 # Mistakes in an adapter mostly give no error message. Below each check stands what you would see in
 # training instead (reasoned, not measured). Before you run them on yours, set the student's dropout
-# to 0, ask in one group and without noise, take a batch as the one above, and put your names for
-# `config.id2label`, `config.decoder_layers`, `logits`, `pred_boxes`, `backbone.` and `decoder.`.
+# to 0, ask in one group and without noise, and take a batch as the one above.
 
 # %%
 assert not checklist.run(dense, batch)
@@ -230,7 +254,7 @@ def inverted(module, args, call):
 
 
 with at_self_attention(teacher, inverted), at_self_attention(student, inverted):
-    missed = [check for check in checklist.CHECKS if not check(dense, batch)]
+    missed = checklist.missed(dense, batch)
 print("\n".join(check.__name__.replace("_", " ") for check in missed))
 assert checklist.our_queries_leave_its_answers_alone in missed and len(missed) == 6
 
@@ -337,16 +361,18 @@ show(weigh)
 #   `reference_points` as (all, B, 2): cut the first axis.
 # - **No references** (DETR). Then a true box cannot be asked for. Let `our_queries` give the
 #   teacher's learned positions: `content = embedding.expand(B, -1, -1)`, `reference = None`,
-#   `attend` and `valid` all True, (B, N, N) and (B, N). Two checks have nothing to test: the one of
-#   references and the one of padding rows.
+#   `attend` and `valid` all True, (B, N, N) and (B, N). That is plain distillation, query by query.
+#   Three checks have nothing to test: of references, of padding rows and of images without objects.
 # - **No states of the first layers.** Configure `auxiliary_loss=True`.
 # </details>
 #
 # <details><summary><b>nn.TransformerDecoder</b></summary>
 #
-# The listing in DETR's paper was distilled once. Queries and memory are in `args`, the mask is
-# `tgt_mask`. It returns its last layer only: keep the states of the others by a hook on each of its
-# `layers`, and put them through its `norm`.
+# The listing in DETR's paper was distilled once. Queries and memory are in `args`, (Q, B, D) and
+# (S, B, D), the mask is `tgt_mask`. It knows no references either: the true boxes would never reach
+# it, **and all checks would still say yes**. So change `our_queries` as under DETR, above. It
+# returns its last layer only: keep the states of the others by a hook on each of its `layers`, and
+# put all of them through its `norm` (no check sees a norm that is missing before the last layer).
 # </details>
 #
 # <details><summary><b>DINO of MMDetection</b></summary>
@@ -367,7 +393,7 @@ for name, ask, options in (
     teacher, student, batch = models[name]
     of_labels = teacher.model.denoising_class_embed.weight[:-1] if name == "RT-DETR v2" else None
     pair = pairs[name] = Pair(teacher, student, ask, CLoCKDistill(32, 64, **options), of_labels)
-    missed = [check.__name__ for check in checklist.CHECKS if not check(pair, batch)]
+    missed = checklist.missed(pair, batch)
     print(f"{name}: {len(missed)} of {len(checklist.CHECKS)} checks say no")
     assert not missed
     weighed(pair, step, batch)
@@ -480,9 +506,9 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # ```python
 # pair, batch = pairs["Deformable DETR"], models["Deformable DETR"][2]
 # pair.student.model.freeze_backbone()
-# found = [check.__name__ for check in checklist.CHECKS if not check(pair, batch)]
+# found = checklist.missed(pair, batch)
 # pair.student.model.unfreeze_backbone()
-# assert found == ["both_parts_reach_the_backbone"]
+# assert [*found] == [checklist.both_parts_reach_the_backbone]
 # ```
 # `both_parts_reach_the_backbone`. Nothing crashes: encoder and decoder learn on what a random
 # backbone gives them.

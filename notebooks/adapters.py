@@ -45,7 +45,7 @@ class Batch:
 
 
 def memory_step(pair, batch):
-    """The memory part alone -> losses {"loss_own", "memory", and zeros}.
+    """The memory part alone -> losses {"loss_own", "memory", and zeros}, output, what was learned.
 
     pair.ask: a context manager of a detector alone; it keeps memory (B, S, D), shapes, padding.
     """
@@ -55,7 +55,8 @@ def memory_step(pair, batch):
         output = pair.student(batch.images, batch.mask, labels=batch.targets)
     terms = pair.distill(learned.memory, taught.memory, None, None, None, None, batch.labels,
                          batch.boxes, learned.shapes, learned.padding, None, batch.extent)
-    return SimpleNamespace(losses={"loss_own": output.loss, **terms}, output=output)
+    return SimpleNamespace(losses={"loss_own": output.loss, **terms}, output=output,
+                           learned=learned)
 
 
 def step(pair, batch):
@@ -98,7 +99,8 @@ def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
     """Choose pair.distill's lambdas from 8 batches; a lambda_log of 0 stays off.
 
     The student takes 8 steps of its own loss. memory, answers: how long each part's gradient shall
-    be then, beside that of the own loss. The rule: clockdistill.Balance.
+    be then, beside that of the own loss. The rule: clockdistill.Balance. The lambdas are in no
+    state_dict: a resumed run gives them to CLoCKDistill.
     """
     distill = pair.distill
     distill.lambda_mem, distill.lambda_log = 1.0, float(distill.lambda_log > 0)
@@ -120,9 +122,11 @@ def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
 # ----------------------------------------------------------------------------------------------
 
 @contextmanager
-def hooked(modules, before, after=None):
-    """While open, before(module, args, call) runs ahead of the modules, after(...) behind them."""
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+def hooked(modules, before=None, after=None):
+    """While open, before(module, args, call) runs ahead of the modules, after(module, args, output)
+    behind them."""
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules
+             if before]
     hooks += [module.register_forward_hook(after) for module in modules if after]
     try:
         yield

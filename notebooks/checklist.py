@@ -1,13 +1,14 @@
 """Checks of an adapter: each finds a mistake that mostly gives no error message (notebook 5).
 
-    run(pair, batch)                prints each check's answer -> those that say no
+    run(pair, batch)                prints each check's answer
+    missed(pair, batch)             -> {the checks that say no: why}
     memory_is_right(pair, batch)    of the memory alone
 
 What stands below a check's name is what you would see in training instead (reasoned, not measured).
-Put your detector's names for `config.id2label`, `config.decoder_layers`, `model`, `logits`,
-`pred_boxes`, and for its parts `backbone.` and `decoder.`. Before you run them:
+A detector with other names than those below is wrapped, as the notebook shows. Before you run them:
 
-- set the student's dropout to 0: it draws other numbers when there are more queries;
+- set the student's dropout to 0, since it draws other numbers when there are more queries (p of
+  each nn.Dropout, and dropout, a number, of each nn.MultiheadAttention);
 - ask in one group, without noise;
 - take a batch whose images all have objects, image 0 fewer than another; image 1 is padded.
 """
@@ -20,20 +21,34 @@ from clockdistill import CLoCKDistill, gradients_of, length
 
 
 def run(pair, batch):
-    """Print each check's name, its answer, and what a mistake would look like -> the checks that
-    say no."""
-    missed = [check for check in CHECKS if not check(pair, batch)]
+    """Print each check's answer, its name, and what a mistake would look like -> missed."""
+    no = missed(pair, batch)
     for check in CHECKS:
-        answer = "NO " if check in missed else "yes"
-        print(f"{answer}  {check.__name__.replace('_', ' ')}\n"
+        print(f"{no.get(check, 'yes'):4} {check.__name__.replace('_', ' ')}\n"
               f"     {check.__doc__}")
-    return missed
+    return no
+
+
+def missed(pair, batch):
+    """The checks that say no, or end with an error -> {check: why}."""
+    no = {}
+    for check in CHECKS:
+        try:
+            if not check(pair, batch):
+                no[check] = "NO"
+        except Exception as error:
+            no[check] = f"NO, {type(error).__name__}: {error}\n    "
+    return no
 
 
 def memory_is_right(pair, batch):
-    """Of memory_step: its loss reaches the backbone, and not the decoder."""
-    loss = memory_step(pair, batch).losses["memory"]
-    return gradient(pair, loss, "backbone.") > 0 and gradient(pair, loss, "decoder.") == 0
+    """Of memory_step: shapes are (height, width), and the loss reaches the backbone and not the
+    decoder."""
+    done = memory_step(pair, batch)
+    (rows, columns), (height, width) = done.learned.shapes[0], batch.images.shape[2:]
+    loss = done.losses["memory"]
+    return ((rows - columns) * (height - width) >= 0 and gradient(pair, loss, "backbone.") > 0
+            and gradient(pair, loss, "decoder.") == 0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -68,10 +83,12 @@ def moved(pair, batch, factor=1.0):
 
 
 def gradient(pair, loss, module):
-    """The norm of a loss's gradient on a part of the student."""
-    parameters = [p for name, p in pair.student.named_parameters()
-                  if module in name and p.requires_grad]
-    return length(gradients_of(loss, parameters)) if parameters else 0.0
+    """The norm of a loss's gradient on a part of the student, 0 if it is frozen."""
+    part = [p for name, p in pair.student.named_parameters() if module in name]
+    if not part:
+        raise ValueError(f"no parameter of the student is named {module!r}: put your name here")
+    learning = [p for p in part if p.requires_grad]
+    return length(gradients_of(loss, learning)) if learning else 0.0
 
 
 def against_itself(pair, batch):
@@ -122,8 +139,10 @@ def columns_fit_the_class_head(pair, batch):
 
 def references_are_of_the_own_size(pair, batch):
     """Answers beside the objects, in padded images only."""
-    if batch.extent is None:                              # no padding
+    if batch.mask is None or batch.mask.bool().all():     # no padding
         return True
+    if batch.extent is None:
+        raise ValueError("the images are padded: give batch.extent")
     own_size, padded_size = (moved(pair, batch, factor)
                              for factor in (1.0, batch.extent.repeat(1, 2)[:, None]))
     return 2 * own_size < padded_size
@@ -181,9 +200,9 @@ def a_copy_of_the_teacher_has_no_loss(pair, batch):
 @torch.no_grad()
 def images_without_objects_add_nothing(pair, batch):
     """NaN, or a crash, at the first such batch."""
-    empty = replace(batch, labels=[x[:0] for x in batch.labels], targets=None,
+    empty = replace(batch, labels=[x[:0] for x in batch.labels],
                     boxes=[x[:0] for x in batch.boxes])
-    return answers(step(against_itself(pair, batch), empty).losses) == 0
+    return answers(step(pair, empty).losses) == 0
 
 
 def both_parts_reach_the_backbone(pair, batch):
