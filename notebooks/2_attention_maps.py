@@ -16,9 +16,9 @@
 #    there; spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
 #    the distilled DAB-DETR and Deformable DETR attend clearly more like the teacher than the lone
-#    ones: perhaps because only they were trained on such queries, perhaps because their boxes are
-#    more like the teacher's. DINO does by .03 at most, and not on cells of 8 pixels. (One pair of
-#    students each.)
+#    ones: perhaps because only they were trained on such queries (with their own queries they lead
+#    too), perhaps because their boxes are more like the teacher's. DINO does by .03 at most, and
+#    not on cells of 8 pixels. (One pair of students each.)
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #

@@ -464,7 +464,8 @@ for recipe in ("kitti-student", "coco-student"):
 #   each). At full size nothing tunes them.
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
 #   each class in the others. The small runs ask with the teacher's own contents: the safer choice
-#   ([why](3_ablations.ipynb)), untried at full size.
+#   ([why](3_ablations.ipynb)), untried at full size (`--method-options content=own`; with box noise
+#   and the rest `preset=dino`).
 # - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
 #   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI two seeds leave it open.
 # - **The start** is an ImageNet backbone. 5,985 images are few for a DETR: a detector trained on

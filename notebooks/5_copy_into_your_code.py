@@ -106,7 +106,7 @@ print(f"images {tuple(batch.images.shape)}; objects {[len(x) for x in batch.labe
 # seeds); what the answers add is undecided ([results](../results/kitti/README.md)). It needs no
 # queries, no mask and no second answer, only a hook that reads three arguments. `lambda_log=0`
 # turns the rest off. `scale=True`, the default, lets small objects count as much as large ones; on
-# the toy that cost AP.
+# the toy that cost DINO AP.
 #
 # **In your code** arguments without names are in `args`. Memory (S, B, D), as `nn.Transformer` and
 # Facebook's DETR have it, becomes (B, S, D): `kept.memory = args[1].transpose(0, 1)`. If the
@@ -157,10 +157,12 @@ show(memory_step, Learner)
 #
 # **Training** is the loop that you have, with `learner = Learner(pair, memory_step)` in place of
 # the student: `loss = learner(batch)`. Give `learner.parameters()` to the optimizer: `distill` has
-# a linear map from the student's width to the teacher's, which learns too. On a GPU move teacher,
-# student and `distill` there before you build `Pair`. Afterwards the student is the plain detector:
-# save it alone. What is missing is the weight of the loss: `weigh`, further down ("How heavy?").
-# The lambdas that it finds are in no checkpoint: a resumed run gives them to `CLoCKDistill`.
+# a linear map from the student's width to the teacher's, which learns too. If you clip gradients,
+# clip all of them together (the tables: at 0.1); memory's long one then shrinks the decoder's as
+# well. On a GPU move teacher, student and `distill` there before you build `Pair`. Afterwards the
+# student is the plain detector: save it alone. What is missing is the weight of the loss: `weigh`,
+# further down ("How heavy?"). The lambdas that it finds are in no checkpoint: a resumed run gives
+# them to `CLoCKDistill`.
 #
 # ## Then the answers too
 #
@@ -287,13 +289,13 @@ weighed(dense, step, batch)
 show(weigh)
 
 # %% [markdown]
-# $\lambda_{mem}$ is large because $\alpha = 5 \cdot 10^{-5}$ is meant for wider memories and larger
-# images. It says nothing about another detector: the rule gives the three of this page from under
-# 2,000 to some 40,000.
+# $\lambda_{mem}$ is large because $\alpha$ is small and the wanted ratio is 50. It says nothing
+# about another detector: the rule gives the three of this page from under 2,000 to some 40,000.
 #
 # **Then compare AP, on images that no table of yours reports.** Train with and without the method
 # for a quarter of your steps. If the distilled student's AP is below the lone one's by more than
-# two seeds differ, weigh again with both ratios a quarter as large (a rule of thumb, not measured).
+# two seeds differ, weigh a fresh student with both ratios a quarter as large (a rule of thumb, not
+# measured).
 # On KITTI's tuning images the ratios memory : answers 3 : 1/16, 12 : 1/4, 50 : 1 and 200 : 4 gave
 # AP .200, .199, .194 and .128 (one seed each): the first three tie, the last is too heavy. The
 # tables use the first; `weigh` starts with the third, since on the toy 12 was .03 to .06 below 50.
@@ -328,8 +330,9 @@ show(weigh)
 #
 # **Deformable DETR**, `ask_deformable_detr` in [adapters.py](adapters.py):
 #
-# - **Content.** It has no label embedding. The queries ask with frozen random numbers, one row per
-#   class: `content="random_label"`.
+# - **Content.** It has no label embedding, and the two-stage model no learned contents. The queries
+#   ask with frozen random numbers, one row per class: `content="random_label"`. (A one-stage
+#   teacher has learned ones, the second half of `query_position_embeddings`: not tried.)
 # - **Position.** The two-stage model makes it from a box (`pos_trans`), and so do we. A one-stage
 #   model learned one for each own query, and none for a box: ours are a fixed random map of the
 #   box's sine encoding, its reference the box's centre. So `its own queries get its own answers`
@@ -379,8 +382,8 @@ show(weigh)
 # Distilled once (MMDetection 3.3, with stubbed operators). `before` gives `together` its denoising
 # mask turned round, `after` takes `(states, references)` and asks `detector.bbox_head` with our
 # rows. In `step` the teacher runs as `teacher.forward_transformer(teacher.extract_feat(images),
-# samples)`, the student as `student.loss(images, samples)`, whose sum is the own loss. Ask with
-# `content="label"` and `teacher.dn_query_generator.label_embedding.weight`.
+# samples)`, the student as `student.loss(images, samples)`, whose sum is the own loss. It was asked
+# with `content="label"` and `teacher.dn_query_generator.label_embedding.weight`.
 # </details>
 
 # %%

@@ -49,19 +49,23 @@ plots.deployment_drawing()
 # export one file for each shape.
 #
 # `export` needs a checkpoint of this repository. With a detector of your own call its core,
-# `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module
-# in eval mode that normalises pixels (1, H, W, 3) and returns boxes (1, k, 4), corners in pixels of
+# `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module in
+# eval mode that normalises pixels (1, H, W, 3) and returns boxes (1, k, 4), corners in pixels of
 # this H x W, scores (1, k), the best first, and labels (1, k), places in `classes` (ours is
-# `deploy.Program`). It compares nothing: ask both, and see that `deploy.disagreement(ours, theirs,
-# (H, W))` is below 1e-4.
-# `detect.py` looks for size and classes in the file's metadata:
+# `deploy.Program`). It compares nothing: the last lines do. `detect.py` looks for size and classes
+# in the file's metadata:
 #
 # ```python
 # proto = deploy.to_onnx(module, [images], dynamic=False)           # a tensor (1, H, W, 3) uint8
 # for key, value in {"size": [H, W], "classes": ["Car", "Dog"]}.items():
 #     proto.metadata_props.add(key=key, value=json.dumps(value))
 # onnx.save(proto, "mine.onnx")
+# ours = [x.detach().numpy() for x in module(images)]
+# theirs = deploy.open_session("mine.onnx").run(None, {"images": images.numpy()})
+# assert deploy.disagreement(ours, theirs, (H, W)) < 1e-4
 # ```
+#
+# Run them in this repository's folder: `deploy` imports its modules.
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more

@@ -42,13 +42,14 @@ def missed(pair, batch):
 
 
 def memory_is_right(pair, batch):
-    """Of memory_step: shapes are (height, width), and the loss reaches the backbone and not the
-    decoder."""
+    """Of memory_step: the teacher is frozen and in eval mode, shapes are (height, width), and the
+    loss reaches the backbone and not the decoder."""
     done = memory_step(pair, batch)
     (rows, columns), (height, width) = done.learned.shapes[0], batch.images.shape[2:]
+    upright = (rows - columns) * (height - width) >= 0
     loss = done.losses["memory"]
-    return ((rows - columns) * (height - width) >= 0 and gradient(pair, loss, "backbone.") > 0
-            and gradient(pair, loss, "decoder.") == 0)
+    return (the_teacher_is_frozen_and_in_eval_mode(pair, batch) and upright
+            and gradient(pair, loss, "backbone.") > 0 and gradient(pair, loss, "decoder.") == 0)
 
 
 # ----------------------------------------------------------------------------------------------
