@@ -384,8 +384,7 @@ plots.location_masks(picture, truth["boxes"], levels)
 #
 # **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
 # Level 2 may be the reason, or these weights (neither is tested). The recipes for KITTI and COCO
-# keep $S$; whether it helps there is not known: the two seeds of real KITTI that are run have two
-# signs.
+# keep $S$; on real KITTI it is undecided, -.001 (-.011 to +.009).
 #
 # ## What each mask does
 #
@@ -796,7 +795,8 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # $S$, five seeds, with the ratios 3.1 and 1/16, the best on `tune` by .001: a tie, in which step 3
 # of the rule would have taken 50 and 1. No full-length run on real images has these. The memory
 # part alone gains +.049 (+.025 to +.072); the logit part alone, +.006 (-.001 to +.012), is
-# undecided (five seeds). Of the masks two seeds are run there, too few to tell; of rivals none.
+# undecided (five seeds). There $M$ against every token alike is undecided, +.005 (-.000 to +.011),
+# and so is $S$, -.001 (-.011 to +.009); of rivals no run is made.
 #
 # # Exercises
 #

@@ -564,8 +564,8 @@ plots.reading({"The toy": on_toy, "Real KITTI": on_kitti},
 # | Does the logit part alone? | Deformable DETR +.029 with random queries (target-aware ones only: +.013); DINO undecided | undecided: +.006 (-.001 to +.012), five seeds |
 # | Does the logit part add to the memory part? | undecided, between -.045 and +.039 | undecided: -.007 (-.013 to +.000), five seeds |
 # | Do target-aware queries teach more than random ones? | Deformable DETR: about four an image (one per object) less than 24 random ones, -.020 (-.027 to -.013); what they add to random ones is undecided | not measured |
-# | Does the mask M, against a plain copy? | undecided | two of five seeds: ahead in both, by .009 and .010; too few |
-# | Does the mask S? | it costs DINO .021 (.004 to .037) AP; Deformable DETR .027 at half the steps, undecided at full length; DAB-DETR: undecided, S ahead by .005 ([an earlier choice](../results/README.md#do-the-masks-help), no bar here) | two of five seeds: +.003 and -.013; too few |
+# | Does the mask M, against a plain copy? | undecided | undecided: +.005 (-.000 to +.011), both parts; ahead in each of five seeds |
+# | Does the mask S? | it costs DINO .021 (.004 to .037) AP; Deformable DETR .027 at half the steps, undecided at full length; DAB-DETR: undecided, S ahead by .005 ([an earlier choice](../results/README.md#do-the-masks-help), no bar here) | undecided: -.001 (-.011 to +.009), both parts, five seeds |
 # | Is it better than its rivals? | Deformable DETR, half the steps, with more trials: without S than six of eight, with S than three; the others undecided | not measured |
 # | Speed, or a higher ceiling? | neither is shown (three seeds: the gain grows, then shrinks) | not measured |
 #

@@ -467,7 +467,7 @@ for recipe in ("kitti-student", "coco-student"):
 #   ([why](3_ablations.ipynb)), untried at full size (`--method-options content=own`; with box noise
 #   and the rest `preset=dino`).
 # - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
-#   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI two seeds leave it open.
+#   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI it is undecided.
 # - **The start** is an ImageNet backbone. 5,985 images are few for a DETR: a detector trained on
 #   COCO (section 6) should be the better start, above all for the teacher.
 #

@@ -96,11 +96,18 @@ def test_rows_called_label_of_a_detector_without_label_embedding_are_random():
 
 
 def test_the_masks_on_real_kitti():
-    lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["masks"]
-    rows = rows_of("results/kitti/README.md", "| AP of seed | 0 | 1 | 2 to 4")
-    for line, (name, *scores, _) in zip(lines[1:], rows, strict=True):
+    """The scores, gains and differences of question 3 in results/kitti/README.md."""
+    alone, *lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["masks"]
+    scores = [dict(zip(line["seeds"], line["AP"])) for line in lines]
+    for line, seeds, (name, *cells) in zip(lines, scores, rows_of("results/kitti/README.md", "| AP of seed | 0 | 1 | 2 | 3 | 4 | gain"),
+                                           strict=True):
         assert line["method"].split(":")[0] in name
-        assert scores == [f"{score:.3f}" for score in line["AP"][:2]] and line["seeds"][:2] == [0, 1]
+        gain = tables.gain(seeds, dict(zip(alone["seeds"], alone["AP"])))
+        assert cells == [*(f"{seeds[seed]:.3f}" for seed in range(5)), tables.interval(gain)]
+    for (more, less), (_, cell) in zip(((1, 0), (2, 1), (2, 0)), rows_of("results/kitti/README.md", "| AP, five seeds | difference"),
+                                       strict=True):
+        gain = tables.gain(scores[more], scores[less])
+        assert cell == tables.interval(gain) + ", undecided" and gain["low"] < 0 < gain["high"]
 
 
 def test_training_in_bf16():
