@@ -315,7 +315,7 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
         w = t.softmax(3)[..., :-1].amax(3) if classes == "softmax" else t.sigmoid().amax(3)
     w = w * valid
     if normalise == "queries":
-        w = w / _mean_over_processes(valid.sum())
+        w = w / _mean_over_processes(valid.sum().float()).clamp(min=1)
     elif normalise == "batch":
         w = w / valid.shape[0]
     else:
@@ -598,10 +598,7 @@ class Balance(nn.Module):
             row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
             # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
             row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)
-            if dist.is_available() and dist.is_initialized():      # the same factors in all processes
-                dist.all_reduce(row)
-                row = row / dist.get_world_size()
-            self.measured[step] = row
+            self.measured[step] = _mean_over_processes(row)      # the same factors in all of them
 
     def factors(self, step):
         """{part: its factor at this step}. Raises ValueError when a part never had a gradient."""
@@ -637,14 +634,12 @@ def _extent(padding, shape):
     return torch.stack([valid.any(1).sum(1) / width, valid.any(2).sum(1) / height], 1)
 
 
-def _mean_over_processes(count):
-    """A count summed over all processes, over their number, at least 1; the count itself without
-    torch.distributed."""
-    count = count.float()
+def _mean_over_processes(values):
+    """The mean of a tensor over all processes; the tensor itself without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1)
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
 
 
 def _full(x):

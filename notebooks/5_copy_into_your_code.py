@@ -54,7 +54,7 @@ import checklist
 from adapters import Learner, Pair, hooked, memory_step, step, weigh
 from clockdistill import CLoCKDistill
 from experiments import plots
-from three_detectors import deformable_detr, examples
+from three_detectors import deformable_detr, examples, fit
 
 
 def show(*parts):
@@ -416,18 +416,11 @@ for refine in (False, True):                              # the one-stage Deform
 for name, pair in pairs.items():
     torch.manual_seed(1)
     learner, batch = Learner(copy.deepcopy(pair)), models[name][2]
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
-    history = []
-    for _ in range(60):
-        losses = step(learner.pair, batch).losses
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimizer.step()
-        history.append([value.item() for value in losses.values()])
-    left = [end / start for start, end in zip(history[0], history[-1])]
-    print(f"{name:15} is left: " + ", ".join(f"{k} {x:.0%}" for k, x in zip(losses, left)))
-    assert max(left) < 0.9
+    first, *_, last = fit(learner.parameters(), steps=60,
+                          losses_of=lambda: step(learner.pair, batch).losses)
+    left = {term: last[term] / first[term] for term in first}
+    print(f"{name:15} is left: " + ", ".join(f"{k} {x:.0%}" for k, x in left.items()))
+    assert max(left.values()) < 0.9
 
 # %% [markdown]
 # ## Several processes

@@ -21,11 +21,10 @@ from clockdistill import CLoCKDistill, gradients_of, length
 
 
 def run(pair, batch):
-    """Print each check's answer, its name, and what a mistake would look like -> missed."""
+    """Print each check's name, its answer, and what a mistake would look like -> missed."""
     no = missed(pair, batch)
     for check in CHECKS:
-        print(f"{no.get(check, 'yes'):4} {check.__name__.replace('_', ' ')}\n"
-              f"     {check.__doc__}")
+        print(f"{check.__name__.replace('_', ' ')}: {no.get(check, 'yes')}\n    {check.__doc__}")
     return no
 
 
@@ -37,7 +36,7 @@ def missed(pair, batch):
             if not check(pair, batch):
                 no[check] = "NO"
         except Exception as error:
-            no[check] = f"NO, {type(error).__name__}: {error}\n    "
+            no[check] = f"NO, {type(error).__name__}: {error}"
     return no
 
 

@@ -4,6 +4,7 @@ DenseDetr    of nn.MultiheadAttention, as you may have written it: Conditional D
              (arXiv 2108.06152), small, with the head of DETR (arXiv 2005.12872)
 deformable_detr, rt_detr    of `transformers`
 examples     a trained teacher, a student and a batch of each
+fit          plain training
 """
 import math
 from types import SimpleNamespace
@@ -170,6 +171,20 @@ def rt_detr(width, layers):
 # Something to run on
 # ----------------------------------------------------------------------------------------------
 
+def fit(parameters, losses_of, steps):
+    """Plain training. losses_of() -> {name: scalar}; their sum falls. -> [{name: float} a step]"""
+    parameters, history = [*parameters], []
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for _ in range(steps):
+        losses = losses_of()
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        history.append({name: value.item() for name, value in losses.items()})
+    return history
+
+
 def examples():
     """-> {name: (teacher, student, Batch)}: teachers 64 wide with three decoder layers, frozen
     after forty steps of their own loss; students 32 wide with two; six images of the toy.
@@ -195,12 +210,7 @@ def examples():
     found = {}
     for name, (teacher, student) in pairs.items():
         batch = stretched if name == "RT-DETR v2" else padded
-        optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-3)
-        for _ in range(40):
-            loss = teacher(batch.images, batch.mask, labels=targets).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-            optimizer.step()
+        fit(teacher.parameters(), steps=40, losses_of=lambda: {
+            "own": teacher(batch.images, batch.mask, labels=targets).loss})
         found[name] = teacher.eval().requires_grad_(False), student, batch
     return found

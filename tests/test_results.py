@@ -99,13 +99,13 @@ def test_the_masks_on_real_kitti():
     """The scores, gains and differences of question 3 in results/kitti/README.md."""
     alone, *lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["masks"]
     scores = [dict(zip(line["seeds"], line["AP"])) for line in lines]
-    for line, seeds, (name, *cells) in zip(lines, scores, rows_of("results/kitti/README.md", "| AP of seed | 0 | 1 | 2 | 3 | 4 | gain"),
-                                           strict=True):
+    rows = rows_of("results/kitti/README.md", "| AP of seed | 0 | 1 | 2 | 3 | 4 | gain")
+    for line, seeds, (name, *cells) in zip(lines, scores, rows, strict=True):
         assert line["method"].split(":")[0] in name
         gain = tables.gain(seeds, dict(zip(alone["seeds"], alone["AP"])))
         assert cells == [*(f"{seeds[seed]:.3f}" for seed in range(5)), tables.interval(gain)]
-    for (more, less), (_, cell) in zip(((1, 0), (2, 1), (2, 0)), rows_of("results/kitti/README.md", "| AP, five seeds | difference"),
-                                       strict=True):
+    rows = rows_of("results/kitti/README.md", "| AP, five seeds | difference")
+    for (more, less), (_, cell) in zip(((1, 0), (2, 1), (2, 0)), rows, strict=True):
         gain = tables.gain(scores[more], scores[less])
         assert cell == tables.interval(gain) + ", undecided" and gain["low"] < 0 < gain["high"]
 
