@@ -4,7 +4,7 @@
     missed(pair, batch)             -> {the checks that say no: why}
     memory_is_right(pair, batch)    of the memory alone
 
-What stands below a check's name is what you would see in training instead (reasoned, not measured).
+What stands after "if not" is what you would see in training instead (reasoned, not measured).
 A detector with other names than those below is wrapped, as the notebook shows. Before you run them:
 
 - set the student's dropout to 0, since it draws other numbers when there are more queries (p of
@@ -24,7 +24,8 @@ def run(pair, batch):
     """Print each check's name, its answer, and what a mistake would look like -> missed."""
     no = missed(pair, batch)
     for check in CHECKS:
-        print(f"{check.__name__.replace('_', ' ')}: {no.get(check, 'yes')}\n    {check.__doc__}")
+        name = check.__name__.replace("_", " ")
+        print(f"{name}: {no.get(check, 'yes')}\n    if not: {check.__doc__}")
     return no
 
 
