@@ -1321,7 +1321,7 @@ def _legend(figure, classes, truths, rule=""):
             keys.append(_key(name, linestyle="none", marker=marker, markersize=4.5))
     if rule is not None:
         keys += [_key("found"), _key("false alarm", linestyle=FALSE),
-                 _patch("missed", facecolor="#777777", edgecolor=TRUTH, linestyle=MISSED)]
+                 _key("missed (in white)", linestyle=MISSED)]
     if any(len(truth.get("references", ())) for truth in truths):
         keys.append(_key("reference", linestyle=REFERENCE))
     if any(len(truth.get("ignore", ())) for truth in truths):
