@@ -159,7 +159,7 @@ def test_the_step_that_the_readme_gives_to_copy_runs():
 
 def test_the_shipped_detectors():
     """AP and size in weights/README.md are those that deployment measured."""
-    rows = rows_of("weights/README.md", "| AP on `val`")
+    rows = rows_of("weights/README.md", "| NAME; AP on `val`")
     assert len(rows) == 4
     for name, *scores, sizes in rows:
         data, detector = re.fullmatch(r"(?:real )?(\w+): `(\w+)`", name).groups()
