@@ -608,7 +608,7 @@ class Balance(nn.Module):
         factors = {}
         for (part, wanted), value in zip(self.ratios.items(), usual):
             if not math.isfinite(value):
-                raise ValueError(f"--balance {part}: this part of the method has no gradient: "
+                raise ValueError(f"balance of {part}: this part of the method has no gradient: "
                                  "leave it out")
             factors[part] = wanted / value
         return factors
