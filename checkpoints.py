@@ -341,7 +341,8 @@ def check_finite(state, origin):
     origin: the file, or what stands for it in the message.
     """
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        quantized = value.is_quantized or value.is_floating_point() and value.itemsize == 1  # float8
+        if value.layout != torch.strided or quantized or value.is_meta:
             raise ValueError(f"{origin}: {name} is a sparse, quantized or meta tensor: save it as "
                              "a plain one where it was made")
         if value.is_floating_point() and not value.isfinite().all():

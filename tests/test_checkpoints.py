@@ -268,7 +268,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, name, 
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(3).to_sparse(), torch.zeros(3, device="meta"),
-                                 torch.quantize_per_tensor(torch.zeros(3), 1., 0, torch.qint8)])
+                                 torch.quantize_per_tensor(torch.zeros(3), 1., 0, torch.qint8),
+                                 torch.zeros(3).to(torch.float8_e4m3fn)])
 def test_tensors_of_an_odd_kind_are_refused(tmp_path, odd):
     torch.save({"model": {"a.b": odd}}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="x.pth: a.b is a sparse, quantized or meta tensor"):
