@@ -192,6 +192,15 @@ def test_the_trials_of_the_weights():
     assert rows["AP on digits"] == [of[ratio] for ratio in (3.125, 12.5, 50, 200)]
 
 
+def test_dab_detr_misses_its_bar():
+    """The plan's curve is that of the run."""
+    alone, _ = json.loads((ROOT / "results/kitti/dab_detr.json").read_text())
+    rows = {row[0]: row[1:] for row in rows_of("results/kitti/PLAN.md", "| step | 400")}
+    for name, metric in (("AP50 of the student alone", "AP50"), ("AP of it", "AP")):
+        assert rows[name] == [f"{point[metric]:.3f}"[1:] for point in alone["history"]]
+    assert alone["history"][-1]["AP50"] < .2
+
+
 def test_the_remedy_for_the_logit_part():
     """The page's interval is that of the runs, paired by seed."""
     runs = [run for run in json.loads((ROOT / "results/toy/sees_learned.json").read_text())
