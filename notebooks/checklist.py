@@ -207,7 +207,7 @@ def images_without_objects_add_nothing(pair, batch):
 
 
 def both_parts_reach_the_backbone(pair, batch):
-    """AP stays the lone student's: a `detach`, a `no_grad` or a frozen backbone cuts it off."""
+    """The backbone learns nothing from a part: a `detach`, a `no_grad`, or it is frozen."""
     losses = step(pair, batch).losses
     parts = losses["memory"], answers(losses)
     return all(gradient(pair, part, "backbone.") > 0 for part in parts)
