@@ -278,9 +278,9 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
         "softmax_of_sigmoid" = one distribution over the classes of a sigmoid detector.
     confidence: False = w is 1.
     normalise: divide by "queries", the number of valid ones [O], "batch", B, or "confidence", each
-        layer's summed w. The number of queries is that of all processes over their number, so that
-        the mean of the processes' gradients is the gradient of the whole batch: every process has to
-        call this.
+        layer's summed w. What divides is that of all processes over their number, so that the mean
+        of the processes' gradients is the gradient of the whole batch: every process has to call
+        this.
     layers: "all" or "last".
     Returns {"cls", "l1", "giou"}, unweighted scalars; without valid queries 0, still attached to the
     student's graph.
@@ -319,7 +319,7 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
     elif normalise == "batch":
         w = w / valid.shape[0]
     else:
-        w = w / w.sum((1, 2), keepdim=True).clamp(min=1e-6)
+        w = w / _mean_over_processes(w.sum((1, 2), keepdim=True)).clamp(min=1e-6)
 
     # KL of Bernoullis: the cross entropy with the teacher minus the teacher's own entropy.
     if classes == "bernoulli":

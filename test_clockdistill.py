@@ -759,15 +759,19 @@ def test_own_queries_of_nn_multihead_attention_do_not_notice_the_target_aware_on
         assert_close(together[image, 5:5 + count], attention(alone, alone, alone)[0][0])
 
 
-def test_the_losses_of_two_processes_average_to_that_of_the_whole_batch(monkeypatch):
-    """Also when one of them has no objects: the number of valid queries is summed over both."""
+@pytest.mark.parametrize("normalise", ["queries", "batch", "confidence"])
+def test_the_losses_of_two_processes_average_to_that_of_the_whole_batch(monkeypatch, normalise):
+    """Also when one of them has no objects: what divides is summed over both."""
     *given, valid = answers()
     valid[1] = False
-    whole = logit_loss(*given, valid)
+    whole = logit_loss(*given, valid, normalise=normalise)
+    first, second = (([x[:, i:i + 1] for x in given], valid[i:i + 1]) for i in (0, 1))
+    divisors = []                                                      # the first process's, the second has none
     monkeypatch.setattr(clockdistill.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(clockdistill.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(clockdistill.dist, "all_reduce", lambda count: count.fill_(float(valid.sum())))
-    first, second = (logit_loss(*[x[:, i:i + 1] for x in given], valid[i:i + 1]) for i in (0, 1))
+    monkeypatch.setattr(clockdistill.dist, "all_reduce",
+                        lambda values: (divisors.append(values.clone()), values.copy_(divisors[0])))
+    first, second = (logit_loss(*answered, asked, normalise=normalise) for answered, asked in (first, second))
     for name, loss in whole.items():
         assert second[name] == 0 and second[name].requires_grad            # a gradient of zeros: DDP does not wait
         assert_close((first[name] + second[name]) / 2, loss)
