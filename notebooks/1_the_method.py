@@ -388,8 +388,8 @@ plots.location_masks(picture, truth["boxes"], levels)
 # boxes touch every cell: there is no background, and two fifths of the image count as pedestrian.
 #
 # **With $S$ DINO has .021 AP less on the toy** (.004 to .037, five seeds), at the weights tried.
-# Level 2 may be the reason, or these weights (neither is tested). The recipes for KITTI and COCO
-# keep $S$; on real KITTI it is undecided, -.001 (-.011 to +.009).
+# Level 2 may be the reason, or these weights (neither is tested). `train.py`'s settings for KITTI
+# and COCO (its *recipes*) keep $S$; on real KITTI it is undecided, -.001 (-.011 to +.009).
 #
 # ## What each mask does
 #
@@ -648,7 +648,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # to detection:
 #
 # > Set each part's weight so that its gradient norm has a wanted ratio $r$ to detection's, as
-# > `--balance` does (`clockdistill.Balance`).
+# > `train.py --balance` does (`clockdistill.Balance`).
 #
 # $$\lambda_\mathrm{part} = r \Big/ \Big(\text{geometric mean over 8 steps of }
 #   \frac{\lVert \nabla L_\mathrm{part} \rVert}{\lVert \nabla L_\mathrm{detection} \rVert}\Big)$$
@@ -680,15 +680,15 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # ([PLAN.md](../results/kitti/PLAN.md#weights-of-the-parts-one-rule),
 # [results](../results/kitti/README.md#how-the-weights-were-chosen)):
 #
-# | memory's ratio, about | no teacher | 3 | 12 | 50 | 200 |
+# | memory's ratio, about (answers: a fiftieth of it; toy: about 1) | no teacher | 3 | 12 | 50 | 200 |
 # |---|---|---|---|---|---|
 # | toy, no $S$, 400 steps | .107 | | .163 | .222, .195 | .203 |
 # | real KITTI, $S$, a quarter of the steps | not run | .200 | .199 | .194 | .128 |
 # | handwritten digits, $S$, 600 steps | .051 | .066 | .067 | .066 | .056 |
 #
-# On KITTI 3 to 50 tie and 200 is clearly worse. On digits the ratios differ by at most .011:
-# undecided. On the toy 12 is .03 to .06 below 50, whose two runs differ by .03. (Of these .195 is
-# the rule's; the toy's other trials had lambdas chosen by hand, near these ratios.)
+# On KITTI 3 to 50 tie and 200 is worse. On digits the ratios differ by at most .011: undecided. On
+# the toy 12 is .03 to .06 below 50, whose two runs differ by .03. (Of these .195 is the rule's; the
+# toy's other trials had lambdas chosen by hand, near these ratios.)
 #
 # ## A training step in ten lines
 #
@@ -709,7 +709,7 @@ method = CLoCKDistill(64, 64, **options)
 balance = Balance({"memory": 50., "cls+l1+giou": 1.})
 unchanged, ratios, history = train.fingerprint(teacher), [], []
 
-learns = [*parameters, *method.parameters()]            # the method has linear maps
+learns = [*parameters, *method.parameters()]            # its linear maps, if widths differ
 optimizer = torch.optim.AdamW(learns, lr=1e-3)
 for step, images in enumerate(batches):
     losses = train.clockdistill_step(student, teacher, images, method)  # {name: loss}
@@ -789,7 +789,7 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # | both parts without $S$, minus alone (DINO) | 5, all | +0.132 (+0.106 to +0.158) | **helps** |
 # | memory part minus alone (DINO) | 3, half | +0.122 (+0.118 to +0.126) | **helps** |
 # | logit part minus alone (DINO) | 3, half | +0.013 (-0.017 to +0.044) | undecided |
-# | logit part with 24 random queries, minus alone (Deformable DETR) | 3, half | +0.029 (+0.016 to +0.042) | **helps**; target-aware alone +0.013 (+0.005 to +0.020), random alone +0.033 (+0.022 to +0.044) |
+# | logit part with 24 random queries (random boxes and contents), minus alone (Deformable DETR) | 3, half | +0.029 (+0.016 to +0.042) | **helps**; target-aware alone +0.013 (+0.005 to +0.020), but 0.020 (0.013 to 0.027) less than random alone; added to random: undecided, -0.004 (-0.026 to +0.018) |
 # | logit part on top of the memory part (DINO) | 3, half | -0.003 (-0.045 to +0.039) | undecided |
 # | the same on real KITTI, with $S$ | 5, all | -0.007 (-0.013 to +0.000) | undecided |
 # | $M$ minus a plain copy, Deformable DETR | 3, half | +0.003 (-0.020 to +0.027) | undecided |

@@ -96,16 +96,17 @@ class Learner(nn.Module):
 
 
 def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
-    """Choose pair.distill's lambdas from 8 batches; a lambda_log of 0 stays off.
+    """Choose pair.distill's lambdas from 8 batches; a lambda of 0 stays 0.
 
     The student takes 8 steps of its own loss. memory, answers: how long each part's gradient shall
     be then, beside that of the own loss. The rule: clockdistill.Balance. The lambdas are in no
     state_dict: a resumed run gives them to CLoCKDistill.
     """
     distill = pair.distill
-    distill.lambda_mem, distill.lambda_log = 1.0, float(distill.lambda_log > 0)
-    ratios = {"memory": memory} | ({"cls+l1+giou": answers} if distill.lambda_log else {})
-    balance = Balance(ratios)
+    distill.lambda_mem, distill.lambda_log = (float(weight > 0) for weight in
+                                              (distill.lambda_mem, distill.lambda_log))
+    ratios = {"memory": memory * distill.lambda_mem, "cls+l1+giou": answers * distill.lambda_log}
+    balance = Balance({part: ratio for part, ratio in ratios.items() if ratio})
     for index, batch in zip(range(8), batches):
         losses = step(pair, batch).losses
         balance.measure(losses, index, [*pair.student.parameters()])
@@ -113,8 +114,7 @@ def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
         losses["loss_own"].backward()
         optimizer.step()
     factors = balance.factors(8)
-    distill.lambda_mem = factors["memory"]
-    distill.lambda_log = factors.get("cls+l1+giou", 0.0)
+    distill.lambda_mem, distill.lambda_log = (factors.get(part, 0.0) for part in ratios)
 
 
 # ----------------------------------------------------------------------------------------------
