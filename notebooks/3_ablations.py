@@ -249,8 +249,8 @@ figure
 # same, and not measured again. Deformable DETR's, 24 random queries more (random boxes and
 # contents), leads by little more than luck, if its seeds scatter as DINO's do, and was taken too.
 # Measured again on `val`, three seeds, in the logit part alone, it still beats the first row of the
-# picture: +.016, after +.024 on `tune`. In the whole method, where it is used, no gain is seen. So
-# measure a choice again, and where you use it.
+# picture: +.016, after +.024 on `tune`. In the whole method, where it is used, this is undecided
+# (-.022 to +.021). So measure a choice again, and where you use it.
 #
 # The scale mask S went out by such a choice too: for all three detectors the best of four trials
 # without S was above the best of four with it ([numbers](../results/README.md)). But the best
@@ -425,10 +425,10 @@ forest({"Distilled minus alone": {"half the steps": tables.gain(half, nothing),
 # Two bars of three seeds, hints like those above: from half to once the steps the gain grows, from
 # once to twice it shrinks, and is then itself undecided. Both differences use the same three gains
 # at once the steps: if those were lucky, both are. (Twice minus half is undecided, -.018, -.057 to
-# +.021.) If distillation only saved time, this is what one would see; if it also raised the
-# ceiling, the gain would stop shrinking at some length. All runs are far from converged: neither is
-# shown. Nor is it shown that a teacher beats training alone for the same minutes, twice the steps
-# (the teacher's own training not counted).
+# +.021.) If distillation only saved time, the gain would shrink to 0; if it also raised the
+# ceiling, it would stop shrinking above 0. All runs are far from converged: neither is shown. Nor
+# is it shown that a teacher beats training alone for the same minutes, twice the steps (the
+# teacher's own training not counted).
 #
 # ## What the toy can show, and what it cannot
 #
@@ -523,14 +523,14 @@ forest(compared | {"Masks, real KITTI, with the logit part, 5 seeds": masks},
        "DINO: the parts on the toy (half the steps) and on real KITTI")
 
 # %% [markdown]
-# In the first four blocks no verdict differs, but two sizes do. Memory part: +.049 (+.025 to
-# +.072), on the toy +.122 (+.118 to +.126). Both parts: +.042, on the toy +.119; these bars do not
-# touch either. What the logit part gains alone, +.006 (-.001 to +.012), and what it adds to the
-# memory part, -.007 (-.013 to +.000), is undecided, as on the toy. But if this last interval holds
-# the true mean, the logit part adds less than .001 AP, at this weight, a sixteenth of detection's
-# gradient. A plain copy with the logit part gains too, +.038 (+.011 to +.065); what M and S add is
-# undecided. (S costs DINO AP on the toy and is undecided here; the two bars overlap, so this is no
-# contradiction.)
+# In the first four blocks no verdict differs: the two agree. The memory part and both parts gain
+# less AP on KITTI, but the gap to the teacher is smaller there, S is on and the parts pull less, so
+# the sizes are not compared. What the logit part gains alone, +.006 (-.001 to +.012), and what it
+# adds to the memory part, -.007 (-.013 to +.000), is undecided, as on the toy. But if this last
+# interval holds the true mean, the logit part adds less than .001 AP, at this weight, a sixteenth
+# of detection's gradient. A plain copy with the logit part gains too, +.038 (+.011 to +.065); what
+# M and S add is undecided. (S costs DINO AP on the toy and is undecided here; the two bars overlap,
+# so this is no contradiction.)
 #
 # ### Does a query give its answer away?
 #
@@ -568,16 +568,16 @@ plots.reading({"The toy": on_toy, "Real KITTI": on_kitti},
 #
 # ## What you can say now
 #
-# | question | the toy | real KITTI, DINO |
+# | question | the toy (all but the first, S and the last: half the steps, three seeds) | real KITTI, DINO (five seeds) |
 # |---|---|---|
 # | Does the whole method help? (toy: without S; KITTI: with S) | yes, all three detectors: DINO +.132 (+.106 to +.158) | yes, at 2,400 steps: +.042 (+.020 to +.064) |
-# | Does the memory part alone? | yes, both detectors that were taken apart | yes: +.049 (+.025 to +.072), five seeds |
-# | Does the logit part alone? | Deformable DETR +.029 with random queries (target-aware ones only: +.013); DINO undecided | undecided: +.006 (-.001 to +.012), five seeds |
-# | Does the logit part add to the memory part? | undecided: DINO -.045 to +.039, Deformable DETR -.025 to +.035 | undecided: -.007 (-.013 to +.000), five seeds |
+# | Does the memory part alone? | yes: DINO +.122, Deformable DETR +.068 | yes: +.049 (+.025 to +.072) |
+# | Does the logit part alone? | Deformable DETR +.029 with random queries (target-aware ones only: +.013); DINO undecided | undecided: +.006 (-.001 to +.012) |
+# | Does the logit part add to the memory part? | undecided: DINO -.045 to +.039, Deformable DETR -.025 to +.035 | undecided: -.007 (-.013 to +.000) |
 # | Do target-aware queries teach more than random ones? | Deformable DETR: about four an image (one per object) less than 24 random ones, -.020 (-.027 to -.013); what they add to random ones is undecided | not measured |
-# | Does the mask M, against a plain copy? | Deformable DETR, memory part alone, half the steps: undecided, +.003 (-.020 to +.027) | undecided: +.005 (-.000 to +.011), both parts; ahead in each of five seeds |
-# | Does the mask S? | it costs DINO .021 (.004 to .037) AP; Deformable DETR .027 at half the steps, undecided at full length; DAB-DETR: undecided, S ahead by .005 ([an earlier choice](../results/README.md#do-the-masks-help), no bar here) | undecided: -.001 (-.011 to +.009), both parts, five seeds |
-# | Is it better than its rivals? | Deformable DETR, half the steps, with more trials: without S than six of eight, with S than three; the others undecided | not measured |
+# | Does the mask M, against a plain copy? | Deformable DETR, memory part alone: undecided, +.003 (-.020 to +.027) | undecided: +.005 (-.000 to +.011), both parts; ahead in each of five seeds |
+# | Does the mask S? | it costs DINO .021 (.004 to .037) AP; Deformable DETR .027 at half the steps, undecided at full length; DAB-DETR: undecided, S ahead by .005 ([an earlier choice](../results/README.md#do-the-masks-help), no bar here) | undecided: -.001 (-.011 to +.009), both parts |
+# | Is it better than its rivals? | Deformable DETR, with more trials: ahead of six of eight without S, of three with S; the others undecided | not measured |
 # | Speed, or a higher ceiling? | neither is shown (three seeds: the gain grows, then shrinks) | not measured |
 #
 # How many of this page's bars miss the true difference?
