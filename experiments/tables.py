@@ -764,8 +764,8 @@ def draw(tables, done, reading, folder):
         if len(curves) > 1:
             figures[f"curves_{detector}"] = plots.curves(
                 curves, "AP", f"{detector}: with and without a teacher")
-        # Where longer runs end, and what a setting changes.
-        if longer:
+        # Where longer runs end, once all lengths have the same seeds, and what a setting changes.
+        if len({tuple(line["seeds"]) for line in longer.values()}) == 1:
             figures[f"schedule_{detector}"] = plots.curves(
                 final_scores(longer.values(), done), "AP", f"{detector}: each point a finished run")
         if "student" in varied:

@@ -192,6 +192,15 @@ def test_the_trials_of_the_weights():
     assert rows["AP on digits"] == [of[ratio] for ratio in (3.125, 12.5, 50, 200)]
 
 
+def test_twice_the_steps_on_real_kitti():
+    """The page's four scores and two gains are those of seed 0."""
+    lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["schedule"]
+    of = {line["method"]: dict(zip(line["seeds"], line["AP"]))[0] for line in lines}
+    for times, row in zip((1, 2), rows_of("results/kitti/README.md", "| AP of seed 0")):
+        alone, distilled = of[f"student, {times} x the steps"], of[f"distilled, {times} x the steps"]
+        assert row[1:] == [f"{alone:.3f}", f"{distilled:.3f}", f"{distilled - alone:+.3f}"]
+
+
 def test_dab_detr_misses_its_bar():
     """The plan's curve is that of the run."""
     alone, _ = json.loads((ROOT / "results/kitti/dab_detr.json").read_text())
