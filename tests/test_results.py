@@ -203,11 +203,13 @@ def test_twice_the_steps_on_real_kitti():
 
 def test_dab_detr_misses_its_bar():
     """The plan's curve is that of the run."""
-    alone, _ = json.loads((ROOT / "results/kitti/dab_detr.json").read_text())
+    alone, _, finer = json.loads((ROOT / "results/kitti/dab_detr.json").read_text())
     rows = {row[0]: row[1:] for row in rows_of("results/kitti/PLAN.md", "| step | 400")}
     for name, metric in (("AP50 of the student alone", "AP50"), ("AP of it", "AP")):
         assert rows[name] == [f"{point[metric]:.3f}"[1:] for point in alone["history"]]
     assert alone["history"][-1]["AP50"] < .2
+    losses = [f"{run['mean_loss_of_steps_300_to_366']:.2f}" for run in (finer, alone)]
+    assert "a loss of {} in steps 300 to 366, the recipe's {} there".format(*losses) in (ROOT / "results/kitti/PLAN.md").read_text()
 
 
 def test_the_remedy_for_the_logit_part():
