@@ -362,7 +362,8 @@ forest(of, "The toy: CLoCKDistill minus each rival, three seeds")
 # ## How much care do the settings need?
 #
 # One setting of Deformable DETR's at a time, minus the chosen one. $\lambda_{mem}$ and
-# $\lambda_{log}$ weigh the two parts, $\alpha:\beta$ objects against background (chosen: 500 : 1).
+# $\lambda_{log}$ weigh the two parts, $\alpha:\beta$ objects against background (chosen: 500 : 1;
+# 1 : 1 is a plain copy).
 # The temperature (chosen: 10) divides the logits that the logit part compares.
 #
 # **Look at** the scale: it ends at .03.
@@ -381,9 +382,8 @@ figure
 
 # %% [markdown]
 # Within these ranges no setting of *this* detector matters as much as having a teacher at all. Two
-# of nine bars do not touch 0. By chance one in twenty does so, here half a bar: both are hints to
-# try again, not results. On other images these lambdas mean nothing: [notebook
-# 1](1_the_method.ipynb) says how to choose them there.
+# of nine bars do not touch 0. By chance one in twenty does so, here half a bar. On other images
+# these lambdas mean nothing: [notebook 1](1_the_method.ipynb) says how to choose them there.
 #
 # ## A higher ceiling, or only more speed?
 #
@@ -422,13 +422,12 @@ forest({"Distilled minus alone": {"half the steps": tables.gain(half, nothing),
        "The toy: Deformable DETR, three lengths, three seeds each")
 
 # %% [markdown]
-# Two bars of three seeds, hints like those above: from half to once the steps the gain grows, from
-# once to twice it shrinks, and is then itself undecided. Both differences use the same three gains
-# at once the steps: if those were lucky, both are. (Twice minus half is undecided, -.018, -.057 to
-# +.021.) If distillation only saved time, the gain would shrink to 0; if it also raised the
-# ceiling, it would stop shrinking above 0. All runs are far from converged: neither is shown. Nor
-# is it shown that a teacher beats training alone for the same minutes, twice the steps (the
-# teacher's own training not counted).
+# From half to once the steps the gain grows, from once to twice it shrinks, and is then itself
+# undecided. Both differences use the same three gains at once the steps: if those were lucky, both
+# are. (Twice minus half is undecided, -.018, -.057 to +.021.) If distillation only saved time, the
+# gain would shrink to 0; if it also raised the ceiling, it would stop shrinking above 0. All runs
+# are far from converged: neither is shown. Nor is it shown that a teacher beats training alone for
+# the same minutes, twice the steps (the teacher's own training not counted).
 #
 # ## What the toy can show, and what it cannot
 #
@@ -441,9 +440,9 @@ forest({"Distilled minus alone": {"half the steps": tables.gain(half, nothing),
 #
 # The intervals are over seeds of the *student*: of each detector there is one teacher, here and on
 # KITTI. Two things set the toy apart from real images. Its students start from random weights; real
-# ones start from an ImageNet backbone and may have less to gain. And objects fill much of each
-# image. (On the KITTI images below they touch 17 % of all tokens,
-# [counted there](../results/kitti/README.md#what-this-does-not-say).)
+# ones start from an ImageNet backbone and may have less to gain. And objects touch 39 % of its
+# tokens (next cell), on the KITTI images below 17 % ([counted
+# there](../results/kitti/README.md#what-this-does-not-say)).
 
 # %%
 data.make_toy("datasets/toy")                            # drawn on first use
@@ -460,9 +459,9 @@ print("cells that touch an object, mean of 500 images, finest level first:",
 # [results/kitti](../results/kitti/README.md) repeats the main question on the 991 frames with a
 # cyclist of [KITTI](https://www.cvlibs.net/datasets/kitti): real photographs, ImageNet backbones,
 # DINO only. Unlike the toy's, its students keep the mask S, and their parts pull less: the ratios
-# of gradients of [notebook 1](1_the_method.ipynb) are 3.1 and 1/16, on the toy about 50 and 1. The
-# [plan](../results/kitti/PLAN.md), five seeds, was written before any student met `val`; how the
-# parts are compared was changed once, before their runs.
+# of [notebook 1](1_the_method.ipynb), each part's gradient over detection's, are 3.1 and 1/16, on
+# the toy about 50 and 1. The [plan](../results/kitti/PLAN.md), five seeds, was written before any
+# student met `val`; how the parts are compared was changed once, before their runs.
 #
 # **Look at** the gap between student and teacher: how much of it is closed?
 
@@ -489,7 +488,7 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 # ### Which part does it there?
 #
 # The same rows as on the toy, DINO. They keep the weights that tuning chose for the whole method.
-# In seeds 2 and 3 each other row ran on another CPU than "alone" and "both": such pairs share the
+# In seeds 2 and 3 all other rows ran on another CPU than "alone" and "both": such pairs share the
 # start, not the rounding (on the toy the CPU alone moved one student from .292 to .261).
 #
 # **Look for** a part that does on KITTI what it does not do on the toy.
@@ -523,7 +522,7 @@ forest(compared | {"Masks, real KITTI, with the logit part, 5 seeds": masks},
        "DINO: the parts on the toy (half the steps) and on real KITTI")
 
 # %% [markdown]
-# In the first four blocks no verdict differs: the two agree. The memory part and both parts gain
+# In the first four blocks no verdict differs. The memory part and both parts gain
 # less AP on KITTI, but the gap to the teacher is smaller there, S is on and the parts pull less, so
 # the sizes are not compared. What the logit part gains alone, +.006 (-.001 to +.012), and what it
 # adds to the memory part, -.007 (-.013 to +.000), is undecided, as on the toy. But if this last
