@@ -79,8 +79,8 @@ plots.detections([picture], [truth], results, val.classes)
 # counted.* This scene was picked, and one run is one run: over five seeds the distilled student has
 # +0.132 AP (95 % interval +0.106 to +0.158; [results](../results/README.md)).
 #
-# This student goes without two pieces of the method as it is described [T]: the mask $S$ (part 1),
-# and the label as a query's content (part 2).
+# Its settings are not those described [T]: no mask $S$ (part 1), no label as a query's content, and
+# noise on the queries' boxes (part 2).
 #
 # ## A DETR, and the method, in one drawing
 
@@ -298,9 +298,9 @@ assert abs(before) < 0.3 < 0.8 < after
 # do those of the background. Where boxes overlap, the smaller box wins: its $1/\text{cells}$ is
 # larger, so a maximum does it, and the larger box adds up to less than 1.
 #
-# A box is `(cx, cy, w, h)` in fractions of the image. In a padded batch this is the *padded* image
-# (for target-aware queries the image without its padding), and padded cells have $M = S = 0$ and do
-# not count in $N_\mathrm{bg}$.
+# `memory_loss` wants boxes `(cx, cy, w, h)` in fractions of the *padded* image; `CLoCKDistill`
+# takes fractions of the image without its padding, and converts them itself. Padded cells have $M =
+# S = 0$ and do not count in $N_\mathrm{bg}$.
 #
 # On an axis of $n$ cells a box touches cells $\lfloor (c - s/2) n \rfloor$ up to, but not
 # including, $\lceil (c + s/2) n \rceil$. Rows and columns are computed apart; a cell is inside if
@@ -432,9 +432,9 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # P]; we take the teacher's, frozen (a student of another width reads it through a learned linear
 # map) [O]. DINO has one, `label_embedding`, of which it makes its denoising queries. Deformable
 # DETR and DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A
-# label as content can give the answer away ([notebook 3](3_ablations.ipynb) measures it). So the
-# student at the top was asked with the teacher's *learned* contents instead, query $i$ with the
-# $i$-th (`content="own"`).
+# label as content can give the answer away, as it does on the toy ([notebook
+# 3](3_ablations.ipynb)). So the student at the top was asked with the teacher's *learned* contents
+# instead, query $i$ with the $i$-th (`content="own"`).
 #
 # Each object may be asked for $G$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
 # group asks from other boxes. The queries stand object by object: query $i$ asks for object
@@ -669,7 +669,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #    `--method-options preset=dino scale=False`; without `preset` it would undo the recipe's other
 #    options.) Train each for a quarter of the steps. Compare on images that are neither trained on
 #    nor reported: two files with one image id per line. If they lie within the scatter of seeds
-#    (.02 on KITTI), take the default. One trial:
+#    (.02 on KITTI at full length), take the default. One trial:
 #
 #        python train.py distill --recipe small-student --data coco --root DIR --teacher runs/big \
 #            --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 \
@@ -779,20 +779,21 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 #
 # Differences in AP, on the toy unless a row says KITTI, with 95 % intervals; one that holds 0
 # decides nothing ([notebook 3](3_ablations.ipynb) explains them). Nothing is corrected for the
-# number of rows, and three seeds do not settle differences of .01. A row of the toy changes one
-# thing in the toy's settings; a changed memory part has a weight tuned for it. **None has the
-# method as described**: labels as content and $S$ were not trained together. **No run has
-# converged:** how much of a gain is speed is open.
+# number of rows, and three seeds do not settle differences of .01. On the toy each kind of memory
+# part has a weight tuned for it. **None has the method as described**: labels as content and $S$
+# were not trained together. **No run has converged:** how much of a gain is speed is open.
 #
 # | compared | seeds, steps | difference in AP | so |
 # |---|---|---|---|
 # | both parts without $S$, minus alone (DINO) | 5, all | +0.132 (+0.106 to +0.158) | **helps** |
 # | memory part minus alone (DINO) | 3, half | +0.122 (+0.118 to +0.126) | **helps** |
 # | logit part minus alone (DINO) | 3, half | +0.013 (-0.017 to +0.044) | undecided |
-# | logit part with 24 random queries (random boxes and contents), minus alone (Deformable DETR) | 3, half | +0.029 (+0.016 to +0.042) | **helps**; target-aware alone +0.013 (+0.005 to +0.020), but 0.020 (0.013 to 0.027) less than random alone; added to random: undecided, -0.004 (-0.026 to +0.018) |
+# | logit part minus alone (Deformable DETR) | 3, half | +0.013 (+0.005 to +0.020) | **helps** |
+# | ... minus 24 random queries (random boxes and contents) in its place | 3, half | -0.020 (-0.027 to -0.013) | **worse** |
+# | ... and the random ones, minus the random ones | 3, half | -0.004 (-0.026 to +0.018) | undecided |
 # | logit part on top of the memory part (DINO) | 3, half | -0.003 (-0.045 to +0.039) | undecided |
 # | the same on real KITTI, with $S$ | 5, all | -0.007 (-0.013 to +0.000) | undecided |
-# | $M$ minus a plain copy, Deformable DETR | 3, half | +0.003 (-0.020 to +0.027) | undecided |
+# | memory part alone: $M$ minus a plain copy (Deformable DETR) | 3, half | +0.003 (-0.020 to +0.027) | undecided |
 # | with $S$ minus without (DINO; Deformable DETR) | 5, all; 3, half | -0.021 (-0.037 to -0.004); -0.027 (-0.030 to -0.023) | costs AP at the weights tried; three more comparisons: undecided |
 #
 # [Notebook 3](3_ablations.ipynb) has more: contents, groups and noise of the queries, the length of
@@ -802,8 +803,8 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # $S$, five seeds, at the ratios 3.1 and 1/16 (a tie when they were chosen: step 3 of the rule would
 # take 50 and 1). What follows keeps these ratios, so no part is shown at its own best. The memory
 # part alone gains +.049 (+.025 to +.072); the logit part alone is undecided, +.006 (-.001 to
-# +.012). So are $M$ against every token alike, +.005 (-.000 to +.011), and $S$, -.001 (-.011 to
-# +.009). No rival was run.
+# +.012). So are, with both parts, $M$ against every token alike, +.005 (-.000 to +.011), and $S$,
+# -.001 (-.011 to +.009). No rival was run.
 #
 # # Exercises
 #
