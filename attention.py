@@ -357,7 +357,7 @@ class SparseSampling(torch.autograd.Function):
             cells = F.embedding_bag(bag, grad, start, mode="sum", per_sample_weights=share)
             cells = cells.view(batch, -1, heads * table.shape[1])
             of_cells.append(inside_frame(cells, ctx.shapes, *corner))
-        of_value = torch.cat([sum(corners).flatten(1, 2) for corners in zip(*of_cells)], 1)
+        of_value = torch.cat([sum(quarter).flatten(1, 2) for quarter in zip(*of_cells)], 1)
 
         # Bilinear interpolation again, now of the four products: along x, then y.
         a, b, c, d = of_shares
@@ -366,8 +366,8 @@ class SparseSampling(torch.autograd.Function):
         # A point moves in fractions of the map, and by one cell in a height-th or width-th of it.
         height, width = torch.tensor(ctx.shapes).T[..., None].expand(-1, levels, count).to(points)
         changes = ((b - a).lerp(d - c, y), width), (lower - upper, height)
-        of_points = [change.mul_(weights.view_as(x)).view_as(weights).mul_(cells)
-                     for change, cells in changes]
+        of_points = [change.mul_(weights.view_as(x)).view_as(weights).mul_(side)
+                     for change, side in changes]
         return of_value.unflatten(2, (heads, -1)), None, torch.stack(of_points, -1), of_weights
 
 
@@ -420,7 +420,7 @@ def corners(points: Tensor, weights: Tensor, shapes: list) -> tuple:
     def spread(x):                             # (levels,) or (heads, levels) -> one per point
         return x[..., None].expand(heads, levels, count).flatten().to(points.device)
 
-    def cells(places, size):                   # the cell before each place, at most FRAME outside
+    def cell_of(places, size):                 # the cell before each place, at most FRAME outside
         return places.floor().int().clamp_(min=-FRAME).clamp_(max=spread(size))
 
     height, width = torch.tensor(shapes, dtype=torch.int32).T        # (levels,) each
@@ -434,7 +434,7 @@ def corners(points: Tensor, weights: Tensor, shapes: list) -> tuple:
 
     x = (points[..., 0].flatten(2) * spread(width)).sub_(0.5)        # (B, Q, heads * levels * P)
     y = (points[..., 1].flatten(2) * spread(height)).sub_(0.5)
-    row = cells(y, height).mul_(spread(wide)).add_(cells(x, width)).mul_(heads).add_(first)
+    row = cell_of(y, height).mul_(spread(wide)).add_(cell_of(x, width)).mul_(heads).add_(first)
     rows = [row + spread((down * wide + right) * heads) for down, right in CORNERS]
 
     x, y = x.sub_(x.floor()), y.sub_(y.floor())
@@ -442,5 +442,5 @@ def corners(points: Tensor, weights: Tensor, shapes: list) -> tuple:
     upper = weights.view_as(y) - lower
     upper_right, lower_right = upper * x, lower * x
     shares = upper - upper_right, upper_right, lower - lower_right, lower_right
-    of_bags = [[x.view(-1, levels * count) for x in corner] for corner in (rows, shares)]
+    of_bags = [[part.view(-1, levels * count) for part in corner] for corner in (rows, shares)]
     return *of_bags, (x, y)

@@ -50,12 +50,14 @@ def location_mask(boxes, height, width, valid=None):
     only the cells of the box that are on the map and not padded [O], N_bg those outside all boxes. A
     box beyond the border or wholly in padding owns nothing. Padded cells are neither object nor
     background: outside M, and S = 0.
-    Raises ValueError on boxes of another shape.
+    Raises ValueError on boxes or `valid` of another shape.
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"location_mask wants one image's boxes, (K, 4), not {tuple(boxes.shape)}")
     if valid is None:
         valid = torch.ones(height, width, dtype=torch.bool, device=boxes.device)
+    if valid.shape != (height, width):
+        raise ValueError(f"valid is {tuple(valid.shape)}, the map (height, width) ({height}, {width})")
     inside, scale = _location_masks(boxes[None], valid[None])
     return inside[0], scale[0]
 
@@ -168,7 +170,7 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
 
         q_k = embedding[class_k] as content,  box_k as reference box                 [T, P; the box: O]
 
-    labels: list of B tensors (K_b,).
+    labels: list of B tensors (K_b,), numbered from 0; a negative one makes a padding row.
     boxes: list of B tensors (K_b, 4), fractions of each image's own size.
     embedding: (N, D), the contents that can be asked with, or (D,), one for every query.
     rows: "label" = query k reads row class_k (with a single row: that one). Such a query contains its
@@ -195,9 +197,10 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
             row to itself (nn.MultiheadAttention wants ~attend, once per head)
         valid (B, Q) bool, False in padding rows, which attend only to themselves and whose outputs
             must be ignored
-    Raises ValueError on noise outside 0..1, groups below 1, an unknown value of `rows`, and, on the
-    CPU, a label without a row in the embedding.
+    Raises ValueError on noise outside 0..1, groups below 1, an unknown value of `rows`, other numbers
+    of labels than of boxes, and, on the CPU, a label without a row in the embedding.
     """
+    _check_counts(labels, boxes)
     _check_choice("rows", rows, ("label", "slot"))
     if not (0 <= box_noise <= 1 and 0 <= label_noise <= 1 and groups >= 1):
         raise ValueError(f"want noise in 0..1 and groups >= 1, got box_noise={box_noise}, "
@@ -267,7 +270,7 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
 
     student_logits: (L_s, B, Q, C), student_boxes: (L_s, B, Q, 4), a decoder layer each; teacher_*:
         with L_t layers. Layer i = 1..L_s learns from layer round(i * L_t / L_s), at least 1, so that
-        the last learns from the last [O]. Some detectors return one layer in eval mode: from such a
+        the last learns from the last [O]. (Python's round: a half goes to the even number.) Some detectors return one layer in eval mode: from such a
         teacher all layers of the student learn the same.
     valid: (B, Q) bool; the other queries have no loss and no gradient, whatever they hold, NaN
         included.
@@ -284,7 +287,8 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
     layers: "all" or "last".
     Returns {"cls", "l1", "giou"}, unweighted scalars; without valid queries 0, still attached to the
     student's graph.
-    Raises ValueError when student and teacher answer different queries, or on an unknown choice.
+    Raises ValueError when student and teacher answer different queries, when boxes are not of the
+    logits' layers and queries, or on an unknown choice.
     """
     _check_choice("classes", classes, ("bernoulli", "softmax", "softmax_of_sigmoid"))
     _check_choice("normalise", normalise, ("queries", "batch", "confidence"))
@@ -294,6 +298,11 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
         raise ValueError("student and teacher must answer the same queries about the same classes, "
                          f"but their logits (L, B, Q, C) are {shapes[0]} and {shapes[1]}, valid "
                          f"(B, Q) is {shapes[2]}")
+
+    for logits, boxes in ((student_logits, student_boxes), (teacher_logits, teacher_boxes)):
+        if boxes.shape != (*logits.shape[:3], 4):
+            raise ValueError(f"beside logits (L, B, Q, C) of {tuple(logits.shape)}, boxes must be "
+                             f"(L, B, Q, 4), not {tuple(boxes.shape)}")
 
     # Pair the layers.
     L_s, L_t = len(student_logits), len(teacher_logits)
@@ -378,7 +387,8 @@ class CLoCKDistill(nn.Module):
         losses = distill(s_memory, t_memory, s_logits, s_boxes, t_logits, t_boxes,
                          labels, boxes, shapes, padding, valid)
 
-    A part whose weight is 0 is not computed, needs no inputs and no parameters.
+    A part whose weight is 0 is not computed and needs no parameters. Without the memory part,
+    memories, shapes and padding may be None.
     """
     terms = ("memory", "cls", "l1", "giou")
 
@@ -400,9 +410,9 @@ class CLoCKDistill(nn.Module):
                                     # the others, decoders must look at the memory.
             num_classes=None,       # needed by content="random_label"
             target=True,            # [A] the target-aware queries; off for ablation
-            groups=1,               # [O] 3 in [P]: without noise the same loss three times
+            groups=1,               # [O] 3 in [P]: without noise the same loss at 3 times the cost
             box_noise=0.0,          # [P] 0..1; above 0 the decoders have something to correct
-            label_noise=0.0,        # [P] 0..1
+            label_noise=0.0,        # [P] 0..1; of contents by label, the others have none
             random_queries=0,       # [O] 300 in [P]; they look away from the objects
             random_fixed=True,      # [P] the same ones at every step; False: new ones (KD-DETR)
             learned=False,          # [O] on in [P]: the teacher's own queries too; the caller appends
@@ -503,9 +513,7 @@ class CLoCKDistill(nn.Module):
         Raises ValueError, with the remedy, when the first batch with objects gives itself away as
         boxes in pixels or as corners, an inverted padding, shapes as (W, H).
         """
-        if any(len(l) != len(b) for l, b in zip(labels, boxes, strict=True)):
-            raise ValueError(f"labels of {[len(l) for l in labels]} objects, boxes of "
-                             f"{[len(b) for b in boxes]}")
+        _check_counts(labels, boxes)
         if not (self.checked or torch.compiler.is_compiling()):
             _check_conventions(boxes, padding, shapes)   # once: a look at values makes a GPU wait
             self.checked = any(map(len, boxes))
@@ -541,7 +549,7 @@ class CLoCKDistill(nn.Module):
 # ----------------------------------------------------------------------------------------------
 
 def is_detection(name):
-    """Whether a loss is the student's own; the others come from the teacher."""
+    """Whether a loss is the student's own (loss_ce, ..); the others come from the teacher."""
     return name.startswith("loss_")
 
 
@@ -552,23 +560,26 @@ def gradients_of(loss, parameters):
     return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
 
 
-def length(gradients):
-    """The norm of all gradients together."""
+def gradient_norm(gradients):
+    """The norm of all gradients together, None among them counting as 0."""
     return math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
 
 
 def gradient_ratio(losses, names, parameters):
     """How long the gradient of some losses is: |g of the part| / |g of detection|.
 
-    losses: {name: weighted scalar} of one step.  names: the losses that make up the part.
+    losses: {name: weighted scalar} of one step; those whose names begin with "loss_" are detection's.
+    names: the losses that make up the part.
     parameters: the student's; those count that both reach (memory does not reach the decoder).
-    NaN where the part has no gradient.
+    NaN where the part has no gradient. Raises ValueError without a detection loss.
     """
+    if not any(map(is_detection, losses)):
+        raise ValueError(f'no loss of {", ".join(losses)} is detection\'s: those begin with "loss_"')
     part = gradients_of(sum(losses[name] for name in names), parameters)
     detection = gradients_of(
         sum(value for name, value in losses.items() if is_detection(name)), parameters)
     both = [pair for pair in zip(part, detection) if all(g is not None for g in pair)]
-    part, detection = map(length, zip(*both)) if both else (0, 0)
+    part, detection = map(gradient_norm, zip(*both)) if both else (0, 0)
     return part / detection if part and detection else math.nan
 
 
@@ -580,11 +591,8 @@ class Balance(nn.Module):
     the first 8 steps measure each part's `gradient_ratio` without using the part; from then on the
     part is multiplied with (wanted ratio) / (geometric mean of the 8).
 
-    Why so early: in the first steps, the lambdas tuned on the toy are ratios of 56, 19 and 129 for
-    memory (DINO, Deformable DETR, DAB-DETR), about 1 for the answers. After the warm-up, those of
-    memory are 57, 14 and 450.
-
     ratios: {"memory": 50.0, "cls+l1+giou": 1.0}: a part is named by its losses.
+    Detection's losses are those whose names begin with "loss_".
     What was measured is a buffer: a resumed run goes on with the same factors.
     """
     def __init__(self, ratios, steps=8):
@@ -657,7 +665,7 @@ def _check_conventions(boxes, padding, shapes):
     if ((corners < -0.1) | (corners > 1.1)).any():
         raise ValueError("boxes reach far beyond their images: give (cx, cy, w, h), not corners, "
                          "and clip them")
-    if padding is None:
+    if padding is None or shapes is None:
         return
     if padding[:, 0].any():
         raise ValueError("the first token of an image is padded: padding must be True where "
@@ -669,6 +677,13 @@ def _check_conventions(boxes, padding, shapes):
         if (real != real.any(2)[:, :, None] & real.any(1)[:, None]).any():
             raise ValueError("padding is no margin on the right and below: give shapes as "
                              "(height, width)")
+
+
+def _check_counts(labels, boxes):
+    """Raises ValueError unless each image has a box for each label."""
+    counts = [[len(x) for x in given] for given in (labels, boxes)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"labels of {counts[0]} objects, boxes of {counts[1]}")
 
 
 def _check_choice(name, value, choices):

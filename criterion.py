@@ -2,7 +2,7 @@
 
 L decoder layers, B images, Q queries, C classes, K objects (padded to the image with the most).
 Every function takes all layers and images at once, so that a training step needs one assignment
-call and one device-to-host copy. All of it runs in float32, also under autocast: in half precision
+call and one device-to-host copy (two-stage Deformable DETR: two of each). All of it runs in float32, also under autocast: in half precision
 areas overflow and costs tie.
 """
 from typing import NamedTuple
@@ -100,7 +100,7 @@ def assign(costs: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     is no object, or no query left (more objects than queries).
     Raises NotFinite on a cost that is not finite.
     """
-    costs = costs.cpu()                                  # the step's one device-to-host copy
+    costs = costs.cpu()                                  # the one device-to-host copy
     layers, batch, _, objects = costs.shape
     query = torch.zeros(layers, batch, objects, dtype=torch.long)
     matched = torch.zeros_like(query, dtype=torch.bool)

@@ -269,13 +269,15 @@ def timm_state(whole: dict, given: dict) -> dict[str, Tensor]:
     whole: timm.create_model(name).state_dict(). Given are the same names, or other names for tensors
     of the same kinds (weight, bias, ..) and shapes in the same order. Raises ValueError in one line.
     """
-    shapes, wanted = ({key: value.shape for key, value in tensors.items()}
-                      for tensors in (given, whole))
-    if shapes == wanted:
+    def shapes(tensors):
+        return {key: value.shape for key, value in tensors.items()}
+
+    def kinds(tensors):
+        return [(key.rpartition(".")[2], value.shape) for key, value in tensors.items()]
+
+    if shapes(given) == shapes(whole):
         return given
-    kinds, wanted = ([(key.rpartition(".")[2], shape) for key, shape in tensors.items()]
-                     for tensors in (shapes, wanted))
-    if kinds != wanted:
+    if kinds(given) != kinds(whole):
         raise ValueError(f"pretrained_backbone: not the weights of this timm model: {OTHER_WEIGHTS}")
     print(f"backbone   loaded by position: {len(given)} tensors of the same kinds and shapes as "
           "timm's")
@@ -343,7 +345,8 @@ class DeformableEncoder(nn.Module):
         groups = math.gcd(32, dim)                       # 32 in every official model
         self.project = nn.ModuleList(
             nn.Sequential(convolution, GroupNorm(groups, dim)) for convolution in convolutions)
-        self.level_embed = nn.Parameter(torch.randn(levels, dim))
+        # Only layers read it, and DDP stops at a parameter that nothing reads.
+        self.level_embed = nn.Parameter(torch.randn(levels, dim), requires_grad=layers > 0)
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, heads, ffn_dim, levels, points, dropout)
             for _ in range(layers))
@@ -399,6 +402,7 @@ class DenseEncoder(nn.Module):
                              "it has one map")
         self.project = nn.Conv2d(channels[self.level], dim, 1)
         self.position_scale = xavier_(MLP(dim, dim, dim))
+        self.position_scale.requires_grad_(layers > 0)           # only layers read it
         self.layers = nn.ModuleList(
             DenseEncoderLayer(dim, heads, ffn_dim, dropout) for _ in range(layers))
 
@@ -527,6 +531,7 @@ class DabDecoder(Decoder):
         self.norm = nn.LayerNorm(dim)
         self.position = xavier_(MLP(2 * dim, dim, dim))
         self.position_scale = xavier_(MLP(dim, dim, dim))
+        self.position_scale.requires_grad_(layers > 1)           # the first layer does not read it
         self.anchor_size = xavier_(MLP(dim, dim, 2))
         self.add_heads(dim, classes, 1)
 
@@ -538,7 +543,8 @@ class DabDecoder(Decoder):
             sine = sine * self.position_scale(content)
         # Stretch attention around the anchor by (wanted size) / (its size), in y and x apart.
         wanted = full_precision(self.anchor_size(content)).sigmoid()     # (B, Q, 2)
-        width, height = (wanted / boxes[..., 2:]).split(1, -1)
+        # A side of 0 would make NaN of every query, and 1 over a sliver overflows half precision.
+        width, height = (wanted / boxes[..., 2:].clamp(min=2e-5)).split(1, -1)
         sine = torch.cat([sine[..., :half] * height, sine[..., half:] * width], -1)
         return self.layers[index](content, position, sine, memory, attend)
 
@@ -993,7 +999,10 @@ class DeformableDetr(Detector):
             return Queries(content, boxes, position=position), proposals
         queries = self.queries.weight.expand(memory.tokens.shape[0], -1, -1)
         position, content = queries.chunk(2, -1)                         # (B, Q, D)
-        return Queries(content, self.reference(position).sigmoid(), position=position), None
+        # Places need full precision: bfloat16 would move the points by pixels.
+        with torch.autocast(position.device.type, enabled=False):
+            points = self.reference(full_precision(position)).sigmoid()  # (B, Q, 2)
+        return Queries(content, points, position=position), None
 
     def placed(self, queries: Queries) -> Queries:
         """The queries with a position, made from their boxes where the caller gives none.
@@ -1248,7 +1257,8 @@ def build(name: str, num_classes: int, *, backbone: str | nn.Module = "resnet50"
     the official values.
 
     model.config holds the resolved overrides as plain values: build(name, num_classes,
-    **model.config) gives the same architecture, without downloading pretrained weights again.
+    **model.config) gives the same architecture, without downloading pretrained weights again. (Your
+    own backbone module is not in it: pass it again.)
     Raises ValueError on unknown names and values.
     """
     if name not in DETECTORS:
@@ -1332,7 +1342,8 @@ def record(model: nn.Module, queries=None, graph: bool = False):
     seen[name] is a `Recorded` of the last pass through that layer. "encoder.0", ..: tokens attend
     to tokens; "decoder.0.self", ..: queries to queries; "decoder.0.cross", ..: queries to the
     memory. Queries of a joint pass come in the order denoising, learned, extra.
-    queries: which rows to keep, a slice or a list of indices (a large image has 17,000 tokens).
+    queries: which rows to keep, a slice or a list of indices (a large image has 17,000 tokens): of
+        every attention, so they number tokens in the encoder and queries in the decoder.
     graph: keep gradients too, for losses on attention.
     Outputs are the same with and without recording, and not recording costs nothing.
     """
@@ -1352,13 +1363,14 @@ def record(model: nn.Module, queries=None, graph: bool = False):
             seen[key] = Recorded(kept(weights)[:, :, keep])
         return sampled if isinstance(modules[key], DeformableAttention) else dense
 
+    before = {key: module.recorder for key, module in modules.items()}   # of a `record` around this
     for key, module in modules.items():
         module.recorder = remember(key)
     try:
         yield seen
     finally:
-        for module in modules.values():
-            del module.recorder        # back to the class's None
+        for key, module in modules.items():
+            module.recorder = before[key]
 
 
 def gflops(model: nn.Module, height: int, width: int) -> float:

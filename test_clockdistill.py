@@ -124,9 +124,11 @@ def test_every_object_and_the_background_weigh_one():
     assert_close(scale[~inside].sum(), torch.tensor(1.0))
 
 
-def test_masks_refuse_a_batch_of_boxes():
+def test_masks_refuse_a_batch_of_boxes_and_a_map_of_another_size():
     with pytest.raises(ValueError, match="one image"):
         location_mask(torch.zeros(2, 3, 4), 4, 6)
+    with pytest.raises(ValueError, match=r"valid is \(6, 4\), the map .* \(4, 6\)"):           # (width, height)
+        location_mask(torch.zeros(3, 4), 4, 6, valid=torch.ones(6, 4, dtype=torch.bool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,6 +352,12 @@ def test_target_queries_refuse(bad):
         target_queries(LABELS, BOXES, EMBEDDING, **bad)
 
 
+def test_each_image_needs_a_box_for_each_label():
+    """Also where another image is as long, so that the stacked shapes would fit."""
+    with pytest.raises(ValueError, match=r"labels of \[3, 1\] objects, boxes of \[1, 3\]"):
+        target_queries([torch.zeros(3), torch.zeros(1)], [torch.rand(1, 4), torch.rand(3, 4)], EMBEDDING)
+
+
 def test_a_label_without_a_row_is_refused_and_the_refusal_stops_no_compiler():
     """Classes numbered from 1, say. The check costs nothing: it is the look-up itself that fails."""
     ask = lambda labels: target_queries(labels, BOXES, EMBEDDING)[0]
@@ -567,6 +575,9 @@ def test_logit_loss_explains_answers_that_do_not_fit():
     for bad in ((s[..., :2], s_boxes, t, t_boxes, valid), (s[:, :, :2], s_boxes, t, t_boxes, valid),
                 (s, s_boxes, t, t_boxes, valid[:, :2])):
         with pytest.raises(ValueError, match="same queries about the same classes"):
+            logit_loss(*bad)
+    for bad in ((s, s_boxes[:1], t, t_boxes, valid), (s, s_boxes, t, t_boxes[:, :, :1], valid)):
+        with pytest.raises(ValueError, match="boxes must be"):              # other layers; one box for all queries
             logit_loss(*bad)
     for bad in (dict(classes="sigmoid"), dict(normalise="mean"), dict(layers="first")):
         with pytest.raises(ValueError, match="choose from"):

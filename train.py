@@ -48,7 +48,7 @@ import checkpoints
 import data
 import models
 from checkpoints import write_json, write_text
-from clockdistill import Balance, CLoCKDistill, gradients_of, is_detection, length
+from clockdistill import Balance, CLoCKDistill, gradient_norm, gradients_of, is_detection
 
 HERE = Path(__file__).resolve().parent
 
@@ -248,7 +248,7 @@ def gradient_report(losses, parameters):
         part = "detection" if is_detection(name) else name
         parts[part] = parts.get(part, 0) + value
     total = max(sum(value.item() for value in parts.values()), 1e-12)
-    return {name: (value.item() / total, length(gradients_of(value, parameters)))
+    return {name: (value.item() / total, gradient_norm(gradients_of(value, parameters)))
             for name, value in parts.items()}
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from adapters import memory_step, our_queries, step
-from clockdistill import CLoCKDistill, gradients_of, length
+from clockdistill import CLoCKDistill, gradient_norm, gradients_of
 
 
 def run(pair, batch):
@@ -89,7 +89,7 @@ def gradient(pair, loss, module):
     if not part:
         raise ValueError(f"no parameter of the student is named {module!r}: put your name here")
     learning = [p for p in part if p.requires_grad]
-    return length(gradients_of(loss, learning)) if learning else 0.0
+    return gradient_norm(gradients_of(loss, learning)) if learning else 0.0
 
 
 def against_itself(pair, batch):

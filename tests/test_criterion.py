@@ -352,6 +352,28 @@ def test_every_parameter_stays_in_the_graph(variant, overrides, objects):
 
 
 @every
+@pytest.mark.parametrize("layers", [dict(encoder_layers=0), dict(decoder_layers=1)])
+def test_what_no_layer_reads_is_not_trained(variant, layers):
+    """DDP stops at a parameter without a gradient."""
+    model = toy(variant, **layers).train()
+    images, padding, targets = random_batch()
+    total(model, model.loss(model(images, padding, targets), targets)).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("variant", ["dab", "patterns", "plain", "refine"])
+def test_bfloat16_autocast_moves_no_learned_query(variant):
+    """In bfloat16's three digits, a reference point would move by pixels."""
+    model = toy(variant).eval()
+    images, padding, _ = random_batch()
+    memory = model.encode(images, padding)
+    queries, _ = model.learned_queries(memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, _ = model.learned_queries(memory)
+    assert torch.equal(again.boxes, queries.boxes)
+
+
+@every
 def test_bfloat16_autocast_keeps_places_boxes_and_losses_in_float32(variant):
     model = toy(variant).train()
     images, padding, targets = random_batch()

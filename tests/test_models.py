@@ -17,7 +17,6 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 import checkpoints
-import checkpoints
 import models
 from official import VECTORS, close, needs_vectors, under, vectors
 
@@ -910,7 +909,34 @@ def test_record_collects_what_was_looked_at_and_then_stops(variant):
     with pytest.raises(KeyError), models.record(model):                   # also when something goes wrong inside
         raise KeyError
     model(images, padding)
-    assert seen["encoder.0"].weights is weights and not any("recorder" in vars(m) for m in model.modules())
+    assert seen["encoder.0"].weights is weights and not any(getattr(m, "recorder", None) for m in model.modules())
+
+
+@every
+def test_a_box_without_area_leaves_the_other_queries_alone(variant):
+    """Ground truth holds slivers. DAB-DETR divides by sides: 0 made NaN of all queries, although none may look at it."""
+    model = toy(variant).eval()
+    images, padding, _ = random_batch()
+    content, boxes, attend, valid = random_extra()
+    plain = model(images, padding, extra=(content, boxes, attend, valid))
+    boxes = boxes.clone()
+    boxes[:, 0, 2:] = 0
+    attend = attend.clone()
+    attend[:, 1:, 0] = False
+    found = model(images, padding, extra=(content, boxes, attend, valid))
+    assert found.extra.logits.isfinite().all() and found.extra.boxes.isfinite().all()
+    assert torch.equal(found.detections.logits, plain.detections.logits)
+
+
+def test_a_recording_inside_another_ends_alone():
+    model = toy("dab").eval()
+    images, padding, _ = random_batch()
+    with models.record(model) as outer:
+        with models.record(model) as inner:
+            model(images, padding)
+        assert inner and not outer
+        model(images, padding)
+    assert list(outer) == list(inner)
 
 
 def test_recording_costs_only_while_it_lasts():

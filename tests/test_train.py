@@ -402,6 +402,8 @@ def test_the_ratio_of_two_gradients_by_hand():
     assert clockdistill.gradient_ratio(losses, ["memory"], [shared, decoder]) == pytest.approx(0.5 / 5)
     assert clockdistill.gradient_ratio(losses, ["cls", "l1"], [shared, decoder]) == pytest.approx(1.0)    # (12, 0, 5) to 13
     assert math.isnan(clockdistill.gradient_ratio(losses | {"memory": torch.zeros(())}, ["memory"], [shared]))
+    with pytest.raises(ValueError, match='begin with "loss_"'):
+        clockdistill.gradient_ratio({"memory": losses["memory"]}, ["memory"], [shared])
 
 
 def test_balance_by_hand():
