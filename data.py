@@ -627,7 +627,7 @@ def image_folder(root, path, images):
     folders = [root / folder.format(name) for folder in IMAGE_FOLDERS]
     folders += [path.parent, path.parent / "images"]
     for folder in folders:
-        if any((folder / image["file_name"]).is_file() for image in images[:50]):
+        if folder.is_dir() and any((folder / image["file_name"]).is_file() for image in images):
             return folder
     if images:
         raise FileNotFoundError(
@@ -938,6 +938,10 @@ class BrokenImage(OneLine):
     """An image file that cannot be used."""
 
 
+class MissingImage(OneLine, FileNotFoundError):
+    """An image file that is not there."""
+
+
 def one_line(error):
     return " ".join(str(error).split())[:160]
 
@@ -967,7 +971,7 @@ def opened(path):
     except BrokenImage:
         raise
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise MissingImage(
             f"{shown(path)}: no such image; complete the data set, or list the ids that you have "
             "in a file and give its path as the split") from None
     except Image.DecompressionBombError:

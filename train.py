@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib
 import inspect
@@ -366,6 +367,12 @@ class TrainingRun:
             self.history, self.best = saved["history"], saved["best"]
         elif run.resume:
             say(f"note       {self.last}: no checkpoint there yet, so --resume begins at step 0")
+        if self.world > 1:                     # machines without a common disk
+            starts = [None] * self.world
+            dist.all_gather_object(starts, self.start)
+            if len(set(starts)) > 1:
+                raise ValueError(f"the processes would begin at steps {starts}: copy {self.last} to "
+                                 "every machine")
         self.began = time.monotonic()
         if self.world > 1:
             self.learner = DistributedDataParallel(self.learner)
@@ -379,13 +386,20 @@ class TrainingRun:
         cfg, out = self.cfg, self.out
         # Write down what made the run before it runs.
         if self.rank == 0:
-            for leftover in out.glob(".*.*.*"):   # of a kill in the middle of a save
-                leftover.unlink()
+            for name in ("last.pt", "best.pt", "config.json", "log.jsonl", "result.json"):
+                for leftover in out.glob(f".{name}.????????"):    # of a kill in the middle of a save
+                    leftover.unlink()
             write_json(out / "config.json",
                        {**self.provenance, "command": " ".join(sys.argv), "steps": self.steps})
             trim_log(out / "log.jsonl", self.start)
         self.announce()
-        self.train()
+        try:
+            self.train()
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename:
+                raise
+            raise OSError(f"{out}/log.jsonl cannot be written, the disk is full: make room; --resume "
+                          "goes on from the last checkpoint") from None
 
         # Save before evaluating, so that a Ctrl-C meanwhile loses no step, and after it, with the
         # scores. A model that answers with NaN is never saved: its last good checkpoint is kept.
@@ -649,9 +663,9 @@ def open_teacher(cfg, run, dataset, device):
     dataset: the validation images. Raises ValueError when it knows other classes, or when its AP says
     that it was hardly loaded: users of other repositories trained for days with such a teacher.
     """
-    if run.teacher_cache and cfg.data == "coco" and cfg.augment:
-        raise ValueError("--teacher-cache: with --data coco every image is cropped anew, so none "
-                         "is met twice: leave it out, or train with --no-augment")
+    if run.teacher_cache and cfg.data != "kitti" and cfg.augment:
+        raise ValueError(f"--teacher-cache: with --data {cfg.data} every image is augmented anew, so "
+                         "none is met twice: leave it out, or train with --no-augment")
     teacher, payload = load_model(cfg.teacher)
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
@@ -1036,7 +1050,7 @@ def rebuild(payload):
     try:
         model = models.build(payload["detector"], len(payload["classes"]), **config)
         model.load_state_dict(payload["model"])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         reason = textwrap.shorten(str(error), 150)
         raise ValueError(f"{path}: weights and configuration do not fit ({reason}): make it "
                          "again") from None
@@ -1712,8 +1726,11 @@ def main(arguments=None):
             return open_experiment(command).run(**given) or 0
         return 0
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"{str(stop) or 'stopped at once'}; the same command (fit and distill: with "
-              "--resume) goes on from the last checkpoint", file=sys.stderr)
+        again = {"fit": "with --resume ", "distill": "with --resume ", "demo": "", "table": ""}
+        onward = ""
+        if command in again:
+            onward = f"; the same command {again[command]}goes on from the last checkpoint"
+        print((str(stop) or "stopped at once") + onward, file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         # What a user can mend is said in one line; of torch's errors only that a worker died.

@@ -515,11 +515,11 @@ def add_options(parser):
                         default=models.DETECTORS, help="(default: all)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     parser.add_argument("--precision", nargs="+", choices=train.PRECISIONS,
-                        default=Options.precision, help="of ours (default: fp32 bf16)")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+                        default=Options.precision, help="of inference and training (default: fp32 bf16); distill is fp32")
+    parser.add_argument("--compile", action="store_true", help="inference and training through torch.compile")
     parser.add_argument("--quick", action="store_true",
                         help="tiny models and images: that everything runs, not how fast")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=train.at_least_1, help="of the CPU (default: torch's)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     parser.add_argument("--out", help="also write all figures to this JSON file")
 

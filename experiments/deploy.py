@@ -12,6 +12,7 @@ and a picture made of them. What is not measured in a call keeps its earlier fig
 """
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -384,12 +385,15 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
     page = Path(out) / f"{data}.json"
     figures = checkpoints.read_json(page) if page.exists() else {"rows": {}}
     makers = {}
-    pictures = None
+    pictures = common = None
     for (detector, role), checkpoint in files.items():
         if not checkpoint.exists():
             continue
         dataset, train_set = open_data(checkpoint, data, given)
         size = tuple(dataset[0][0].shape[1:])
+        if size != (common := common or size):
+            raise ValueError(f"{checkpoint} reads images of {size}, those before it of {common}: "
+                             "latencies are compared at one size, so deploy them apart")
         pictures = pictures or views(dataset, size, range(min(40, len(dataset))))
         programs = make_programs(checkpoint, Path(work), dataset, train_set, size, calibrate)
         for kind, (file, facts) in programs.items():
@@ -437,10 +441,12 @@ def make_programs(checkpoint, work, dataset, train_set, size, calibrate):
     """-> {format: (its file, what the table says of it)}; programs there are used again."""
     whole, short, facts = (work / f"{checkpoint.stem}{end}" for end in (
         ".onnx", ".int8.onnx", ".json"))
-    # Weights that came later, under the same name, make new programs. So does what was asked for.
-    asked = [list(size), calibrate, train_set.fingerprint]
+    # Other weights under the same name make new programs. So does what was asked for.
+    weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
+    asked = [list(size), calibrate, train_set.fingerprint, weights]
     known = checkpoints.read_json(facts) if facts.exists() else {}
-    if known.pop("asked", None) != asked or facts.stat().st_mtime < checkpoint.stat().st_mtime:
+    if known.pop("asked", None) != asked or not (whole.exists() and short.exists()):
+        facts.unlink(missing_ok=True)          # a kill must not leave it beside new programs
         difference = export(checkpoint, whole, ",".join(map(str, size)), image=dataset.paths[0])
         step = max(1, len(train_set) // calibrate)
         spread = range(0, len(train_set), step)[:calibrate]
@@ -448,7 +454,7 @@ def make_programs(checkpoint, work, dataset, train_set, size, calibrate):
         known = {"difference": difference, "int8": operators, "calibrated_on": len(spread)}
         checkpoints.write_json(facts, known | {"asked": asked})
     else:
-        print(f"used again: {whole} and {short.name}, which are newer than {checkpoint}")
+        print(f"used again: {whole} and {short.name}, which were made of {checkpoint}")
     return {"PyTorch": (checkpoint, {}),
             "ONNX fp32": (whole, {"difference": known.pop("difference")}),
             "ONNX int8": (short, known)}

@@ -156,13 +156,13 @@ def run(scale, root, work, results, draws):
     for job in jobs:
         checkpoint = study.work / job.name / "last.pt"
         model, _ = train.load_model(checkpoint)
-        batch = study.scope.options["eval_batch"]
-        found = train.detect(model, dataset, train.Run(workers=1), batch)
         # The very weights of the result, or the page would be about other runs.
+        if train.fingerprint(model) != study.done[job.name]["weights"]:
+            raise ValueError(f"{checkpoint} has other weights than {job.name} in {study.results}: "
+                             "give the --work and --results of one table")
+        batch = study.scope.options.get("eval_batch", train.Run.eval_batch)
+        found = train.detect(model.to(train.pick_device()), dataset, train.Run(workers=1), batch)
         every = data.evaluate(found, dataset)
-        if abs(every["AP"] - study.done[job.name]["AP"]) > 1e-4:
-            raise ValueError(f"{checkpoint} has another AP than {job.name} in {study.results}: "
-                             "delete both, and repeat the table")
         judges[job.name] = judged(found, dataset)
         scores[job.name] = {name: data.evaluate(found, part)["AP"] for name, part in parts.items()}
         scores[job.name]["per class"] = {

@@ -311,23 +311,26 @@ def run(checkpoint, images, out, best, layer, size=None, device="auto", precisio
     out.mkdir(parents=True, exist_ok=True)
     entries, broken = [], []
     unresized = any(sides is None for _, sides in detectors.values())
-    for index, file, picture in read_images(files, "look", broken, unresized):
-        watched, figures = {}, {}
-        for name, (model, sides) in detectors.items():
-            image = data.prepare(picture, sides)[None].to(device)         # (1, 3, h, w)
-            with train.autocast(device, precision):
-                watched[name] = watch(model, image, picture, best, layer, watched.get(first),
-                                      f"{file}, {name}")
-            for kind, figure in pictures(name, picture, watched[name], written).items():
-                figures[f"{name}_{kind}"] = figure
-        if others:
-            watched = compare(watched)
-            figures["beside"] = beside(picture, watched, written)
-        for name, figure in figures.items():
-            figure.savefig(out / f"{index:03d}_{Path(file).stem}_{name}.png", dpi=150)
-        entries.append({"image": str(file), "detections": listed(watched, classes)})
+    try:
+        for index, file, picture in read_images(files, "look", broken, unresized):
+            watched, figures = {}, {}
+            for name, (model, sides) in detectors.items():
+                image = data.prepare(picture, sides)[None].to(device)         # (1, 3, h, w)
+                with train.autocast(device, precision):
+                    watched[name] = watch(model, image, picture, best, layer, watched.get(first),
+                                          f"{file}, {name}")
+                for kind, figure in pictures(name, picture, watched[name], written).items():
+                    figures[f"{name}_{kind}"] = figure
+            if others:
+                watched = compare(watched)
+                figures["beside"] = beside(picture, watched, written)
+            for name, figure in figures.items():
+                figure.savefig(out / f"{index:03d}_{Path(file).stem}_{name}.png", dpi=150)
+            entries.append({"image": str(file), "detections": listed(watched, classes)})
+    finally:                                   # what was found is kept, also by Ctrl-C
+        if entries:
+            checkpoints.write_json(out / "look.json", entries)
     if entries:
-        checkpoints.write_json(out / "look.json", entries)
         objects = [detection for entry in entries for detection in entry["detections"]]
         for line in summary(objects, first, others):
             print(line)

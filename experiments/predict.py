@@ -44,7 +44,7 @@ def read_images(files, title, broken, unresized):
     for index, file in enumerate(tqdm(files, title, mininterval=train.quiet_interval())):
         try:
             picture = data.read_image(file)
-        except data.BrokenImage as error:
+        except (data.BrokenImage, data.MissingImage) as error:          # missing: a dangling link
             broken.append(str(error))
             continue
         yield index, file, picture
@@ -83,23 +83,26 @@ def run(checkpoint, images, out, min_score, size=None, device="auto", precision=
     size = train.input_size(payload, size)
     out.mkdir(parents=True, exist_ok=True)
     files, listed, broken = image_files(images), [], []
-    for index, file, picture in read_images(files, "predict", broken, size is None):
-        # One image is a batch without padding.
-        image, sides = data.prepare(picture, size), picture.shape[1:]
-        batch = data.collate([(image, {"image_id": index, "orig_size": torch.tensor(sides)})])
-        found, = train.answer(model, batch.to(device), precision)
-        found["boxes"] = clip_boxes_to_image(found["boxes"], tuple(sides))
-        # Pictures are numbered: never the input itself, nor one name twice.
-        drawn = out / f"{index:03d}_{Path(file).stem}.png"
-        plots.predictions(picture, found, classes, min_score).savefig(drawn)
-        # The JSON lists what is drawn: what is sure enough.
-        sure = found["scores"] >= min_score
-        columns = (found[key][sure].tolist() for key in ("labels", "scores", "boxes"))
-        listed.append({"image": str(file), "drawn": drawn.name, "detections": [
-            {"class": classes[label], "score": round(score, 4), "box": [round(x, 1) for x in box]}
-            for label, score, box in zip(*columns)]})
+    try:
+        for index, file, picture in read_images(files, "predict", broken, size is None):
+            # One image is a batch without padding.
+            image, sides = data.prepare(picture, size), picture.shape[1:]
+            batch = data.collate([(image, {"image_id": index, "orig_size": torch.tensor(sides)})])
+            found, = train.answer(model, batch.to(device), precision)
+            found["boxes"] = clip_boxes_to_image(found["boxes"], tuple(sides))
+            # Pictures are numbered: never the input itself, nor one name twice.
+            drawn = out / f"{index:03d}_{Path(file).stem}.png"
+            plots.predictions(picture, found, classes, min_score).savefig(drawn)
+            # The JSON lists what is drawn: what is sure enough.
+            sure = found["scores"] >= min_score
+            columns = (found[key][sure].tolist() for key in ("labels", "scores", "boxes"))
+            listed.append({"image": str(file), "drawn": drawn.name, "detections": [
+                {"class": classes[label], "score": round(score, 4), "box": [round(x, 1) for x in box]}
+                for label, score, box in zip(*columns)]})
+    finally:                                   # what was found is kept, also by Ctrl-C
+        if listed:
+            write_json(out / "predictions.json", listed)
     if listed:
-        write_json(out / "predictions.json", listed)
         count = sum(len(entry["detections"]) for entry in listed)
         print(f"{count} detections of score {min_score:g} or more in {len(listed)} images: {out}/"
               "predictions.json (boxes x0 y0 x1 y1 in pixels) and pictures beside it")

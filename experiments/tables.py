@@ -831,7 +831,10 @@ def images_per_second(study):
         for role in ("teacher", "student"):
             model = bench.untrained(make_job(study, detector, role).cfg, study.scope)
             networks[detector, role] = model.to(device)
-    image = torch.zeros(1, 3, *study.scope.image_size, device=device)
+    # At the size of the runs, which options after -- may change.
+    sizes = [result["gflops_at"] for result in study.done.values() if "gflops_at" in result]
+    height, width = sizes[0] if sizes else study.scope.image_size
+    image = torch.zeros(1, 3, height, width, device=device)
     speed = {"machine": train.machine(device)}
     for (detector, role), rate in bench.images_per_second(networks, image).items():
         speed.setdefault(detector, {})[role] = rate
@@ -941,9 +944,11 @@ def open_study(scale, root=None, work=None, results=None, teachers="shipped", ch
                teacher_floor=None):
     """The Study of a command's options, with the results so far.
 
-    Runs of changed settings never mix with the published ones. All paths are absolute: the runs
-    start where this repository lies.
+    Runs of changed settings never mix with the published ones. The runs start where this repository
+    lies, and so does this process from here on: recipes and splits name their files from there.
     """
+    root, work, results = (given and Path(given).absolute() for given in (root, work, results))
+    os.chdir(HERE)
     scope, shipped = SCALES[scale], {}
     folder = f"runs/table-{scale}" + ("-changed" if changes else "")
     published = f"results/{scope.results or scale}"

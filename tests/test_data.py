@@ -232,6 +232,25 @@ def test_missing_folders_images_and_labels(tmp_path):
         data.build("voc", root, "all")
 
 
+def test_an_image_that_vanishes_is_one_line_also_from_a_worker(tmp_path):
+    root = coco_folder(tmp_path, [note(1)])
+    dataset = data.build("coco", root, "val")
+    for image in (root / "val2017").iterdir():
+        image.unlink()
+    with one_line_error(FileNotFoundError, "5.jpg", "no such image"):
+        list(data.eval_loader(dataset, 1, workers=1))
+
+
+def test_a_listed_split_is_sought_among_all_its_images(tmp_path):
+    """Ids that the folder lacks are counted, however many come first."""
+    root = coco_folder(tmp_path, [], images=[(i, 8, 8) for i in range(1, 61)])
+    for i in range(1, 61):
+        if i not in (55, 56):
+            (root / f"val2017/{i}.jpg").unlink()
+    (root / "ids.txt").write_text("\n".join(map(str, range(1, 61))))
+    assert data.build("coco", root, str(root / "ids.txt")).ids == [55, 56]
+
+
 def test_a_truncated_image_is_found_before_training(tmp_path):
     root = kitti_folder(tmp_path / "kitti", {"000001": ""})
     png = root / "training/image_2/000001.png"

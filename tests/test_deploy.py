@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from unittest import mock
 
 import numpy as np
@@ -325,8 +324,15 @@ def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp
 def test_programs_of_another_size_or_calibration_are_not_used_again(tmp_path, monkeypatch, change):
     checkpoint, made = tmp_path / "toy_student_dino.safetensors", []
     checkpoint.write_bytes(b"")
-    monkeypatch.setattr(deploy, "export", lambda *args, **options: made.append(args[2]) or 0.)
-    monkeypatch.setattr(deploy, "quantise", lambda *args: {"Conv": 1})
+    def export(checkpoint, out, size, **options):
+        made.append(out.write_bytes(b""))
+        return 0.
+
+    def quantise(whole, out, views):
+        out.write_bytes(b"")
+        return {"Conv": 1}
+    monkeypatch.setattr(deploy, "export", export)
+    monkeypatch.setattr(deploy, "quantise", quantise)
     monkeypatch.setattr(deploy, "views", lambda *args: None)
     images = mock.MagicMock(fingerprint="a", paths=["x"], __len__=lambda self: 3)
     given = dict(checkpoint=checkpoint, work=tmp_path, dataset=images, train_set=images,
@@ -334,11 +340,39 @@ def test_programs_of_another_size_or_calibration_are_not_used_again(tmp_path, mo
     first = deploy.make_programs(**given)
     later = mock.MagicMock(fingerprint="b", paths=["x"], __len__=lambda self: 3)
     other = {"size": {"size": (64, 160)}, "calibrate": {"calibrate": 1}, "images": {"train_set": later}}
-    if change == "weights":
-        os.utime(checkpoint, (time.time() + 9,) * 2)
+    if change == "weights":                                  # as `cp -p` brings them, of an older date
+        checkpoint.write_bytes(b"others")
+        os.utime(checkpoint, (1, 1))
     again = deploy.make_programs(**given | other.get(change, {}))
     assert len(made) == 1 + (change != "nothing")
     assert first.keys() == again.keys() and again["ONNX int8"][1].keys() == {"int8", "calibrated_on"}
+
+
+def test_programs_that_were_half_made_are_not_used(tmp_path, monkeypatch):
+    checkpoint, made = tmp_path / "toy_student_dino.safetensors", []
+    checkpoint.write_bytes(b"")
+
+    def export(checkpoint, out, *rest, **options):
+        out.write_bytes(b"")
+        return 0.
+
+    def quantise(whole, out, views):
+        out.write_bytes(b"")
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"Conv": 1}
+    monkeypatch.setattr(deploy, "export", export)
+    monkeypatch.setattr(deploy, "quantise", quantise)
+    monkeypatch.setattr(deploy, "views", lambda *args: None)
+    images = mock.MagicMock(fingerprint="a", paths=["x"], __len__=lambda self: 3)
+    given = dict(checkpoint=checkpoint, work=tmp_path, dataset=images, train_set=images, size=SIZE)
+    deploy.make_programs(**given, calibrate=2)
+    with pytest.raises(KeyboardInterrupt):
+        deploy.make_programs(**given, calibrate=1)
+    deploy.make_programs(**given, calibrate=2)               # the files there are of 1 image
+    deploy.make_programs(**given, calibrate=2)
+    assert len(made) == 3
 
 
 def test_the_committed_table_is_made_of_its_figures():

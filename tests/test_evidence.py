@@ -66,6 +66,12 @@ def test_near_and_far(dataset):
     assert dataset.areas.max() < 1e4                                       # the data set is as it was
 
 
+class Named(str):
+    """In place of a model: its name, on any device."""
+    def to(self, device):
+        return self
+
+
 def test_the_page(dataset, tmp_path, monkeypatch):
     """Two seeds: the distilled students find all, the others the two far cars."""
     def job(name, seed):
@@ -73,8 +79,8 @@ def test_the_page(dataset, tmp_path, monkeypatch):
     alone, ours = ([job(name, seed) for seed in (0, 1)] for name in ("alone", "ours"))
     line = tables.Line("main", "dino", "clockdistill", tuple(ours), tuple(alone))
     study = SimpleNamespace(
-        work=tmp_path / "work", results=tmp_path, scope=SimpleNamespace(options={"eval_batch": 2}),
-        done={j.name: {"AP": 1.0 if "ours" in j.name else 51 / 101} for j in (*ours, *alone)})
+        work=tmp_path / "work", results=tmp_path, scope=SimpleNamespace(options={}),
+        done={j.name: {"weights": f"of {j.name}"} for j in (*ours, *alone)})
     for j in (*ours, *alone):
         (study.work / j.name).mkdir(parents=True)
         (study.work / j.name / "last.pt").touch()
@@ -82,7 +88,8 @@ def test_the_page(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "plan", lambda *given: [line])
     monkeypatch.setattr(tables, "jobs_of", lambda lines: [*ours, *alone])
     monkeypatch.setattr(evidence.train, "build_data", lambda *given: dataset)
-    monkeypatch.setattr(evidence.train, "load_model", lambda path: (path.parent.name, {}))
+    monkeypatch.setattr(evidence.train, "load_model", lambda path: (Named(path.parent.name), {}))
+    monkeypatch.setattr(evidence.train, "fingerprint", lambda name: f"of {name}")
     monkeypatch.setattr(
         evidence.train, "detect",
         lambda name, *rest: answers([0, 1, 2, 3] if "ours" in name else [0, 1], dataset))
@@ -93,6 +100,6 @@ def test_the_page(dataset, tmp_path, monkeypatch):
     assert "| dino | clockdistill | 2 |" in (tmp_path / "evidence.md").read_text()
 
     # Weights that are not those of the results are refused.
-    study.done["ours-1"]["AP"] = 0.7
-    with pytest.raises(ValueError, match="ours-1/last.pt has another AP"):
+    study.done["ours-1"]["weights"] = "of another"
+    with pytest.raises(ValueError, match="ours-1/last.pt has other weights than ours-1"):
         evidence.run("kitti-small", "ROOT", None, None, 20)

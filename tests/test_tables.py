@@ -505,6 +505,24 @@ def test_a_dry_run_counts_what_has_to_run_and_tells_what_waits_for_tuning(
     assert "-teacher-" not in said and told == (f"{waiting}.\n" if waiting else "")
 
 
+def test_a_table_starts_from_any_folder(tmp_path, monkeypatch):
+    """Given paths are the caller's; splits, weights and published results are the repository's."""
+    monkeypatch.chdir(tmp_path)
+    here = tables.open_study("kitti-small", root="frames", work="runs")
+    assert (here.root, here.work) == (str(tmp_path / "frames"), tmp_path / "runs")
+    assert here.results == tables.HERE / "results/kitti" and here.done
+    assert Path(tables.make_job(here, "dino", "student").cfg.train_split).is_file()
+
+
+def test_speed_is_measured_at_the_size_of_the_runs(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(bench, "untrained", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(bench, "images_per_second", lambda networks, image: sizes.append(image.shape[2:]) or {})
+    for done in ({}, {"a": {}, "b": {"gflops_at": [160, 540]}}):
+        tables.images_per_second(study(tmp_path, "kitti", done=done))
+    assert [tuple(size) for size in sizes] == [(402, 1333), (160, 540)]
+
+
 def test_teachers_are_asked_about_the_same_images_each_encoded_once(toy, tmp_path, monkeypatch):
     opened, encoded, build = [], [], data.build
     monkeypatch.setattr(data, "build", lambda *words, **given: (

@@ -4,9 +4,11 @@ One tiny data set and one tiny model serve all: 12 toy scenes, a ResNet-18 of wi
 """
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ import clockdistill
 import data
 import models
 import train
+from experiments import tables
 from experiments.baselines import BASELINES
 from experiments.cache import EncodeOnce
 from train import Config, Learner, Run
@@ -389,9 +392,12 @@ def test_a_run_with_a_cached_teacher_has_the_losses_of_one_without(toy, teacher,
     logs = []
     for cache in (0.0, 0.1):
         out = tmp_path / str(cache)
-        train.fit(distilling(toy, teacher, steps=4), Run(out=str(out), workers=0, teacher_cache=cache))
+        cfg = distilling(toy, teacher, steps=4, augment=False)
+        train.fit(cfg, Run(out=str(out), workers=0, teacher_cache=cache))
         logs.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    with pytest.raises(ValueError, match="--data toy every image is augmented anew"):      # no memory met twice
+        train.fit(distilling(toy, teacher), Run(out=str(tmp_path / "anew"), workers=0, teacher_cache=0.1))
 
 
 def test_the_ratio_of_two_gradients_by_hand():
@@ -527,6 +533,35 @@ def test_resume_refuses_other_settings_and_a_fresh_run_refuses_an_old_folder(toy
         assert f"other settings {difference}" in error and remedy in error
 
 
+def test_only_a_run_s_own_leftovers_are_removed(toy, tmp_path):
+    others = [tmp_path / name for name in (".env.production.local", ".eslintrc.base.json")]
+    left = tmp_path / ".last.pt.a1b2c3d4"                # of a kill in the middle of a save
+    for file in (*others, left):
+        file.write_text("")
+    train.fit(Config(root=toy, **TINY), Run(out=str(tmp_path), workers=0))
+    assert all(file.exists() for file in others) and not left.exists()
+
+
+def test_a_full_disk_at_the_log_is_one_line_with_a_remedy(toy, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(train, "train_steps", full)
+    with pytest.raises(OSError, match=f"{tmp_path}/run/log.jsonl cannot be written, the disk is full: make room; --resume"):
+        train.fit(Config(root=toy, **TINY), Run(out=str(tmp_path / "run"), workers=0))
+
+
+@pytest.mark.parametrize("command, told", [
+    (["eval", "--checkpoint", "x"], "stopped at once\n"),
+    (["fit"], "stopped at once; the same command with --resume goes on from the last checkpoint\n"),
+    (["table", "toy"], "stopped at once; the same command goes on from the last checkpoint\n")])
+def test_a_stop_promises_only_what_is_true(monkeypatch, capsys, command, told):
+    def stop(*given, **rest):
+        raise KeyboardInterrupt
+    for module, name in ((train, "fit"), (train, "evaluate_checkpoint"), (tables, "run")):
+        monkeypatch.setattr(module, name, stop)
+    assert train.main(command) == 130 and capsys.readouterr().err == told
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 class TinyBackbone(torch.nn.Module):
@@ -611,6 +646,14 @@ def test_torchrun_trains_with_two_processes(toy, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["world"] == 2 and result["steps"] == 2
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+
+    # Two machines without a common disk: the second has no checkpoint.
+    (tmp_path / "0").symlink_to(tmp_path / "run")
+    place = words.index(str(HERE / "train.py"))
+    apart = shlex.join([sys.executable, *words[place:]]).replace(str(tmp_path / "run"), f"{tmp_path}/$RANK")
+    launch = [*words[:place], "--no-python", "bash", "-c", apart + " --resume"]
+    done = subprocess.run(launch, capture_output=True, text=True, env=one_thread, timeout=300)
+    assert done.returncode and "the processes would begin at steps [2, 0]: copy" in done.stderr, done.stderr[-2000:]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -763,6 +806,7 @@ def test_every_number_on_the_command_line_has_a_range():
 @pytest.mark.parametrize("change, words", [
     ({"config.backbone": "resnet20"}, "unknown backbone"), ({"config.hidden_dim": 24}, "size mismatch"),
     ({"config.heads": 3}, "multiple of 4 and of heads 3"), ({"config.speed": 3}, "no option speed"),
+    ({"config.num_classes": 3}, "multiple values"),
     ({"classes": ["a"], "category_ids": [1]}, "size mismatch"), ({"config.feature_stride": 16}, "no option")])
 def test_a_checkpoint_whose_parts_do_not_fit_is_named(teacher, tmp_path, change, words):
     payload = checkpoints.load(teacher / "last.pt")
@@ -792,7 +836,7 @@ def test_without_unix_the_commands_still_load():
     assert done.returncode == 0, done.stderr[-300:]
 
 
-def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, tmp_path, capsys):
+def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, tmp_path, capsys, monkeypatch):
     images = tmp_path / "images"
     images.mkdir()
     for file in sorted(Path(toy, "training/image_2").iterdir())[:2]:
@@ -809,6 +853,21 @@ def test_predict_takes_folders_and_leaves_out_what_it_cannot_read(toy, teacher, 
         for found in entry["detections"]:
             x0, y0, x1, y1 = found["box"]
             assert 0 <= x0 <= x1 <= 160 and 0 <= y0 <= y1 <= 48
+    # A link to nowhere is left out too, and a stop keeps what was found.
+    (images / "a_link.png").symlink_to(tmp_path / "nowhere")
+    words = ["predict", "--checkpoint", str(teacher), "--out", str(tmp_path / "stopped"), str(images)]
+    assert train.main(words) == 2 and "left out 2 of 4 files" in capsys.readouterr().err
+    answer, calls = train.answer, []
+
+    def stopped(*given):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return answer(*given)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "answer", stopped)
+        assert train.main(words) == 130
+    assert json.loads((tmp_path / "stopped" / "predictions.json").read_text()) == listed[:1]
     # Where nothing can be read, what an earlier call found is left alone.
     again = ["predict", "--checkpoint", str(teacher), "--out", str(tmp_path / "out"), str(images / "broken.png")]
     assert train.main(again) == 2
