@@ -1,9 +1,12 @@
 """What to copy beside clockdistill.py, to distil a detector of your own (notebook 5 explains it).
 
     Pair, Batch                  what a step of training needs
+    batch_of                     a Batch from what a processor of transformers returns
     memory_step, step, Learner   a step: the memory alone; the answers too; as one module
     weigh                        chooses the weights of the losses
-    hooked, together, additive   hooks and masks, for all adapters
+    hooked, at_self_attention, together, additive
+                                 hooks and masks, for all adapters
+    memory_of                    the adapter of the memory alone: put your names there
     ask_dense, ask_deformable_detr, ask_rt_detr
                                  an adapter each: change the nearest one, delete the others
 """
@@ -42,6 +45,18 @@ class Batch:
     targets: list                # the same objects, as the detector's own loss wants them
     extent: Tensor = None        # (B, 2): how much of W and H each image covers; None: what the
                                  # padding says, to a cell
+
+
+def batch_of(found):
+    """A Batch from what a processor of transformers returns for images with annotations.
+
+    The fractions of its boxes are of the padded image.
+    """
+    mask, targets = found["pixel_mask"], found["labels"]
+    extent = torch.stack([mask[:, 0].float().mean(1), mask[:, :, 0].float().mean(1)], 1)  # (B, 2)
+    boxes = [one["boxes"] / size.repeat(2) for one, size in zip(targets, extent)]
+    return Batch(found["pixel_values"], mask, [one["class_labels"] for one in targets], boxes,
+                 targets, extent)
 
 
 def memory_step(pair, batch):
@@ -135,6 +150,12 @@ def hooked(modules, before=None, after=None):
             hook.remove()
 
 
+def at_self_attention(detector, hook):
+    """hook(module, args, call) before each self-attention of the decoder: where the decoder itself
+    takes no mask."""
+    return hooked([layer.self_attn for layer in detector.model.decoder.layers], hook)
+
+
 def together(own, attend, theirs=None):
     """Which query may attend to which, of `own` queries and, after them, ours.
 
@@ -155,6 +176,18 @@ def additive(may):
 # ----------------------------------------------------------------------------------------------
 # Adapters
 # ----------------------------------------------------------------------------------------------
+
+@contextmanager
+def memory_of(detector):
+    """While open, what the detector gives its decoder: memory (B, S, D), shapes, padding (B, S)."""
+    kept = SimpleNamespace()
+
+    def before(decoder, args, call):
+        kept.memory, kept.shapes, kept.padding = call["memory"], call["shapes"], call["padding"]
+
+    with hooked([detector.model.decoder], before):
+        yield kept
+
 
 @contextmanager
 def ask_dense(detector, content, boxes, attend, alone=False):

@@ -3,15 +3,16 @@
     run(pair, batch)                prints each check's answer
     missed(pair, batch)             -> {the checks that say no: why}
     memory_is_right(pair, batch)    of the memory alone
+    quiet(pair)                     the pair with a copy of the student that has no dropout
 
 What stands after "if not" is what you would see in training instead (reasoned, not measured).
 A detector with other names than those below is wrapped, as the notebook shows. Before you run them:
 
-- set the student's dropout to 0, since it draws other numbers when there are more queries (p of
-  each nn.Dropout, and dropout, a number, of each nn.MultiheadAttention);
+- take quiet(pair): dropout draws other numbers when there are more queries;
 - ask in one group, without noise;
 - take a batch whose images all have objects, image 0 fewer than another; image 1 is padded.
 """
+import copy
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,16 @@ def missed(pair, batch):
         except Exception as error:
             no[check] = f"NO, {type(error).__name__}: {error}"
     return no
+
+
+def quiet(pair):
+    """The pair with a copy of the student that has no dropout, neither modules nor numbers."""
+    student = copy.deepcopy(pair.student)
+    for module in student.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return replace(pair, student=student)
 
 
 def memory_is_right(pair, batch):
@@ -139,7 +150,7 @@ def columns_fit_the_class_head(pair, batch):
 # ----------------------------------------------------------------------------------------------
 
 def references_are_of_the_own_size(pair, batch):
-    """Answers beside the objects, in padded images only."""
+    """Answers beside the objects, in padded images only. (That the batch's boxes are: draw one.)"""
     if batch.mask is None or batch.mask.bool().all():     # no padding
         return True
     if batch.extent is None:

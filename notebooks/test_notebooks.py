@@ -4,10 +4,14 @@
 """
 import os
 
+import adapters
+import checklist
 import jupytext
 import nbformat
 import pytest
 from build import HERE, run
+from clockdistill import CLoCKDistill
+from three_detectors import examples
 
 TWINS = sorted(HERE.glob("[0-9]_*.py"))
 LONGEST = 2 * 180                                # CPU seconds of each: three minutes of two cores, if they are free
@@ -52,3 +56,20 @@ def test_notebook_runs_and_draws_what_is_committed(twin):
     assert pictures(made) == pictures(committed)
     assert shown_code(made) == shown_code(committed), f"{twin.stem} shows code as it was: make notebooks"
     assert 0 < spent() - start < LONGEST
+
+
+@pytest.mark.parametrize("name, ask", [("dense DETR", adapters.ask_dense), ("RT-DETR v2", adapters.ask_rt_detr),
+                                       ("Deformable DETR", adapters.ask_deformable_detr)])
+def test_the_checks_want_a_quiet_copy(name, ask):
+    """Dropout, as modules or as numbers, is off in the copy that the checks see, and on in training."""
+    teacher, student, batch = examples()[name]
+    rates = [(module, key) for module in student.modules() for key in ("p", "dropout") if hasattr(module, key)
+             and isinstance(getattr(module, key), (int, float))]
+    for module, key in rates:
+        setattr(module, key, 0.1)
+    classes = "softmax" if name == "dense DETR" else "bernoulli"
+    pair = adapters.Pair(teacher, student, ask, CLoCKDistill(
+        32, 64, content="random_label", num_classes=3, classes=classes, at_least=1))
+    check = checklist.our_queries_leave_its_answers_alone
+    assert rates and not check(pair, batch) and check(checklist.quiet(pair), batch)
+    assert all(getattr(module, key) == 0.1 for module, key in rates)
