@@ -416,8 +416,8 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 
 # %% [markdown]
 # *From the bottom up: without masks the background takes more than half. $M$ removes it and leaves
-# the large cars ahead. $S$ gives the two small pedestrians as much as the two cars, and more.*
-# Whether that is worth AP is another question: no table shows that either mask helps.
+# the large cars ahead. $S$ gives the two small pedestrians more than the two cars.* Whether that is
+# worth AP is another question: no table shows that either mask helps.
 #
 # # Part 2: logits
 # ## Target-aware queries and their attention mask, opened
@@ -432,9 +432,9 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # P]; we take the teacher's, frozen (a student of another width reads it through a learned linear
 # map) [O]. DINO has one, `label_embedding`, of which it makes its denoising queries. Deformable
 # DETR and DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A
-# label as content can give the answer away, as it does on the toy ([notebook
-# 3](3_ablations.ipynb)). So the student at the top was asked with the teacher's *learned* contents
-# instead, query $i$ with the $i$-th (`content="own"`).
+# label as content gives a part of the answer away on the toy ([notebook 3](3_ablations.ipynb)). So
+# the student at the top was asked with the teacher's *learned* contents instead, query $i$ with the
+# $i$-th (`content="own"`).
 #
 # Each object may be asked for $G$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
 # group asks from other boxes. The queries stand object by object: query $i$ asks for object
@@ -643,9 +643,8 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #
 # ## How to choose the weights for your data: one rule
 #
-# A lambda tuned on one data set says little on another: $\alpha = 5 \cdot 10^{-5}$ belongs to 256
-# channels and images of 800 x 1333 pixels. What can be compared is how hard a part pulls, relative
-# to detection:
+# A lambda tuned on one data set says little on another. What can be compared is how hard a part
+# pulls, relative to detection:
 #
 # > Set each part's weight so that its gradient norm has a wanted ratio $r$ to detection's, as
 # > `train.py --balance` does (`clockdistill.Balance`).
@@ -657,9 +656,9 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # the student trains alone while the ratios are measured. So, on data of your own:
 #
 # 1. **Start with memory 50, answers (the logit part) 1**: `--balance memory=50 cls+l1+giou=1`, the
-#    default of all recipes but the toy's. So 50 is the mean *before* the part is on (in the run
-#    below the ratio is first higher, then lower). Memory's gradient reaches backbone and encoder
-#    only, never the decoder and the heads. (Gradients are clipped together, so a long one of memory
+#    default of all recipes but the toy's. 50 is the mean *before* the part is on (in the run below
+#    the ratio is first higher, then lower). Memory's gradient reaches backbone and encoder only,
+#    never the decoder and the heads. (Gradients are clipped together, so a long one of memory
 #    shrinks theirs as well.)
 # 2. **Read the gradient norms** in the run's `log.jsonl` (`report`, every 200 steps, over all
 #    parameters). A part whose norm is 0 at step 200 is not connected. If the detection loss stops
@@ -667,9 +666,9 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # 3. **If you can afford trials**, try memory 3, 12 and 50, with answers at a fiftieth of each
 #    (1/16, 1/4, 1), then the best of the three without $S$. (For `small-student` and DINO this is
 #    `--method-options preset=dino scale=False`; without `preset` it would undo the recipe's other
-#    options.) Train each for a quarter of the steps. Compare on images that are neither trained on
-#    nor reported: two files with one image id per line. If they lie within the scatter of seeds
-#    (.02 on KITTI at full length), take the default. One trial:
+#    options.) Train each for a quarter of the steps (`small-student` has 2,400). Compare on images
+#    that are neither trained on nor reported: two files with one image id per line. If they lie
+#    within the scatter of seeds (.02 on KITTI at full length), take the default. One trial:
 #
 #        python train.py distill --recipe small-student --data coco --root DIR --teacher runs/big \
 #            --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 \
@@ -780,7 +779,7 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # Differences in AP, on the toy unless a row says KITTI, with 95 % intervals; one that holds 0
 # decides nothing ([notebook 3](3_ablations.ipynb) explains them). Nothing is corrected for the
 # number of rows, and three seeds do not settle differences of .01. On the toy each kind of memory
-# part has a weight tuned for it. **None has the method as described**: labels as content and $S$
+# part has a weight tuned for it. **No row is the method as described**: labels as content and $S$
 # were not trained together. **No run has converged:** how much of a gain is speed is open.
 #
 # | compared | seeds, steps | difference in AP | so |
@@ -788,9 +787,9 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # | both parts without $S$, minus alone (DINO) | 5, all | +0.132 (+0.106 to +0.158) | **helps** |
 # | memory part minus alone (DINO) | 3, half | +0.122 (+0.118 to +0.126) | **helps** |
 # | logit part minus alone (DINO) | 3, half | +0.013 (-0.017 to +0.044) | undecided |
-# | logit part minus alone (Deformable DETR) | 3, half | +0.013 (+0.005 to +0.020) | **helps** |
-# | ... minus 24 random queries (random boxes and contents) in its place | 3, half | -0.020 (-0.027 to -0.013) | **worse** |
-# | ... and the random ones, minus the random ones | 3, half | -0.004 (-0.026 to +0.018) | undecided |
+# | logit part minus alone (Deformable DETR) | 3, half | +0.013 (+0.005 to +0.020) | helps, or chance |
+# | target-aware queries minus 24 random ones (same) | 3, half | -0.020 (-0.027 to -0.013) | **worse** |
+# | target-aware and random ones, minus random ones (same) | 3, half | -0.004 (-0.026 to +0.018) | undecided |
 # | logit part on top of the memory part (DINO) | 3, half | -0.003 (-0.045 to +0.039) | undecided |
 # | the same on real KITTI, with $S$ | 5, all | -0.007 (-0.013 to +0.000) | undecided |
 # | memory part alone: $M$ minus a plain copy (Deformable DETR) | 3, half | +0.003 (-0.020 to +0.027) | undecided |
