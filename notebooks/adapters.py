@@ -150,10 +150,9 @@ def hooked(modules, before=None, after=None):
             hook.remove()
 
 
-def at_self_attention(detector, hook):
-    """hook(module, args, call) before each self-attention of the decoder: where the decoder itself
-    takes no mask."""
-    return hooked([layer.self_attn for layer in detector.model.decoder.layers], hook)
+def at_self_attention(decoder, hook):
+    """hook(module, args, call) before each self-attention of a decoder that takes no mask."""
+    return hooked([layer.self_attn for layer in decoder.layers], hook)
 
 
 def together(own, attend, theirs=None):

@@ -60,7 +60,7 @@ def memory_is_right(pair, batch):
     upright = (rows - columns) * (height - width) >= 0
     loss = done.losses["memory"]
     return (the_teacher_is_frozen_and_in_eval_mode(pair, batch) and upright
-            and gradient(pair, loss, "backbone.") > 0 and gradient(pair, loss, "decoder.") == 0)
+            and gradient(pair, loss, "backbone.") > 0 and gradient(pair, loss, "decoder.layers.") == 0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def both_parts_reach_the_backbone(pair, batch):
 
 def memory_does_not_reach_the_decoder(pair, batch):
     """Detection suffers: what was hooked is not the encoder's memory."""
-    return gradient(pair, step(pair, batch).losses["memory"], "decoder.") == 0
+    return gradient(pair, step(pair, batch).losses["memory"], "decoder.layers.") == 0
 
 
 CHECKS = [
