@@ -151,7 +151,9 @@ def save(path: str | Path, payload: dict, half: bool = False) -> None:
 
     def write(temporary):
         if path.suffix == ".safetensors":
-            weights = {key: value.contiguous() for key, value in payload["model"].items()}
+            # Cloned, since safetensors refuses tied weights.
+            weights = {key: value.clone(memory_format=torch.contiguous_format)
+                       for key, value in payload["model"].items()}
             rest = {key: value for key, value in payload.items() if key != "model"}
             save_file(weights, temporary, metadata={"payload": json.dumps(rest)})
         else:
@@ -166,7 +168,7 @@ def write_file(path: str | Path, write) -> None:
     A crash at any moment leaves the old file or the new one. Raises OSError, in one line that names
     the file, when it cannot be written; the old file is then intact.
     """
-    path, temporary = Path(path), None
+    path, temporary = Path(os.path.realpath(path)), None     # a link stays one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -184,7 +186,7 @@ def write_file(path: str | Path, write) -> None:
         with contextlib.suppress(OSError):
             free = f"; {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on its disk"
         raise OSError(f"{path} was not written ({reason}{free}): what stood there before is as it "
-                      "was; make room, or choose another folder") from None
+                      "was; if the disk is full make room, or choose another folder") from None
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
@@ -218,7 +220,7 @@ def load(path: str | Path) -> dict:
         with inert_allowed(), open(path, "rb") as file:
             # torch itself does not notice bytes that a copy or a disk has changed.
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"{part} has changed since it was written")
+                raise ValueError(f"{part} has changed, or was saved without checksums")
             file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except Refused as error:
@@ -273,7 +275,7 @@ def find_weights(payload):
         return {}, ""
     states = {place: state for place, state in parts_of(payload)
               if any("." in key for key in state)}
-    ours = "detector" in payload                             # "model" is what was evaluated
+    ours = isinstance(payload.get("detector"), str)          # "model" is what was evaluated
     # MMEngine swaps the two when it saves: its "state_dict" is averaged, "ema_state_dict" raw.
     mmengine = "steps" in states.get("ema_state_dict", {})
     averaged = [place for place in states if AVERAGED.search(place)] * (not ours and not mmengine)
@@ -641,7 +643,8 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     of the same name; rows without one keep the model's own initialisation. The source's names come
     with it (ours, MMDetection's, the hub's). Without names 80 and 91 classes are COCO's, on either
     side; otherwise equal numbers of classes are copied row by row, which the printed line says.
-    source_classes: names of the source's classes, where the source does not hold them.
+    source_classes: names of the source's classes, where the source does not hold them; read only
+        beside `classes`.
     made_with: options of models.build for the source, where you know better than PUBLISHED.
     When the numbers of queries differ, the first queries are used. A part of the model (backbone,
     encoder, ...) is loaded whole or not at all.
@@ -668,10 +671,15 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
         raise ValueError(f"{origin}: names of no known format ({', '.join(FORMATS)}; {first}): is "
                          "it a detector's checkpoint?")
     known = next((name for name, mark in DETECTORS.items() if contains(state, mark)), None)
-    detector = payload.get("detector", known)
+    said = payload.get("detector")
+    detector = said if isinstance(said, str) else known
     if detector not in (None, wanted := getattr(model, "detector", detector)):
         raise ValueError(f"{origin} holds a {detector}, the model is a {wanted}: build that "
                          "detector instead")
+
+    if known == "dab_detr" and contains(state, "label_enc"):
+        raise ValueError(f"{origin} holds a DN-DETR, whose queries begin as its label_enc and not as "
+                         "zeros: choose a DAB-DETR's weights")
 
     # What was done is written down in the report; `rows` are those of heads that are copied in part.
     own, report, rows = model.state_dict(), Report(f"{origin} ({source})"), {}
@@ -689,6 +697,10 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     # Heads go to the model's layers, and their rows to the classes of the same name.
     found = share_heads(found, own, origin)
     if source_classes:
+        rows_there = len(found.get("decoder.class_heads.0.bias", ("", source_classes))[1])
+        if rows_there != len(source_classes):
+            raise ValueError(f"source_classes names {len(source_classes)}, but {origin} has "
+                             f"{rows_there}: give a name for each, in its order")
         payload = payload | {"classes": source_classes}
     names = class_names(payload, found, own, classes)
     if classes is not None and names[0] and not isinstance(names[0][0], str):
@@ -701,6 +713,9 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     for name, (key, value) in found.items():
         if name not in own:
             continue
+        if own[name].is_floating_point() and not value.is_floating_point():
+            raise ValueError(f"{origin}: {key} is {value.dtype}, quantized by its program: save it in "
+                             "float where it was made")
         if (fitted := fit_rows(name, value, own[name], names, detector)) is not None:
             rows[name], report.resized[name] = fitted
         elif value.shape == own[name].shape:
@@ -884,8 +899,10 @@ def class_names(payload, found, own, classes):
                          "each")
     meta = dict_of(payload, "meta")                            # of MMDetection 2, dataset_meta of 3
     dataset, labels = dict_of(meta, "dataset_meta"), dict_of(dict_of(payload, "config"), "id2label")
+    # By number, since JSON sorts "10" before "2".
+    in_order = [labels.get(str(i), labels.get(i)) for i in range(theirs)]
     said = [payload.get("classes"), meta.get("CLASSES"), dataset.get("CLASSES"),
-            dataset.get("classes"), list(labels.values()), COCO.get(theirs)]
+            dataset.get("classes"), in_order, COCO.get(theirs)]
     lists = [names for names in said if isinstance(names, (list, tuple)) and len(names) == theirs]
     named = next((names for names in lists if all(isinstance(x, str) for x in names)), [])
     if not named and theirs == ours:                      # nothing says otherwise: the same classes

@@ -2,8 +2,8 @@
 
 L decoder layers, B images, Q queries, C classes, K objects (padded to the image with the most).
 Every function takes all layers and images at once, so that a training step needs one assignment
-call and one device-to-host copy (two-stage Deformable DETR: two of each). All of it runs in float32, also under autocast: in half precision
-areas overflow and costs tie.
+call and one device-to-host copy (two-stage Deformable DETR: two of each). All of it runs in
+float32, also under autocast: in half precision areas overflow and costs tie.
 """
 from typing import NamedTuple
 

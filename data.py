@@ -96,7 +96,7 @@ DEFAULT_SIZE = {"coco": (800, 1333), "kitti": (800, 1333), "toy": None}
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS                 # 89 million: Pillow's own
 MAX_ASPECT = 100                                    # long side over short side
 MAX_BOXES = 10_000                                  # in one image
-MAX_DETECTIONS = 100                                # per image: COCO's AP counts the best
+MAX_DETECTIONS = 100                                # per image and class: AP counts the best
 PATIENCE = 600                                      # seconds to wait for a worker's batch
 
 
@@ -182,7 +182,8 @@ def build(name, root, split, *, augment="eval", size=None, limit=None, class_map
         file, *.json.
     augment: "train" for that data set's training augmentation (`transform`), "eval" for none.
     size: (short side, longest side at most) of the resize in pixels; None: DEFAULT_SIZE.
-    limit: use only the first so many images, in the order of their ids.
+    limit: use only the first so many images: of KITTI in the order of their names as text, of COCO
+        in that of its file.
     class_map, others: KITTI's types, see the top of this file.
     seed: of the augmentation.  check: False opens no image of COCO's layout.
     Raises FileNotFoundError or ValueError with one line that names the file and the remedy.
@@ -259,8 +260,10 @@ class Dataset(torch.utils.data.Dataset):
 
         objects = owner[~self.ignored].bincount(minlength=1)             # per image
         self.most_objects = int(objects.max())
-        crowded = f"images with more than the {MAX_DETECTIONS} detections that AP counts"
-        problems[crowded] = int((objects > MAX_DETECTIONS).sum())
+        of_class = torch.stack([owner, self.labels])[:, ~self.ignored]   # (2, objects)
+        (image, _), count = of_class.unique(dim=1, return_counts=True)
+        crowded = f"images with more than the {MAX_DETECTIONS} objects of a class that AP counts"
+        problems[crowded] = len(image[count > MAX_DETECTIONS].unique())
         facts = [f"{name} {split}: {len(images)} images, {self._describe()}"]
         facts += [f"{count} {problem}" for problem, count in sorted(problems.items()) if count]
         self.summary = "; ".join(facts)
@@ -576,7 +579,7 @@ def read_coco(root, split, limit, check):
         rows, chosen = coco_rows(path, content), content["images"]
         if listed is not None:
             chosen = [image for image in chosen if image["id"] in wanted]
-        folder = image_folder(root, path, chosen)
+        folder = image_folder(root, path, chosen, needed=listed is None)
         for image in chosen:
             file, image_id = folder / image["file_name"], image["id"]
             if listed is not None and not file.is_file():
@@ -621,15 +624,18 @@ def coco_files(root, split):
     return files
 
 
-def image_folder(root, path, images):
-    """The first folder that holds one of an annotation file's images; the root without images."""
+def image_folder(root, path, images, needed):
+    """The first folder that holds one of an annotation file's images; the root if there is none.
+
+    Raises FileNotFoundError instead where images are needed.
+    """
     name = path.stem.removeprefix("instances_").removesuffix("2017")
     folders = [root / folder.format(name) for folder in IMAGE_FOLDERS]
     folders += [path.parent, path.parent / "images"]
     for folder in folders:
         if folder.is_dir() and any((folder / image["file_name"]).is_file() for image in images):
             return folder
-    if images:
+    if images and needed:
         raise FileNotFoundError(
             f"{path}: its images, as {images[0]['file_name']!r}, are in none of "
             f"{', '.join(map(str, dict.fromkeys(folders)))}; put the images there, or list the ids "
@@ -826,9 +832,11 @@ def apart(worker):
 def evaluate(predictions, dataset):
     """COCO's box AP, by pycocotools, silently.
 
+    Objects are the data set's boxes: clipped, and without those that its `summary` counts as dropped
+    (pycocotools on the raw file counts these as missed).
     predictions: one dict per image: image_id (int), scores (N,), labels (N,) 0..C-1, boxes (N, 4)
         as (x0, y0, x1, y1) in original pixels. An image without a dict counts as without
-        detections. The best 100 per image count, as in COCO.
+        detections. The best 100 per image and class count, as in COCO.
     Returns AP, AP50, AP75; APs, APm, APl (areas below 32^2, to 96^2, above, in original pixels);
     per_class {name: {AP, AP50}}: fractions 0..1, NaN where there is no object to find. Detections
     on ignored regions count neither way.
@@ -953,8 +961,9 @@ def shown(path):
 
 # Pillow's modes of 8 bits (or 1) a channel, which convert to RGB without a choice.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+END_MARKERS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 ORIENTATION = 0x0112                                # EXIF's tag; 1 is upright
+TAGGED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}    # where a PNG may hold it
 
 
 @contextlib.contextmanager
@@ -1004,8 +1013,16 @@ def read_image(path):
     Raises BrokenImage, naming the file, when it does not decode.
     """
     with opened(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return F.pil_to_tensor(upright).contiguous()                     # (3, H, W)
+        upright = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
+        return F.pil_to_tensor(upright.convert("RGB")).contiguous()      # (3, H, W)
+
+
+def orientation(image):
+    """EXIF's, 1..8. Of a PNG only a tag before the pixels counts: Pillow would decode it all to look
+    for one behind them."""
+    tagged = image.format != "PNG" or TAGGED & image.info.keys()
+    turned = image.getexif().get(ORIENTATION) if tagged else 1
+    return turned if turned in range(1, 9) else 1
 
 
 def image_headers(paths):
@@ -1018,13 +1035,10 @@ def image_headers(paths):
 def image_header(path):
     """((height, width) of the upright picture, EXIF orientation 1..8), mostly without decoding.
 
-    Raises BrokenImage, also for a file that is cut off.
+    Raises BrokenImage, also for a JPEG, PNG or WebP that is cut off.
     """
     with opened(path) as image:
-        # Pillow would decode a whole PNG to look for a tag behind its pixels; it stands before.
-        tagged = image.format != "PNG" or "exif" in image.info
-        turned = image.getexif().get(ORIENTATION) if tagged else 1
-        turned = turned if turned in range(1, 9) else 1
+        turned = orientation(image)
         size = image.size[::-1]                                   # height, width
         if turned >= 5 and image.format != "TIFF":                # TIFF's size is upright already
             size = image.size

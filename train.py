@@ -916,7 +916,8 @@ def plain(cfg):
 def answer(model, batch, precision="fp32"):
     """A batch through the model in eval mode -> per image {"image_id", "scores", "labels", "boxes"}.
 
-    On the CPU, boxes xyxy in original pixels, best first.
+    On the CPU, boxes xyxy in original pixels, best first. The 100 best of all classes, as Deformable
+    DETR's program keeps; those of DAB-DETR and DINO keep 300 (on toy and KITTI .0002 AP more).
     Raises FloatingPointError, naming the image, when a detection is not finite.
     """
     training = model.training

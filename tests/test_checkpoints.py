@@ -1147,7 +1147,7 @@ def test_names_in_the_file_count_more_than_numbers_of_classes():
     checkpoints.load_weights(target, payload(ours), classes=["C", "A"])
     assert target.decoder.class_heads[0].bias.tolist() == [2, 0]
     checkpoints.load_weights(target, payload(ours, classes=None, config=ours.config | {
-        "id2label": {"0": "x", "1": "a", "2": "c"}}), classes=["C", "A"])
+        "id2label": {"2": "c", "0": "x", "1": "a"}}), classes=["C", "A"])        # not in their order
     assert target.decoder.class_heads[0].bias.tolist() == [2, 1]
 
 
@@ -1160,6 +1160,38 @@ def test_80_classes_that_are_not_cocos_are_copied_as_they_are():
 def test_a_wrong_number_of_class_names_is_an_error():
     with pytest.raises(ValueError, match="names 2, but the model has 3"):
         checkpoints.load_weights(toy(), toy(classes=4).state_dict(), classes=["a", "b"])
+    with pytest.raises(ValueError, match="source_classes names 2, but state_dict has 4: give a name for each"):
+        checkpoints.load_weights(toy(), toy(classes=4).state_dict(), classes=["a", "b", "c"], source_classes=["a", "b"])
+
+
+def test_a_dn_detr_is_no_dab_detr():
+    """Its names are DAB-DETR's and one more, but its queries do not begin as zeros."""
+    source = toy(detector="dab_detr").state_dict() | {"label_enc.weight": torch.zeros(4, 31)}
+    with pytest.raises(ValueError, match="holds a DN-DETR"):
+        checkpoints.load_weights(toy(detector="dab_detr"), source)
+
+
+def test_quantized_weights_are_refused():
+    source = toy().state_dict()
+    key = next(key for key in source if ".ffn." in key and key.endswith("weight"))
+    source[key] = (100 * source[key]).to(torch.int8)
+    with pytest.raises(ValueError, match=f"{key} is torch.int8, quantized by its program"):
+        checkpoints.load_weights(toy(seed=1), source)
+
+
+def test_a_foreign_payload_under_our_key_is_told_in_a_line():
+    with pytest.raises(ValueError) as error:
+        checkpoints.load_weights(toy(detector="dab_detr"), {"detector": toy(detector="dino").state_dict()})
+    assert "holds a dino, the model is a dab_detr" in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_tied_weights_are_saved_and_a_link_stays_one(tmp_path, suffix):
+    tied = torch.arange(3.)
+    real, link = tmp_path / f"disk{suffix}", tmp_path / f"last{suffix}"
+    link.symlink_to(real)
+    checkpoints.save(link, {"model": {"a": tied, "b": tied}})
+    assert link.is_symlink() and checkpoints.load(real)["model"]["b"].tolist() == [0, 1, 2]
 
 
 # -------------------------------------------------------------------------------------------------------------- the hub

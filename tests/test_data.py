@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.tv_tensors import BoundingBoxes
 
 import data
@@ -247,8 +248,14 @@ def test_a_listed_split_is_sought_among_all_its_images(tmp_path):
     for i in range(1, 61):
         if i not in (55, 56):
             (root / f"val2017/{i}.jpg").unlink()
-    (root / "ids.txt").write_text("\n".join(map(str, range(1, 61))))
+    (root / "ids.txt").write_text("\n".join(map(str, range(1, 62))))
     assert data.build("coco", root, str(root / "ids.txt")).ids == [55, 56]
+    # Of train's images not one is there.
+    listed = json.loads((root / "annotations/instances_val2017.json").read_text())
+    train = listed | {"images": [listed["images"][0] | {"id": 61, "file_name": "61.jpg"}]}
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(train))
+    dataset = data.build("coco", root, str(root / "ids.txt"))
+    assert dataset.ids == [55, 56] and "59 ids of the split not in the folder" in dataset.summary
 
 
 def test_a_truncated_image_is_found_before_training(tmp_path):
@@ -396,7 +403,7 @@ def test_the_summary_tells_what_a_user_must_know(tmp_path):
     crowd = [note(n) for n in range(101)] + [note(200, bbox=(1, 1, .5, 8)), note(201, iscrowd=1)]
     text = data.build("coco", coco_folder(tmp_path / "many", crowd), "val").summary
     for words in ("102 objects (dog 102), at most 102 an image", "1 classes without objects (cat)",
-                  "1 images with more than the 100 detections", "1 boxes under a pixel",
+                  "1 images with more than the 100 objects of a class", "1 boxes under a pixel",
                   "1 ignored"):
         assert words in text, text
     for name, notes in (("none", []), ("crowd", [note(1, iscrowd=1)])):
@@ -433,11 +440,25 @@ def test_options_out_of_range_are_refused(tmp_path, options, words):
 
 def rotated(path, orientation, size=(60, 40), **options):
     """A picture whose left half is white as stored, with an EXIF tag."""
-    exif = Image.Exif()
-    exif[data.ORIENTATION] = orientation
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][data.ORIENTATION] = orientation
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
-    image.save(path, exif=exif, **options)
+    image.save(path, **options)
+
+
+@pytest.mark.parametrize("where", ["Raw profile type exif", "XML:com.adobe.xmp"])
+def test_a_tag_in_a_text_of_a_png_turns_too(tmp_path, where):
+    """As ImageMagick and Adobe write it: what turns the pixels is known before the boxes are read."""
+    exif, text = Image.Exif(), PngInfo()
+    exif[data.ORIENTATION] = 3
+    block = exif.tobytes()
+    text.add_text(where, f"\nexif\n{len(block):8}\n{block.hex()}\n" if "Raw" in where
+                  else '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="3"/></rdf:RDF></x:xmpmeta>')
+    rotated(tmp_path / "a.png", None, pnginfo=text)
+    assert data.image_header(tmp_path / "a.png") == ((40, 60), 3)
+    assert data.read_image(tmp_path / "a.png")[0, 0].tolist() == [0] * 30 + [255] * 30
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -501,9 +522,9 @@ def test_pixels_of_more_than_8_bits_are_refused_by_mode(tmp_path, dtype, suffix,
 def test_pixels_of_8_bits_are_read_as_they_are(tmp_path, mode, value):
     image = Image.new(mode, (4, 3), value)
     if mode == "P":
-        image.putpalette([channel for channel in range(256) for _ in range(3)])
+        image.putpalette([255 - channel for channel in range(256) for _ in range(3)])
     image.save(tmp_path / "a.png")
-    assert set(data.read_image(tmp_path / "a.png").flatten().tolist()) == {255 if mode == "1" else 77}
+    assert set(data.read_image(tmp_path / "a.png").flatten().tolist()) == {{"1": 255, "P": 178}.get(mode, 77)}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -716,6 +737,7 @@ def test_collate_pads_at_the_right_and_bottom():
     assert batch.padding[0].tolist() == [[False] * 5] * 2 + [[True] * 5] * 2
     assert batch.padding[1].tolist() == [[False] * 3 + [True] * 2] * 4
     assert batch.to("cpu").targets == [{"image_id": 1}, {"image_id": 2}]
+    torch.testing.assert_close(batch.extent, torch.tensor([[1, 0.5], [0.6, 1]]))         # of width and height
 
 
 def steps_of(dataset, *args, **options):
