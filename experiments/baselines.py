@@ -110,7 +110,8 @@ class Baseline(nn.Module):
         return None if content is None else self.student_reads(content)
 
     def forward(self, student, teacher, targets, extras=None):
-        """-> {name: weighted scalar}, named as `terms`; 0 with a graph when there is no object.
+        """-> {name: weighted scalar}, named as `terms`; terms about objects are 0, with a graph, when
+        there is none.
 
         student, teacher: View.
         targets: "labels" (K_b,) and "boxes" (K_b, 4) of each image; any image may have no object.
@@ -530,8 +531,8 @@ class DETRDistill(Baseline):
     """DETRDistill (Chang et al. 2023), three parts, from its code for Deformable DETR [C].
 
     (a) cls, l1, giou: in each layer all of the teacher's predictions, positive and negative, are
-        matched to the student's by (cross entropy) + 5 L1 - 2 GIoU. The losses are means over the
-        pairs: the cross entropy with the teacher's scores summed over classes, L1, 1 - GIoU. We
+        matched to the student's by cls_weight (cross entropy) + l1_weight L1 - giou_weight GIoU, the
+        weights of the losses too. The losses are means over the pairs: the cross entropy with the teacher's scores summed over classes, L1, 1 - GIoU. We
         subtract the teacher's entropy (it has no gradient), and do not clamp its boxes to the
         image [O]. top: match only this many of its most confident predictions [O]; 0 = all.
     (b) memory: for every layer of the teacher and every level, the mean of (m (F_T - f(F_S)))^2,
@@ -544,7 +545,8 @@ class DETRDistill(Baseline):
         losses (focal, L1, GIoU, over the number of objects) with the teacher's assignment to the
         ground truth, layer by layer [A]. The code prepares this assignment but never uses it: it
         matches anew.
-    A contrastive loss between queries, also in the code, is left out.
+    A contrastive loss between queries, also in the code, is left out. logits, memory, prior: weights
+    of the parts (a), (b), (c); the named weights multiply within a part.
     """
     needs = ("detections", "matches", "states", "queries")
     terms = ("cls", "l1", "giou", "memory", "prior_cls", "prior_l1", "prior_giou")
@@ -760,9 +762,11 @@ def decoder_states(model, wanted):
     states = []
     hooks = [layer.register_forward_hook(lambda layer, inputs, state: states.append(state))
              for layer in model.decoder.layers if wanted]
-    yield states
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def attention_of(model, seen, part):

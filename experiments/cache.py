@@ -30,7 +30,8 @@ class EncodeOnce:
     def of_one(self, image, padding):
         """The memory of one image, padded as its batch needs it."""
         outline = key_of(padding)
-        name = outline, key_of(image)
+        # Under autocast a memory has other numbers.
+        name = outline, key_of(image), torch.is_autocast_enabled(image.device.type)
         if name in self.memories:
             return self.memories[name]
         memory = self.encode(image, padding)

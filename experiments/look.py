@@ -176,9 +176,11 @@ def compare(detectors):
 def beside(picture, detectors, classes):
     """The figure of what `compare` returned."""
     first = next(iter(detectors.values()))
+    # Of a row's lines the first: the others are of one detector only.
+    rows = [row.split("\n")[0] for row in row_names(first, classes)]
     looks = {name: watched["look"] for name, watched in detectors.items()}
     return plots.query_attention(
-        picture, looks, row_names(first, classes), first["grid"],
+        picture, looks, rows, first["grid"],
         title="Where each detector's queries look for the same objects, and how far they agree")
 
 
@@ -210,7 +212,8 @@ def summary(objects, first, others):
     for name in others:
         ours = [found[name] for found in objects]
         same = [detection["agreement"] for detection in ours if detection["iou"] >= 0.5]
-        lines += [f"{name} finds {len(same)} of the {len(objects)} objects shown of {first}; "
+        lines += [f"{name} has a box with an IoU of 0.5 or more at {len(same)} of the {len(objects)} "
+                  f"objects shown of {first}, whatever its score; "
                   "agreement of their attention, from 0 (apart) to 1 (alike):",
                   f"  {mean(same)} on the same object",
                   f"  {mean(detection['elsewhere'] for detection in ours)} on different objects",
@@ -223,7 +226,7 @@ def summary(objects, first, others):
 def reading(teacher, method, embedding, batches):
     """Does the logit part read the image? A teacher's accuracy on target-aware queries.
 
-    Right is the class that a query asks for, when the memory is the image's own, another image's of
+    Right is the object's true class (also where label noise asks for another), when the memory is the image's own, another image's of
     the batch, or noise of the same mean and spread in each channel. An answer that is as good from
     noise was in the question. And how much would an answer count? w of L_log is the largest score.
 

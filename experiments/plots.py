@@ -74,7 +74,7 @@ def model_style(name, index=0):
     the remaining colours.
     """
     for word, style in ROLES.items():
-        if re.search(rf"(?<![\w-]){word}", name.lower()):
+        if re.search(rf"(?<![^\W_])(?<!-){word}", name.lower()):
             return dict(style)
     return {"color": OTHERS[index % len(OTHERS)], "linestyle": ("-", "--", "-.", ":")[index % 4],
             "marker": "DvPXs"[index % 5]}
@@ -429,8 +429,8 @@ def joined_boxes(image, panels, title):
     grid = _grid(figure, 1, len(panels), len(panels))
     for axes, (heading, models) in zip(grid.flat, panels.items()):
         _show(axes, pixels, gray=True)
-        for name, boxes in models.items():
-            _boxes(axes, boxes, model_style(name)["color"], width=1.4)
+        for index, (name, boxes) in enumerate(models.items()):
+            _boxes(axes, boxes, model_style(name, index)["color"], width=1.4)
         for number, pair in enumerate(zip(*map(_corners, models.values()))):
             pair = np.array(pair)                                         # (2, 4)
             x, y = (pair[:, :2] + pair[:, 2:]).T / 2                      # (2,) each: the centres
@@ -439,7 +439,8 @@ def joined_boxes(image, panels, title):
             axes.text(x[0], pair[0, 1] - 3, number, fontsize=8, color=INK, ha="center", va="bottom",
                       bbox={"boxstyle": "circle,pad=0.15", "facecolor": TRUTH, "linewidth": 0.5})
         _title(axes, heading)
-    _keys(figure, [_key(name, color=model_style(name)["color"]) for name in models])
+    _keys(figure, [_key(name, color=model_style(name, index)["color"])
+                   for index, name in enumerate(models)])
     _heading(figure, title)
     return _legible(figure)
 
@@ -581,7 +582,7 @@ def _share_inside(places, weights, box):
 # ----------------------------------------------------------------------------------------------
 
 # The colour bar of attention over an image.
-HEAT_LABEL = "attention of a cell; 1 is uniform attention over the image"
+HEAT_LABEL = "attention of a cell; 1 is uniform attention over the image, less stays bare"
 
 
 def query_attention(image, looks, rows=(), grid=None, context=2.0, title="Where queries look"):
@@ -703,7 +704,8 @@ def around_object(panels, title):
         if "answer" in panel:
             _boxes(axes, panel["answer"], model_style(name)["color"], width=1.8)
         _boxes(axes, truth, TRUTH, REFERENCE, 1.4)
-        _zoom(axes, [truth], [], shape, 1.8)
+        answer = [panel["answer"]] if "answer" in panel else []
+        _zoom(axes, [truth], answer, shape, 1.8)
         _title(axes, name, 8.5, pad=3)
     if heat:
         _bar(figure, grid, drawn, HEAT_LABEL)
@@ -734,21 +736,23 @@ def _attention_keys(looks):
 def _zoom(axes, boxes, starts, shape, context):
     """Show the part of the image around some boxes, of height / width = shape.
 
-    It is `context` times all the boxes, and reaches to the starts. boxes, starts: lists of boxes
-    (4,) or points (2,) in pixels. Without any, the whole image stays.
+    It is `context` times all the boxes, and reaches to the starts; where the image is too low for
+    such a window, the boxes stay in it. boxes, starts: lists of boxes (4,) or points (2,) in pixels.
+    Without any, the whole image stays.
     """
     # A point is a box without an extent.
     boxes, starts = ([Bbox.from_extents(*place[:2], *place[-2:]) for place in places]
                      for places in (boxes, starts))
     if not boxes and not starts:
         return
-    box = Bbox.union(boxes or starts).expanded(context, context)
-    box = Bbox.union([box, *starts])
+    inner = Bbox.union(boxes or starts)
+    box = Bbox.union([inner.expanded(context, context), *starts])
     _, width, height, _ = axes.images[0].get_extent()
     tall = max(box.height, box.width * shape)
     tall = np.clip(tall, 4 / shape, min(height, width * shape))
     part = np.array([tall / shape, tall])
-    left, top = np.clip((box.min + box.max - part) / 2, 0, [width, height] - part)
+    corner = np.clip((box.min + box.max - part) / 2, inner.max - part, inner.min)
+    left, top = np.clip(corner, 0, [width, height] - part)
     axes.set(xlim=(left, left + part[0]), ylim=(top + tall, top))
 
 
@@ -1034,7 +1038,8 @@ def reading(answers, title="How often the teacher names the right class, "
         if detector in always:
             name, part = always[detector]
             axes.vlines(part, top - 0.5, bottom - 0.5, INK, "--", linewidth=1.2, zorder=1)
-            axes.text(part, top, f" always {name}: {part:.2f}", va="center", fontsize=8, color=INK)
+            axes.text(part, top, f" always {name}: {part:.2f}", va="center", fontsize=8, color=INK,
+                      parse_math=False)
         top = bottom
     return figure
 
@@ -1395,7 +1400,8 @@ def _scene(axes, pixels, truth, names):
 
 def _halo(width, color):
     """An edge that keeps a line visible: light around dark colours, dark around light ones."""
-    edge = "white" if color in (TEACHER, DISTILLED) else "black"
+    dark = np.dot(to_rgb(color), (0.3, 0.6, 0.1)) < 0.45
+    edge = "white" if dark else "black"
     return [patheffects.withStroke(linewidth=width, foreground=edge, alpha=0.75)]
 
 
@@ -1451,7 +1457,7 @@ def _judged(axes, result, truth, color, min_score, names):
     true_boxes = _corners(truth["boxes"])
     regions = _corners(truth.get("ignore", ()))
     free = np.ones(len(true_boxes), bool)
-    false = 0
+    false, found = 0, []
     for _, label, box in _strong(result, min_score):
         iou = _iou(box, true_boxes) * (free & (true_labels == label))     # (K,)
         # The IoU with the box's own part in a region is the share that lies there.
@@ -1465,8 +1471,11 @@ def _judged(axes, result, truth, color, min_score, names):
         else:
             false += 1
             line = FALSE
-        _boxes(axes, box, color, line, labels=[label], names=names)
+        found.append((box, line, label))
+    # Detections over missed objects: a false one often has the right box.
     _boxes(axes, true_boxes[free], TRUTH, linestyle=MISSED, width=0.9)
+    for box, line, label in found:
+        _boxes(axes, box, color, line, labels=[label], names=names)
     return np.array([(~free).sum(), free.sum(), false])
 
 

@@ -6,6 +6,7 @@ images of a larger one. data.py's own KITTI reader reads it.
 """
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -89,7 +90,7 @@ def draw_all(root, seed, counts, workers):
         write_text(root / "ImageSets" / f"{split}.txt", "".join(f"{n:06d}\n" for n in members))
         missing += [n for n in members if not (root / f"training/image_2/{n:06d}.png").exists()]
     chunks = [missing[first:first + 25] for first in range(0, len(missing), 25)]
-    draw = partial(write_images, root, seed, os.getpid())
+    draw = partial(write_images, root, seed)
     bar = tqdm(total=len(missing), desc="drawing the toy KITTI", unit="image",
                disable=len(missing) < 100)
     # Ctrl-C is for the parent alone: the workers end their chunk in silence, and the next call
@@ -102,13 +103,14 @@ def draw_all(root, seed, counts, workers):
             bar.update(written)
 
 
-def write_images(root, seed, parent, numbers):
+def write_images(root, seed, numbers):
     """Draw some images. The PNG appears last and at once, so that a PNG means a finished image.
 
-    parent: the process that asked; a worker whose parent was killed ends itself.
+    A worker whose parent was killed ends itself.
     """
     for number in numbers:
-        if parent not in (os.getpid(), os.getppid()):
+        parent = multiprocessing.parent_process()            # None in the process that asked
+        if parent and not parent.is_alive():
             os._exit(1)
         image, lines = draw_image(seed, number)
         label = root / "training" / "label_2" / f"{number:06d}.txt"

@@ -863,3 +863,11 @@ def test_giou_distance_of_tiny_and_empty_boxes():
         assert distance.item() == pytest.approx(expected, abs=2e-4)
         distance.backward()
         assert a.grad.isfinite().all()
+
+
+def test_a_decode_that_fails_leaves_no_hook():
+    model = models.build("dino", 3, backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=32,
+                         heads=4, ffn_dim=48, encoder_layers=1, decoder_layers=2, num_queries=6)
+    with pytest.raises(KeyError), baselines.decoder_states(model, True):
+        raise KeyError
+    assert not any(layer._forward_hooks for layer in model.decoder.layers)

@@ -494,6 +494,8 @@ def test_a_model_has_one_colour():
     assert plots.model_style("distilled student")["color"] == plots.DISTILLED
     assert plots.model_style("Student alone")["color"] == plots.STUDENT
     assert plots.model_style("FGD", 1) != plots.model_style("MGD", 2)
+    assert plots.model_style("toy_teacher_dino")["color"] == plots.TEACHER
+    assert plots.model_style("kitti_distilled_dino")["color"] == plots.DISTILLED
     roles = {plots.DISTILLED: ["clockdistill with the scale mask", "both parts: clockdistill",
                                "distilled, 2 x the steps",
                                "the same student, distilled"],
@@ -601,6 +603,37 @@ def test_pairs_are_those_of_the_seeds_that_both_have():
     assert axes.get_title() == "DINO, 2 seeds" and axes.texts[0].get_text() == "teacher 0.60"
     joined = sorted(tuple(line.get_ydata()) for line in axes.lines if line.get_color() == "#BBBBBB")
     assert joined == [(.1, .4), (.3, .5)]
+
+
+def test_false_alarms_are_drawn_over_missed_objects():
+    """The commonest has the right box and the wrong class: under the missed object it could not be seen."""
+    image, truth, result = scene()
+    figure = plots.detections([image], [truth], {"student": [result]}, CLASSES)
+    lines = [patch.get_linestyle() for axes in figure.axes for patch in axes.patches]
+    assert plots.FALSE in lines and lines.index(plots.FALSE) > len(lines) - 1 - lines[::-1].index(plots.MISSED)
+
+
+def test_dark_lines_have_light_edges():
+    edges = {color: plots._halo(3, color)[0]._gc["foreground"] for color in
+             (plots.TEACHER, plots.DISTILLED, plots.STUDENT, plots.TRUTH, *plots.OTHERS)}
+    assert {edges[color] for color in (plots.TEACHER, plots.DISTILLED, "#882255", "#000000")} == {"white"}
+    assert edges[plots.TRUTH] == edges[plots.STUDENT] == "black"
+
+
+def test_a_window_around_an_object_shows_the_answer_too():
+    panel = {"image": torch.rand(3, 48, 160), "truth": torch.tensor([20., 10, 40, 30]),
+             "answer": torch.tensor([60., 10, 90, 30])}
+    low, high = plots.around_object({"student": panel}, "").axes[0].get_xlim()
+    assert low <= 20 and high >= 90
+    # Where both do not fit, the object stays.
+    panel["answer"] = torch.tensor([120., 10, 150, 30])
+    low, high = plots.around_object({"student": panel}, "").axes[0].get_xlim()
+    assert low <= 20 and high >= 40
+
+
+def test_a_class_name_is_no_formula():
+    answers = {"DINO": {"label": {"own": 1., "another's": .75, "noise": .5}}}
+    plots.reading(answers, "", {"DINO": ("US$x^$", 0.5)}).savefig(io.BytesIO())
 
 
 def test_reading_names_the_memories():

@@ -34,6 +34,16 @@ def test_of_two_processes_that_draw_one_toy_the_second_waits(tmp_path):
     assert content(tmp_path / "toy") == content(tmp_path / "alone")
 
 
+def test_workers_draw_under_any_start_method(tmp_path):
+    """Python 3.14 starts workers by a server of its own, which is then their parent."""
+    program = f"import multiprocessing; multiprocessing.set_start_method('forkserver'); {DRAW}"
+    program = program.format(counts=COUNTS, workers=2)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "toy")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    data.make_toy(tmp_path / "alone", counts=COUNTS, workers=1)
+    assert content(tmp_path / "toy") == content(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("name", ["toy.json", "toy.json.part"])
 def test_an_empty_marker_is_unfinished_work(tmp_path, name):
     """A full disk leaves it empty."""
