@@ -258,11 +258,11 @@ class FGD(Baseline):
             objects, background = self.masks(boxes, real, student.extent, on_map)
 
             # Errors count more where the teacher's features are large, in position and channel.
-            near_s, along_s = self.attention(s, valid)
-            near_t, along_t = self.attention(t, valid)
+            spatial_s, channel_s = self.attention(s, valid)
+            spatial_t, channel_t = self.attention(t, valid)
             difference = (t - s).square()                                             # (B, N, D)
-            error = near_t * (difference * along_t[:, None]).sum(2)                      # (B, N)
-            attention = _distance(near_s, near_t) + _distance(along_s, along_t)
+            error = spatial_t * (difference * channel_t[:, None]).sum(2)                 # (B, N)
+            attention = _distance(spatial_s, spatial_t) + _distance(channel_s, channel_t)
 
             related = (relate_t(t, valid) - relate_s(s, valid)).square().sum(2)          # (B, N)
             values = [(objects * error).sum(), (background * error).sum(), attention,
@@ -379,7 +379,7 @@ class GKD(Baseline):
             # Tokens and channels count by how much they change the teacher's loss.
             channels = importance.sum(1)                                                 # (B, D)
             channels = _scaled(channels, torch.ones_like(channels, dtype=torch.bool))
-            near, along = _weights(map_t, channels, valid, self.temperature)
+            spatial, channel = _weights(map_t, channels, valid, self.temperature)
             if self.boxes:
                 on_map = valid.unflatten(1, shape)                                    # (B, H, W)
                 mask = self.masks(boxes, real, student.extent, on_map)                   # (B, N)
@@ -387,8 +387,8 @@ class GKD(Baseline):
                 mask = valid / valid.sum(1, keepdim=True)
 
             difference = (t - s).square()                                             # (B, N, D)
-            error = (difference * along[:, None]).sum(2)                                 # (B, N)
-            memory = memory + (mask * near * error).sum() / len(targets)
+            error = (difference * channel[:, None]).sum(2)                               # (B, N)
+            memory = memory + (mask * spatial * error).sum() / len(targets)
             tokens = mean_over_processes(valid.sum().float())
             maps = maps + _distance(map_s, map_t) / tokens
         return self.weighted([memory, maps])
@@ -405,9 +405,9 @@ class GKD(Baseline):
         farther = torch.maximum(x.abs(), y.abs())                                  # (B, K, H, W)
         skirt = (-(x ** 2 + y ** 2) / 2).exp()
         bump = skirt.where(farther >= 0.5, 1.)
-        near = (farther < 1) & real[..., None, None]
+        reached = (farther < 1) & real[..., None, None]
         area = (4 * w * h)[..., None]                                              # (B, K, 1, 1)
-        return _largest(bump * near / area, valid)
+        return _largest(bump * reached / area, valid)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -531,10 +531,11 @@ class DETRDistill(Baseline):
     """DETRDistill (Chang et al. 2023), three parts, from its code for Deformable DETR [C].
 
     (a) cls, l1, giou: in each layer all of the teacher's predictions, positive and negative, are
-        matched to the student's by cls_weight (cross entropy) + l1_weight L1 - giou_weight GIoU, the
-        weights of the losses too. The losses are means over the pairs: the cross entropy with the teacher's scores summed over classes, L1, 1 - GIoU. We
-        subtract the teacher's entropy (it has no gradient), and do not clamp its boxes to the
-        image [O]. top: match only this many of its most confident predictions [O]; 0 = all.
+        matched to the student's by cls_weight (cross entropy) + l1_weight L1 - giou_weight GIoU,
+        the weights of the losses too. The losses are means over the pairs: the cross entropy with
+        the teacher's scores summed over classes, L1, 1 - GIoU. We subtract the teacher's entropy (it
+        has no gradient), and do not clamp its boxes to the image [O]. top: match only this many of
+        its most confident predictions [O]; 0 = all.
     (b) memory: for every layer of the teacher and every level, the mean of (m (F_T - f(F_S)))^2,
             m_p = max(sum_q score_q IoU_q cos(state_q, F_T,p), 0.01), over its maximum in the image
         with the IoU to the nearest object (1 in images without objects), as in the code. The
@@ -944,15 +945,15 @@ def _softmax(x, valid):
     return x.masked_fill(~valid, -torch.inf).softmax(1)
 
 
-def _weights(near, along, valid, temperature):
-    """N softmax(near / t) (B, N) and D softmax(along / t) (B, D): weights of mean 1.
+def _weights(spatial, channel, valid, temperature):
+    """N softmax(spatial / t) (B, N) and D softmax(channel / t) (B, D): weights of mean 1.
 
     N counts the valid tokens (B, N).
     """
     count = valid.sum(1, keepdim=True)                                                   # (B, 1)
-    near = count * _softmax(near / temperature, valid)                                   # (B, N)
-    along = along.shape[1] * (along / temperature).softmax(1)                            # (B, D)
-    return near, along
+    spatial = count * _softmax(spatial / temperature, valid)                             # (B, N)
+    channel = channel.shape[1] * (channel / temperature).softmax(1)                      # (B, D)
+    return spatial, channel
 
 
 def _distance(a, b):
