@@ -182,8 +182,9 @@ def target_queries(labels, boxes, embedding, groups=1, box_noise=0.0, label_nois
     box_noise: 0..1, each corner moves by up to box_noise * half the box's width and height, as in
         DN-DETR, and is then clamped to the image.
     label_noise: chance that "label" reads a random row instead.
-    random_queries: so many more queries with random boxes and contents, the same for all images of
-        the batch, after the others and as a group of their own: KD-DETR's "general" points.
+    random_queries: so many more queries with random boxes and random rows as contents, the same for
+        all images of the batch, after the others and as a group of their own: KD-DETR's "general"
+        points.
     random_seed: a number draws the same random queries at every call (the precursor's fixed queries
         [P]), None new ones from `generator`.
     at_least: slots for so many objects, also when no image has them: nn.MultiheadAttention fails on

@@ -246,11 +246,11 @@ figure
 
 # %% [markdown]
 # DINO's winner, 3 groups, leads by half of what luck gives; it was taken into the recipe all the
-# same, and not measured again. Deformable DETR's, 24 random queries more (random boxes and
-# contents), leads by little more than luck, if its seeds scatter as DINO's do, and was taken too.
-# Measured again on `val`, three seeds, in the logit part alone, it still beats the first row of the
-# picture: +.016, after +.024 on `tune`. In the whole method, where it is used, this is undecided
-# (-.022 to +.021). So measure a choice again, and where you use it.
+# same, and not measured again. Deformable DETR's, 24 random queries more (random boxes, contents
+# picked at random), leads by little more than luck, if its seeds scatter as DINO's do, and was
+# taken too. Measured again on `val`, three seeds, in the logit part alone, it still beats the first
+# row of the picture: +.016, after +.024 on `tune`. In the whole method, where it is used, this is
+# undecided (-.022 to +.021). So measure a choice again, and where you use it.
 #
 # The scale mask S went out by such a choice too: for all three detectors the best of four trials
 # without S was above the best of four with it ([numbers](../results/README.md)). But the best
