@@ -653,6 +653,11 @@ def load_weights(model: nn.Module, source_weights: str | Path | dict, source: st
     shape differs.
     """
     # Read the file, and find the model in it.
+    if source not in ("auto", *FORMATS):
+        raise ValueError(f"source={source!r}: choose from auto, {', '.join(FORMATS)}")
+    if not isinstance(source_weights, (dict, str, os.PathLike)):
+        raise ValueError(f"load_weights wants a file or a state_dict, not a "
+                         f"{type(source_weights).__name__}: give model.state_dict()")
     origin, payload = "state_dict", source_weights
     if not isinstance(payload, dict):
         origin = str(source_weights)

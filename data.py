@@ -417,9 +417,9 @@ def read_kitti(root, split, limit, class_map, others):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; KITTI's layout is "
                                     "ROOT/training/image_2 and label_2")
-    files = files_in(images, ".png", ".jpg", ".jpeg")
+    files = files_in(images, *IMAGE_SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"{images}: no .png or .jpg image in it; unpack the data set's "
+        raise FileNotFoundError(f"{images}: no image in it; unpack the data set's "
                                 "images here")
 
     # The images of the split.
@@ -454,9 +454,16 @@ def read_kitti(root, split, limit, class_map, others):
 
 
 def files_in(folder, *suffixes):
-    # macOS leaves "._NAME" beside a file when it copies.
-    return {path.stem: path for path in sorted(folder.iterdir())
-            if path.suffix.lower() in suffixes and not path.name.startswith("._")}
+    """{stem: file}. Raises ValueError where two files have one stem."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        # macOS leaves "._NAME" beside a file when it copies.
+        if path.suffix.lower() not in suffixes or path.name.startswith("._"):
+            continue
+        if path.stem in files:
+            raise ValueError(f"{path}: {files[path.stem].name} has the same id; keep one of them")
+        files[path.stem] = path
+    return files
 
 
 def listed_ids(path):

@@ -437,8 +437,9 @@ class TrainingRun:
         # What would be noticed only after hours: (whether it is so, what to say).
         from_scratch = cfg.pretrained_backbone == "none" and not cfg.init_from
         notes = [
-            (train_set.fingerprint == self.val_set.fingerprint,
-             "training and validation images are the same: AP says what was remembered"),
+            (shared := len({*train_set.paths} & {*self.val_set.paths}),
+             f"{shared} of {len(self.val_set)} validation images are trained on too: of these AP "
+             "says what was remembered"),
             (student.num_queries < train_set.most_objects,
              f"an image has {train_set.most_objects} objects, more than the model's "
              f"{student.num_queries} queries: the rest cannot be found; --num-queries, some three "
@@ -669,20 +670,20 @@ def open_teacher(cfg, run, dataset, device):
     teacher, payload = load_model(cfg.teacher)
     same_classes(payload, dataset, cfg.teacher)
     teacher = teacher.to(device).requires_grad_(False)
-    # Its stored AP counts when it was measured on the same data; otherwise it is measured now.
-    theirs = payload["settings"]
+    # Its stored AP counts when it was measured on the same images; otherwise it is measured now.
+    theirs, its_images = payload["settings"], payload.get("images") or [None]
     differ = [f"{flag(name)} {theirs.get(name)}" for name in ("data", "class_map", "limit", "size")
               if theirs.get(name) != getattr(cfg, name)]
     ap, source = payload["metrics"].get("AP"), "stored in its checkpoint"
-    if differ or ap is None:
+    if differ or ap is None or its_images[-1] != dataset.fingerprint:
         found = detect(teacher, dataset, run, run.eval_batch)
         ap, source = data.evaluate(found, dataset)["AP"], "measured now"
+    other = f"; it was trained with {', '.join(differ)}, unlike this run" if differ else ""
     if cfg.teacher_floor > 0 and not ap >= cfg.teacher_floor:
-        other = f"; it was trained with {', '.join(differ)}, unlike this run" if differ else ""
         raise ValueError(f"the teacher {cfg.teacher} has AP {ap:.3f} ({source}), under the floor "
                          f"of {cfg.teacher_floor}{other}: was it trained, on this data? "
                          "--teacher-floor 0 uses it all the same")
-    say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source})")
+    say(f"teacher    {cfg.teacher}: AP {ap:.3f} ({source}){other}")
     if run.teacher_cache:
         from experiments.cache import EncodeOnce
         teacher.encode = EncodeOnce(teacher.encode, run.teacher_cache * 1e9)
@@ -1272,8 +1273,8 @@ def parse_sides(text, form):
     if not re.fullmatch(r"\s*\d{1,5}\s*,\s*\d{1,5}\s*", text, re.ASCII):
         raise ValueError(f"--size {text}: want {form} in pixels, e.g. 800,1333")
     first, second = map(int, text.split(","))
-    if not (0 < first <= 16384 and 0 < second <= 16384):
-        raise ValueError(f"--size {text}: want 1 to 16384 pixels")
+    if not (8 <= first <= 16384 and 8 <= second <= 16384):
+        raise ValueError(f"--size {text}: want 8 to 16384 pixels")
     return first, second
 
 

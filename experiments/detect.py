@@ -23,10 +23,13 @@ height, width = json.loads(facts["size"])
 classes = json.loads(facts["classes"])
 
 # Turn as the camera says, resize, ask, and go back to the pixels of the photo.
-image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
-small = image.resize((width, height), Image.Resampling.BILINEAR)
+image = ImageOps.exif_transpose(Image.open(photo))
+if image.mode[:1] in "IF":                         # whose values Pillow would cut off
+    sys.exit(f"{photo}: pixels of mode {image.mode}; convert it to 8 bits a channel")
+small = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
 boxes, scores, labels = session.run(None, {"images": np.array(small)[None]})
 boxes = boxes[0] * np.tile([image.width / width, image.height / height], 2)
+boxes = boxes.clip(0, np.tile(image.size, 2))
 
 # Write the detections, best first.
 for box, score, label in zip(boxes, scores[0], labels[0]):

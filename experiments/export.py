@@ -18,7 +18,7 @@ import train
 
 # What is published of a checkpoint, in addition to its weights.
 KEPT = ("detector", "config", "classes", "category_ids", "data", "metrics", "minutes", "step",
-        "seed", "commit", "machine", "settings")
+        "seed", "commit", "machine", "settings", "images")
 
 
 def add_options(parser):

@@ -26,7 +26,7 @@ import models
 import train
 from clockdistill import location_mask
 from experiments import plots
-from experiments.predict import add_image_options, image_files, read_images
+from experiments.predict import add_image_options, image_files, numbered, read_images
 
 FILES = """writes for each image and checkpoint, named after the file or the folder of its run:
   000_NAME_MODEL_layers.png   attention of the best detections' queries, by decoder layer
@@ -328,7 +328,7 @@ def run(checkpoint, images, out, best, layer, size=None, device="auto", precisio
                 watched = compare(watched)
                 figures["beside"] = beside(picture, watched, written)
             for name, figure in figures.items():
-                figure.savefig(out / f"{index:03d}_{Path(file).stem}_{name}.png", dpi=150)
+                figure.savefig(out / f"{numbered(index, file)}_{name}.png", dpi=150)
             entries.append({"image": str(file), "detections": listed(watched, classes)})
     finally:                                   # what was found is kept, also by Ctrl-C
         if entries:

@@ -5,6 +5,7 @@
 Writes OUT/000_NAME.png, 001_.., one picture per image, and predictions.json, which lists what is
 drawn: boxes are x0 y0 x1 y1 in pixels.
 """
+import os
 from pathlib import Path
 
 import torch
@@ -54,6 +55,12 @@ def read_images(files, title, broken, unresized):
               "on which the detector was trained; --size 48,160 resizes them")
 
 
+def numbered(index, file):
+    """What a picture's files are called: its number, and its name as far as names may be long."""
+    stem = os.fsencode(Path(file).stem)[:150].decode(errors="ignore")
+    return f"{index:03d}_{stem}"
+
+
 def add_options(parser):
     """The options of `train.py predict`."""
     parser.add_argument("--checkpoint", required=True, help=train.CHECKPOINT_HELP)
@@ -91,7 +98,7 @@ def run(checkpoint, images, out, min_score, size=None, device="auto", precision=
             found, = train.answer(model, batch.to(device), precision)
             found["boxes"] = clip_boxes_to_image(found["boxes"], tuple(sides))
             # Pictures are numbered: never the input itself, nor one name twice.
-            drawn = out / f"{index:03d}_{Path(file).stem}.png"
+            drawn = out / f"{numbered(index, file)}.png"
             plots.predictions(picture, found, classes, min_score).savefig(drawn)
             # The JSON lists what is drawn: what is sure enough.
             sure = found["scores"] >= min_score

@@ -928,6 +928,9 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
     if dry_run:
         needed = [*teachers_of(study, lines), *jobs_of(lines)]
         bench.print_costs(needed, measured(study), tflops)
+        if made := sum(job.name in study.done for job in needed):
+            print(f"{made} of these have their result in {study.results}/runs: they are not made "
+                  "again.")
         # Until tuning has chosen, some rows have no options, so they are not among the runs above.
         chosen = read_chosen(study)
         untuned = {line.label for line in lines if line.table == "tuning" and line.label not in

@@ -10,6 +10,7 @@
     ask_dense, ask_deformable_detr, ask_rt_detr
                                  an adapter each: change the nearest one, delete the others
 """
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -111,18 +112,20 @@ class Learner(nn.Module):
 
 
 def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
-    """Choose pair.distill's lambdas from 8 batches; a lambda of 0 stays 0.
+    """Choose pair.distill's lambdas from the first 8 batches; a lambda of 0 stays 0.
 
     The student takes 8 steps of its own loss. memory, answers: how long each part's gradient shall
     be then, beside that of the own loss. The rule: clockdistill.Balance. The lambdas are in no
     state_dict: a resumed run gives them to CLoCKDistill.
     """
-    distill = pair.distill
+    distill, batches = pair.distill, list(itertools.islice(batches, 8))
+    if len(batches) < 8:
+        raise ValueError(f"weigh wants 8 batches, got {len(batches)}: repeat them")
     distill.lambda_mem, distill.lambda_log = (float(weight > 0) for weight in
                                               (distill.lambda_mem, distill.lambda_log))
     ratios = {"memory": memory * distill.lambda_mem, "cls+l1+giou": answers * distill.lambda_log}
     balance = Balance({part: ratio for part, ratio in ratios.items() if ratio})
-    for index, batch in zip(range(8), batches):
+    for index, batch in enumerate(batches):
         losses = step(pair, batch).losses
         balance.measure(losses, index, [*pair.student.parameters()])
         optimizer.zero_grad()

@@ -73,3 +73,10 @@ def test_the_checks_want_a_quiet_copy(name, ask):
     check = checklist.our_queries_leave_its_answers_alone
     assert rates and not check(pair, batch) and check(checklist.quiet(pair), batch)
     assert all(getattr(module, key) == 0.1 for module, key in rates)
+
+
+def test_weigh_wants_eight_batches():
+    pair = adapters.Pair(None, None, None, CLoCKDistill(8, 8, lambda_mem=3.0))
+    with pytest.raises(ValueError, match="wants 8 batches, got 2"):
+        adapters.weigh(pair, None, iter([1, 2]), None)
+    assert pair.distill.lambda_mem == 3.0

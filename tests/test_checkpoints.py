@@ -1164,6 +1164,13 @@ def test_a_wrong_number_of_class_names_is_an_error():
         checkpoints.load_weights(toy(), toy(classes=4).state_dict(), classes=["a", "b", "c"], source_classes=["a", "b"])
 
 
+def test_what_is_no_file_and_no_state_dict_is_named():
+    with pytest.raises(ValueError, match="not a Linear: give model.state_dict"):
+        checkpoints.load_weights(toy(), torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="source='nonsense': choose from auto, ours"):
+        checkpoints.load_weights(toy(), {}, source="nonsense")
+
+
 def test_a_dn_detr_is_no_dab_detr():
     """Its names are DAB-DETR's and one more, but its queries do not begin as zeros."""
     source = toy(detector="dab_detr").state_dict() | {"label_enc.weight": torch.zeros(4, 31)}

@@ -242,6 +242,13 @@ def test_an_image_that_vanishes_is_one_line_also_from_a_worker(tmp_path):
         list(data.eval_loader(dataset, 1, workers=1))
 
 
+def test_two_pictures_of_one_id_are_refused(tmp_path):
+    root = kitti_folder(tmp_path, {"000001": ""})
+    (root / "training/image_2/000001.jpg").touch()
+    with one_line_error(ValueError, "000001.png: 000001.jpg has the same id"):
+        data.build("kitti", root, "all")
+
+
 def test_a_listed_split_is_sought_among_all_its_images(tmp_path):
     """Ids that the folder lacks are counted, however many come first."""
     root = coco_folder(tmp_path, [], images=[(i, 8, 8) for i in range(1, 61)])

@@ -503,6 +503,8 @@ def test_a_dry_run_counts_what_has_to_run_and_tells_what_waits_for_tuning(
     assert said.count(" core-hours, 1.0 GB") == len(jobs) and f"\n{len(jobs)} runs, " in said
     told = said.partition("Rows that wait for tuning come on top: ")[2]
     assert "-teacher-" not in said and told == (f"{waiting}.\n" if waiting else "")
+    made = sum(job.name in here.done for job in [*tables.teachers_of(here, tables.plan(here)), *jobs])
+    assert (f"{made} of these have their result in {here.results}/runs" in said) == (results is None) == (made > 0)
 
 
 def test_a_table_starts_from_any_folder(tmp_path, monkeypatch):

@@ -717,6 +717,23 @@ def test_a_learning_rate_that_breaks_the_model_is_no_good_result(toy, tmp_path, 
         train.load_model(kept)
 
 
+def test_a_teacher_s_stored_ap_counts_for_its_own_images_only(toy, teacher, capsys):
+    for split, source in ("val", "stored in its checkpoint"), ("tune", "measured now"):
+        train.open_teacher(distilling(toy, teacher), Run(workers=0), data.build("toy", toy, split), torch.device("cpu"))
+        assert source in capsys.readouterr().out
+    with pytest.raises(ValueError, match="size None, unlike this run"):
+        train.open_teacher(distilling(toy, teacher, size="48,160", teacher_floor=1.), Run(workers=0),
+                           data.build("toy", toy, "val", size=(48, 160)), torch.device("cpu"))
+    train.open_teacher(distilling(toy, teacher, size="48,160"), Run(workers=0),
+                       data.build("toy", toy, "val", size=(48, 160)), torch.device("cpu"))
+    assert "it was trained with --size None, unlike this run" in capsys.readouterr().out
+
+
+def test_validation_images_that_are_trained_on_are_counted(toy, tmp_path, capsys):
+    train.fit(Config(root=toy, **{**TINY, "train_split": "all"}), Run(out=str(tmp_path / "run"), workers=0))
+    assert "4 of 4 validation images are trained on too" in capsys.readouterr().out
+
+
 def test_a_teacher_that_is_broken_does_not_pass_the_floor(toy, teacher, tmp_path):
     payload = checkpoints.load(teacher / "last.pt")
     payload["model"]["decoder.norm.bias"][0] = float("nan")
