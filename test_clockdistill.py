@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torchvision.ops import box_convert
 
 import clockdistill
 from clockdistill import CLoCKDistill, location_mask, logit_loss, memory_loss, target_queries
@@ -786,3 +787,65 @@ def test_the_losses_of_two_processes_average_to_that_of_the_whole_batch(monkeypa
     for name, loss in whole.items():
         assert second[name] == 0 and second[name].requires_grad            # a gradient of zeros: DDP does not wait
         assert_close((first[name] + second[name]) / 2, loss)
+
+
+MEMORY = dict(alpha=.3, beta=.3, location=False, scale=False)
+ANSWERS = dict(temperature=2., classes="softmax", confidence=False, normalise="confidence", layers="last")
+
+
+@pytest.mark.parametrize("option", [*MEMORY, *ANSWERS])
+def test_every_switch_reaches_its_loss(option):
+    value = (MEMORY | ANSWERS)[option]
+    losses, (s, t, *answers, labels, boxes, shapes, _, valid) = both_parts(CLoCKDistill(8, 8, **{option: value}))
+    of_memory, of_answers = ({option: value} if option in part else {} for part in (MEMORY, ANSWERS))
+    expected = {"memory": memory_loss(s, t, boxes, shapes, **of_memory)} | logit_loss(*answers, valid, **of_answers)
+    for name, weight in (("memory", 1), ("cls", 1), ("l1", 5), ("giou", 2)):
+        assert_close(losses[name], weight * expected[name], rtol=1e-5, atol=0)
+    plain, _ = both_parts(CLoCKDistill(8, 8))
+    assert plain != losses
+
+
+@pytest.mark.parametrize("option, value", [
+    ("groups", 2), ("box_noise", .4), ("label_noise", .9), ("random_queries", 3), ("at_least", 9)])
+def test_every_switch_reaches_the_queries(option, value):
+    got = CLoCKDistill(4, 4, **{option: value}).queries(LABELS, BOXES, EMBEDDING, gen())
+    expected = target_queries(LABELS, BOXES, EMBEDDING, generator=gen(), random_seed=0, **{option: value})
+    assert all(map(torch.equal, got, expected))
+    plain = CLoCKDistill(4, 4).queries(LABELS, BOXES, EMBEDDING, gen())
+    assert not all(map(torch.equal, got, plain))
+
+
+def test_without_targets_only_random_queries_ask():
+    _, boxes, _, valid = CLoCKDistill(4, 4, target=False, random_queries=3).queries(LABELS, BOXES, EMBEDDING)
+    assert valid.shape == (3, 3) and valid.all() and (boxes == boxes[:1]).all()
+
+
+def test_the_four_corners_move_apart():
+    label, box = [torch.zeros(1).long()], [torch.tensor([[.5, .5, .2, .4]])]
+    noisy = target_queries(label, box, EMBEDDING, groups=4000, box_noise=.5, generator=gen())[1][0]
+    corners = box_convert(noisy, "cxcywh", "xyxy")
+    assert (torch.corrcoef(corners.T) - torch.eye(4)).abs().max() < .06
+
+
+def test_random_queries_are_all_over_the_image_with_contents_of_every_class():
+    content, boxes, *_ = target_queries([NO_LABELS], [NO_BOXES], EMBEDDING, random_queries=6000, generator=gen())
+    share = (content[0, :, 0] / 4).long().bincount(minlength=3) / 6000
+    assert_close(share, torch.full((3,), 1 / 3), atol=.02, rtol=0)
+    assert_close(boxes[0].mean(0), torch.full((4,), .5), atol=.02, rtol=0)
+    assert_close(boxes[0].std(0), torch.full((4,), 12 ** -.5), atol=.02, rtol=0)
+
+
+def test_a_given_extent_counts_where_padding_knows_it_to_a_cell_only():
+    _, teacher, _ = scene()
+    teacher, padding = teacher[:1, :48], torch.ones(1, 6, 8, dtype=torch.bool)
+    padding[0, :4, :6] = False
+    own, extent = torch.tensor([[.93, .5, .14, .5]]), torch.tensor([[.7, .65]])    # columns 4.8..5.6; by padding 5.2..6
+    args = (teacher + 1, teacher, *[None] * 4, [torch.zeros(1).long()], [own], [(6, 8)], padding.flatten(1), None)
+    distill = CLoCKDistill(8, 8, lambda_log=0)
+    expected = memory_loss(teacher + 1, teacher, [own * extent.repeat(1, 2)], [(6, 8)], padding.flatten(1))
+    assert_close(distill(*args, extent=extent)["memory"], expected, rtol=1e-6, atol=0)
+    # by hand 
+    student = teacher.clone()
+    student[0].view(6, 8, 8)[1, 4] += 1                                            # only with the given extent inside
+    assert_close(distill(student, *args[1:], extent=extent)["memory"].item() > 1e-6, True)
+    assert distill(student, *args[1:])["memory"].item() < 1e-6

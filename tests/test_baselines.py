@@ -871,3 +871,14 @@ def test_a_decode_that_fails_leaves_no_hook():
     with pytest.raises(KeyError), baselines.decoder_states(model, True):
         raise KeyError
     assert not any(layer._forward_hooks for layer in model.decoder.layers)
+
+
+@pytest.mark.parametrize("name, terms", [("fitnets", ["memory"]), ("hinton", ["cls"]), ("gkd", ["maps"]),
+                                         ("kd_detr", ["l1", "giou"]), ("detrdistill", ["memory", "prior_cls", "prior_l1", "prior_giou"])])
+def test_counts_are_those_of_all_processes(name, terms, monkeypatch):
+    """Where the mean over processes is three times this one's count, a mean is a third, and what is over B stays."""
+    args = scene_for(name)
+    alone = build(name)(*args)
+    monkeypatch.setattr(baselines, "mean_over_processes", lambda count, least=1.: (3 * count).clamp(min=least))
+    for term, value in build(name)(*args).items():
+        alike(value, alone[term] / (3 if term in terms else 1))

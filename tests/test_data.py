@@ -462,7 +462,7 @@ def test_a_tag_in_a_text_of_a_png_turns_too(tmp_path, where):
     exif[data.ORIENTATION] = 3
     block = exif.tobytes()
     text.add_text(where, f"\nexif\n{len(block):8}\n{block.hex()}\n" if "Raw" in where
-                  else '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="3"/></rdf:RDF></x:xmpmeta>')
+                  else '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>')
     rotated(tmp_path / "a.png", None, pnginfo=text)
     assert data.image_header(tmp_path / "a.png") == ((40, 60), 3)
     assert data.read_image(tmp_path / "a.png")[0, 0].tolist() == [0] * 30 + [255] * 30

@@ -914,7 +914,7 @@ def test_record_collects_what_was_looked_at_and_then_stops(variant):
 
 @every
 def test_a_box_without_area_leaves_the_other_queries_alone(variant):
-    """Ground truth holds slivers. DAB-DETR divides by sides: 0 made NaN of all queries, although none may look at it."""
+    """Ground truth holds slivers. DAB-DETR divides by sides: 0 made NaN of all queries, which may not look at it."""
     model = toy(variant).eval()
     images, padding, _ = random_batch()
     content, boxes, attend, valid = random_extra()

@@ -677,3 +677,17 @@ def test_a_missing_backbone_of_any_model_is_said_once_before_any_run(
                        "--results", str(tmp_path / "results"), "--only", "main", "--",
                        "--train-split", "all", "--val-split", "all"]) == 2
     assert capsys.readouterr().err.startswith("error: no checkpoint at nowhere.pth")
+
+
+def test_columns_of_a_row():
+    def line(method, ap, **more):
+        return {"detector": "dino", "method": method, "seeds": [0, 1], "AP": ap, "AP50": [.5, .5],
+                "AP75": [.75, .75], "APs": [.1, .1], "APm": [.2, .2], "APl": [.3, .3], "gain": None,
+                "minutes": [1., 2.], "params": 2e6, "gflops": 1.5, **more}
+    lines = [line("fgd", [.3, .4]), line("clockdistill", [.4, .5])]
+    row = tables.cells(lines[0], lines, {"student": 50., "teacher": 9.})
+    assert row["AP"] == "0.350 ± 0.071" and row["AP50"] == "0.500 ± 0.000" and row["AP75"] == "0.750 ± 0.000"
+    assert row["AP small / medium / large"] == "0.10 ± 0.00 / 0.20 ± 0.00 / 0.30 ± 0.00"
+    assert row["clockdistill - this"] == "+0.100 (+0.100 to +0.100)"
+    assert (row["minutes"], row["images/s"]) == ("1.5", "50")
+    assert tables.cells(lines[1], lines, {})["clockdistill - this"] == ""

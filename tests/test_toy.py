@@ -38,7 +38,8 @@ def test_workers_draw_under_any_start_method(tmp_path):
     """Python 3.14 starts workers by a server of its own, which is then their parent."""
     program = f"import multiprocessing; multiprocessing.set_start_method('forkserver'); {DRAW}"
     program = program.format(counts=COUNTS, workers=2)
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "toy")], cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-c", program, str(tmp_path / "toy")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     data.make_toy(tmp_path / "alone", counts=COUNTS, workers=1)
     assert content(tmp_path / "toy") == content(tmp_path / "alone")

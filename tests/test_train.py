@@ -549,7 +549,7 @@ def test_a_full_disk_at_the_log_is_one_line_with_a_remedy(toy, tmp_path, monkeyp
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(train, "train_steps", full)
-    with pytest.raises(OSError, match=f"{tmp_path}/run/log.jsonl cannot be written, the disk is full: make room; --resume"):
+    with pytest.raises(OSError, match=f"{tmp_path}/run/log.jsonl cannot be written, .* full: make room; --resume"):
         train.fit(Config(root=toy, **TINY), Run(out=str(tmp_path / "run"), workers=0))
 
 
@@ -1094,3 +1094,116 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, teacher, tmp_path, capsys):
         assert err.strip().splitlines()[-1].startswith("error: ") and hint in err, (words, err)
         assert "Traceback" not in err and "executed" not in out
     assert not (tmp_path / "c" / "last.pt").exists()
+
+
+def moved(learner, batch, cfg):
+    """What one step of plain gradient descent does to the weights, which are put back."""
+    weights = train.trainable(learner)
+    before = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.SGD(weights, lr=1.)
+    optimizer.param_groups[0]["initial_lr"] = 1.
+    next(train.train_steps(learner, None, optimizer, [batch], cfg, 10))
+    change = torch.cat([(p.detach() - b).flatten() for p, b in zip(weights, before)])
+    with torch.no_grad():
+        for p, b in zip(weights, before):
+            p.copy_(b)
+    return change
+
+
+def test_a_step_is_the_clipped_mean_gradient_times_the_rate(toy):
+    cfg, learner, _, batches = one_learner(toy, denoising=0, clip=1e9)
+    whole = moved(learner, batches[0], dataclasses.replace(cfg, accumulate=2))
+    alone = [moved(learner, part, cfg) for part in batches[0].split(2)]
+    torch.testing.assert_close(whole, sum(alone) / 2, rtol=1e-3, atol=1e-4)
+    plain = moved(learner, batches[0], cfg)
+    assert plain.norm() > 1
+    assert moved(learner, batches[0], dataclasses.replace(cfg, clip=.1)).norm().item() == pytest.approx(.1, rel=1e-3)
+    slow = moved(learner, batches[0], dataclasses.replace(cfg, warmup=4))
+    torch.testing.assert_close(slow, plain / 4, rtol=1e-3, atol=1e-4)
+
+
+def test_every_step_and_process_has_noise_of_its_own(toy, teacher, monkeypatch):
+    cfg, learner, network, batches = one_learner(toy, teacher)
+    def run():
+        steps = train.train_steps(learner, network, optimizer_of(learner), [batches[0]] * 2, cfg, 2)
+        return [log for _, log in steps]
+    first, second = run()
+    monkeypatch.setattr(train, "process_rank", lambda: 1)
+    other, _ = run()
+    for name in ("loss_ce_dn", "l1"):
+        assert len({first[name], second[name], other[name]}) == 3
+
+
+def test_the_optimizer_has_every_weight_that_learns_once(toy):
+    cfg = Config(**TINY, weight_decay=.5)
+    student, method = train.build_model(cfg, 3), train.CLoCKDistill(16, 24)
+    groups = train.make_optimizer(cfg, student, method).param_groups
+    held = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert held.keys() == {id(p) for part in (student, method) for p in train.trainable(part)}
+    assert {held[id(p)] for p in method.parameters()} == {cfg.lr} and {g["weight_decay"] for g in groups} == {.5}
+
+
+def test_what_is_saved_and_evaluated_is_the_moving_average(toy, tmp_path):
+    """After two steps with decay .75: .75 of the first step's weights, .25 of the second's."""
+    saved = []
+    for steps in (1, 2):
+        cfg = Config(**TINY | dict(root=toy, steps=steps, schedule="drop", drop_at=1., warmup=0, ema=.75))
+        train.fit(cfg, Run(out=str(tmp_path / str(steps)), workers=0))
+        saved.append(checkpoints.load(tmp_path / str(steps) / "last.pt"))
+    first, second = (one["resume"]["student"] for one in saved)
+    for name, value in saved[1]["model"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, .75 * first[name] + .25 * second[name])
+    assert not torch.equal(first["content.weight"], second["content.weight"])
+
+
+def test_best_is_the_best(toy, tmp_path, monkeypatch):
+    scores = iter((.2, .5, .3))
+    others = dict(AP50=0., AP75=0., APs=0., APm=0., APl=0., per_class={})
+    monkeypatch.setattr(data, "evaluate", lambda *_: {"AP": next(scores), **others})
+    train.fit(Config(**TINY, root=toy), Run(out=str(tmp_path), workers=0, eval_every=1))
+    assert checkpoints.load(tmp_path / "best.pt")["step"] == 2
+
+
+def test_cosine_begins_after_the_warm_up():
+    cosine = Config(warmup=20, schedule="cosine")
+    assert [train.lr_factor(cosine, s, 100) for s in (20, 60, 100)] == pytest.approx([1., .51, .02])
+
+
+def test_the_step_hands_over_padding_extent_and_the_learned_queries(toy, teacher):
+    _, learner, network, batches = one_learner(toy, teacher, method_options=dict(learned=True))
+    dataset = data.build("toy", toy, "train")
+    items = [dataset[0], dataset[1]]
+    items[1] = (items[1][0][:, :32, :92], items[1][1])                    # ends within a cell
+    batch, seen = data.collate(items), []
+    learner.method.forward = lambda *given: seen.extend(given) or {}
+    learner(network, batch)
+    padding, valid, extent = seen[9], seen[10], seen[11]
+    assert padding.equal(network.encode(batch.images, batch.padding).padding) and padding.any()
+    assert torch.equal(extent, batch.extent)
+    asked = max(map(len, batch.labels))
+    assert valid.shape == (2, asked + 10) and valid[:, asked:].all()          # and the teacher's 10 own
+    assert seen[4].shape[2] == seen[2].shape[2] == asked + 10
+
+
+def test_a_rivals_step_hands_over_the_teachers_gradient_and_states(toy, teacher):
+    network, _ = train.load_model(teacher)
+    network.requires_grad_(False)
+    student = copy.deepcopy(network).train()
+    batch = next(iter(data.loader(data.build("toy", toy, "train"), 2, steps=1)))
+    for name in ("gkd", "detrdistill"):
+        method, seen = BASELINES[name](16, 16), []
+        method.forward = lambda *given: seen.extend(given) or {}
+        Learner(student, method)(network, batch)
+        view = seen[1]
+        if name == "gkd":
+            memory = network.encode(batch.images, batch.padding)
+            memory.tokens.requires_grad_()
+            output = network.answer(memory, *network.learned_queries(memory), None)
+            loss = sum(network.weighted_losses(output, batch.targets).values())
+            torch.testing.assert_close(view.gradient, torch.autograd.grad(loss, memory.tokens)[0])
+            assert view.gradient.any()
+        else:                                             # a head reads the normed state of its layer
+            decoder = network.decoder
+            logits = [decoder.class_heads.of(i)(decoder.norm(state)) for i, state in enumerate(view.states)]
+            torch.testing.assert_close(torch.stack(logits), view.logits)
