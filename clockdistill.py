@@ -271,8 +271,9 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
 
     student_logits: (L_s, B, Q, C), student_boxes: (L_s, B, Q, 4), a decoder layer each; teacher_*:
         with L_t layers. Layer i = 1..L_s learns from layer round(i * L_t / L_s), at least 1, so that
-        the last learns from the last [O]. (Python's round: a half goes to the even number.) Some detectors return one layer in eval mode: from such a
-        teacher all layers of the student learn the same.
+        the last learns from the last [O]. (Python's round: a half goes to the even number.) Some
+        detectors return one layer in eval mode: from such a teacher all layers of the student learn
+        the same.
     valid: (B, Q) bool; the other queries have no loss and no gradient, whatever they hold, NaN
         included.
     temperature: T; both logits are divided by it. Not used in w.

@@ -419,8 +419,7 @@ def read_kitti(root, split, limit, class_map, others):
                                     "ROOT/training/image_2 and label_2")
     files = files_in(images, *IMAGE_SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"{images}: no image in it; unpack the data set's "
-                                "images here")
+        raise FileNotFoundError(f"{images}: no image in it; unpack the data set's images here")
 
     # The images of the split.
     problems = Counter()
