@@ -803,7 +803,7 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # take 50 and 1). What follows keeps these ratios, so no part is shown at its own best. The memory
 # part alone gains +.049 (+.025 to +.072); the logit part alone is undecided, +.006 (-.001 to
 # +.012). So are, with both parts, $M$ against every token alike, +.005 (-.000 to +.011), and $S$,
-# -.001 (-.011 to +.009). No rival was run.
+# -.001 (-.011 to +.009). Rivals were tuned there, and not run on `val`.
 #
 # # Exercises
 #

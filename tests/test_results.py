@@ -192,6 +192,19 @@ def test_the_trials_of_the_weights():
     assert rows["AP on digits"] == [of[ratio] for ratio in (3.125, 12.5, 50, 200)]
 
 
+def test_the_rivals_trials():
+    """The page's figures are those of the trials."""
+    found = {}
+    for trial in json.loads((ROOT / "results/kitti/tuning.json").read_text()):
+        part, ratio = next(iter(sorted(trial["options"]["balance"].items(), reverse=True)))
+        found.setdefault(trial["what"], {})[ratio * (50 if part.startswith("cls") else 1)] = trial["AP"]
+    rows = {row[0]: row[1:] for row in rows_of("results/kitti/README.md", "| ratio of gradients")}
+    assert len(rows) == len(found) == 5
+    for name, told in rows.items():
+        of = found[name.lower().replace("-", "_")]
+        assert told == [f"{of[ratio]:.3f}"[1:] for ratio in (3.125, 12.5, 50, 200)]
+
+
 def test_twice_the_steps_on_real_kitti():
     """The page's four scores and two gains are those of seed 0."""
     lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["schedule"]
