@@ -29,7 +29,6 @@ if image.mode[:1] in "IF":                         # whose values Pillow would c
 small = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
 boxes, scores, labels = session.run(None, {"images": np.array(small)[None]})
 boxes = boxes[0] * np.tile([image.width / width, image.height / height], 2)
-boxes = boxes.clip(0, np.tile(image.size, 2))
 
 # Write the detections, best first.
 for box, score, label in zip(boxes, scores[0], labels[0]):

@@ -3,7 +3,7 @@
 #
 # A small student is trained for a small machine, and that machine often has no PyTorch. This
 # notebook writes the shipped distilled student as **one ONNX file** and reads it with a program of
-# twenty-one lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow
+# twenty lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow
 # and [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). This notebook itself needs `pip
 # install onnx onnxscript onnxruntime`.
 #
@@ -115,13 +115,13 @@ assert operators["GridSample"] == layers * 3 and operators["TopK"] == 2
 # All are ONNX's own (operator set 20). Only ONNX Runtime was tried: look up whether another runtime
 # has GridSample and TopK.
 #
-# ## Twenty-one lines without torch
+# ## Twenty lines without torch
 
 # %%
 _, _, code = Path("experiments/detect.py").read_text().split('"""')
 print(code.strip())
 lines = [line for line in code.splitlines() if line and not line.startswith("#")]
-assert len(lines) == 21
+assert len(lines) == 20
 
 # %% [markdown]
 # The program runs in a process in which importing torch is an error. The photo is the first
