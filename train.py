@@ -367,14 +367,14 @@ class TrainingRun:
             self.history, self.best = saved["history"], saved["best"]
         elif run.resume:
             say(f"note       {self.last}: no checkpoint there yet, so --resume begins at step 0")
-        if self.world > 1:                     # machines without a common disk
+        self.began = time.monotonic()
+        if self.world > 1:
+            # Machines without a common disk may not all have the checkpoint.
             starts = [None] * self.world
             dist.all_gather_object(starts, self.start)
             if len(set(starts)) > 1:
                 raise ValueError(f"the processes would begin at steps {starts}: copy {self.last} to "
                                  "every machine")
-        self.began = time.monotonic()
-        if self.world > 1:
             self.learner = DistributedDataParallel(self.learner)
 
     def minutes(self):

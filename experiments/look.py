@@ -226,9 +226,10 @@ def summary(objects, first, others):
 def reading(teacher, method, embedding, batches):
     """Does the logit part read the image? A teacher's accuracy on target-aware queries.
 
-    Right is the object's true class (also where label noise asks for another), when the memory is the image's own, another image's of
-    the batch, or noise of the same mean and spread in each channel. An answer that is as good from
-    noise was in the question. And how much would an answer count? w of L_log is the largest score.
+    Right is the object's true class (also where label noise asks for another), when the memory is
+    the image's own, another image's of the batch, or noise of the same mean and spread in each
+    channel. An answer that is as good from noise was in the question. And how much would an answer
+    count? w of L_log is the largest score.
 
     method: CLoCKDistill with groups=1 and nothing but target-aware queries. embedding: what its
     queries ask with. batches: data.Batch of several images. Returns {"own", "another's", "noise":

@@ -1211,8 +1211,8 @@ def _note(axes, text, x, y, color):
 
 def _number(axes, x, y, text, color):
     """A number in the middle of a coloured cell, in black or white: what can be read on it."""
-    light = np.dot(to_rgb(color), (0.3, 0.6, 0.1)) >= 0.45
-    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if light else "white")
+    ink = "black" if _light(color) else "white"
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
 
 
 def _styles(names):
@@ -1398,10 +1398,14 @@ def _scene(axes, pixels, truth, names):
     _boxes(axes, truth["boxes"], TRUTH, labels=truth["labels"], names=names)
 
 
+def _light(color):
+    """Whether a colour is nearer to white than to black, as eyes weigh red, green and blue."""
+    return np.dot(to_rgb(color), (0.3, 0.6, 0.1)) >= 0.45
+
+
 def _halo(width, color):
     """An edge that keeps a line visible: light around dark colours, dark around light ones."""
-    dark = np.dot(to_rgb(color), (0.3, 0.6, 0.1)) < 0.45
-    edge = "white" if dark else "black"
+    edge = "black" if _light(color) else "white"
     return [patheffects.withStroke(linewidth=width, foreground=edge, alpha=0.75)]
 
 
