@@ -512,10 +512,17 @@ class CLoCKDistill(nn.Module):
         extent: (B, 2), (w_i / W, h_i / H), the part of the padded W x H batch image that image i
             fills. None reads it off `padding`, which knows it to a cell of the first level: exact
             when images end where cells do.
-        Raises ValueError, with the remedy, when the first batch with objects gives itself away as
-        boxes in pixels or as corners, an inverted padding, shapes as (W, H).
+        Raises ValueError, with the remedy, when a part is on whose tensors are None, and when the first
+        batch with objects gives itself away as boxes in pixels or as corners, an inverted padding,
+        shapes as (W, H).
         """
         _check_counts(labels, boxes)
+        answers = student_logits, student_boxes, teacher_logits, teacher_boxes, valid
+        for part, tensors in (("lambda_mem", (student_memory, teacher_memory)),
+                              ("lambda_log", answers)):
+            if getattr(self, part) and any(tensor is None for tensor in tensors):
+                raise ValueError(f"{part} is not 0, and a tensor of its part is None: give it, or "
+                                 f"{part}=0")
         if not (self.checked or torch.compiler.is_compiling()):
             _check_conventions(boxes, padding, shapes)   # once: a look at values makes a GPU wait
             self.checked = any(map(len, boxes))

@@ -844,8 +844,24 @@ def test_a_given_extent_counts_where_padding_knows_it_to_a_cell_only():
     distill = CLoCKDistill(8, 8, lambda_log=0)
     expected = memory_loss(teacher + 1, teacher, [own * extent.repeat(1, 2)], [(6, 8)], padding.flatten(1))
     assert_close(distill(*args, extent=extent)["memory"], expected, rtol=1e-6, atol=0)
-    # by hand 
+    # By hand.
     student = teacher.clone()
     student[0].view(6, 8, 8)[1, 4] += 1                                            # only with the given extent inside
     assert_close(distill(student, *args[1:], extent=extent)["memory"].item() > 1e-6, True)
     assert distill(student, *args[1:])["memory"].item() < 1e-6
+
+
+@pytest.mark.parametrize("part, missing", [("lambda_mem", 1), ("lambda_log", 2)])
+def test_a_part_that_is_on_wants_its_tensors(part, missing):
+    """Named in one line; with the other part off, and its tensors None, the same call is right."""
+    other = {"lambda_mem": "lambda_log", "lambda_log": "lambda_mem"}[part]
+    memory, logits, places = torch.rand(1, 4, 8), torch.rand(1, 1, 1, 3), torch.rand(1, 1, 1, 4)
+    given = [memory, memory, None, None, None, None] if part == "lambda_mem" else [
+        None, None, logits, places, logits, places]
+    valid = None if part == "lambda_mem" else torch.ones(1, 1, dtype=torch.bool)
+    rest = [[torch.tensor([0])], [torch.tensor([[0.5, 0.5, 0.5, 0.5]])], [(2, 2)], None, valid]
+    distill = CLoCKDistill(8, 8, **{other: 0})
+    distill(*given, *rest)
+    given[missing] = None
+    with pytest.raises(ValueError, match=f"{part} is not 0, and a tensor of its part is None"):
+        distill(*given, *rest)

@@ -926,8 +926,9 @@ def answer(model, batch, precision="fp32"):
         output = model.eval()(batch.images, batch.padding)
     model.train(training)
     sizes = torch.stack([torch.as_tensor(t["orig_size"]) for t in batch.targets])     # (B, 2): h, w
+    best = models.postprocess(output.detections, sizes, data.MAX_DETECTIONS)
     results = []
-    for image_id, found in zip(batch.image_ids, models.postprocess(output.detections, sizes, 100)):
+    for image_id, found in zip(batch.image_ids, best):
         results.append({"image_id": image_id, **{k: v.cpu() for k, v in found.items()}})
         data.check_finite(results[-1], f"image {image_id}")
     return results

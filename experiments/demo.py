@@ -178,11 +178,11 @@ class View:
         self.bar.close()
 
 
-def side_by_side(jobs, at_once, threads, ended, views=(), cwd=None):
+def side_by_side(jobs, at_once, threads, ended, views=()):
     """Run jobs, `at_once` at a time with `threads` threads each.
 
     jobs: {name: Job}.  ended(name, error): called after each; error is None, or one line.
-    views: kept up to date meanwhile.  cwd: folder where the jobs start, by default this one.
+    views: kept up to date meanwhile.
     Ctrl-C, or an exception of `ended`, stops all: each saves the step in hand and ends.
     Raises train.Interrupted.
     """
@@ -198,7 +198,7 @@ def side_by_side(jobs, at_once, threads, ended, views=(), cwd=None):
                         ended(name, None)
                     else:
                         say(f"{time.strftime('%H:%M')}  {jobs[name].folder}")
-                        running[name] = start(jobs[name], threads, cwd)
+                        running[name] = start(jobs[name], threads)
                 time.sleep(0.2)
                 for view in views:
                     view.update()
@@ -215,7 +215,7 @@ def side_by_side(jobs, at_once, threads, ended, views=(), cwd=None):
         raise train.Interrupted("stopped, after a finished step")
 
 
-def start(job, threads, cwd):
+def start(job, threads):
     """Start a job: what it says goes to FOLDER/output.txt, its bar and errors to errors.txt.
 
     A session of its own keeps Ctrl-C from it: it is asked to stop once, by terminate(), since being
@@ -225,7 +225,7 @@ def start(job, threads, cwd):
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with (open(job.folder / "output.txt", "w") as output,
           open(job.folder / "errors.txt", "w") as errors):
-        return subprocess.Popen([sys.executable, str(train.HERE / "train.py"), *job.words], cwd=cwd,
+        return subprocess.Popen([sys.executable, str(train.HERE / "train.py"), *job.words],
                                 env=environment, stdout=output, stderr=errors,
                                 start_new_session=True)
 

@@ -581,7 +581,7 @@ def run_all(study, jobs, workers, shard=(0, 1)):
     if missing:
         threads = max(1, (os.cpu_count() or 1) // workers)
         with tqdm(total=len(missing), desc="runs", unit="run") as bar:
-            demo.side_by_side(runs, workers, threads, ended, cwd=HERE)
+            demo.side_by_side(runs, workers, threads, ended)
     for line in failed:
         tqdm.write(f"failed: {line}")
     return [job for job in jobs if job.name not in study.done]

@@ -14,11 +14,10 @@
 #    alone (a *lone* student) after the best linear map. Its lead is larger on objects.
 # 2. An attention map need not lie on the object. DAB-DETR's teacher has .22 of its dense attention
 #    there; spread evenly over the cells that the box touches, it would have .48.
-# 3. "It looks where the teacher looks" needs a baseline and a cell size. Asked the same queries,
-#    the distilled DAB-DETR and Deformable DETR attend clearly more like the teacher than the lone
-#    ones: perhaps because only they were trained on such queries (with their own queries they lead
-#    too), perhaps because their boxes are more like the teacher's. DINO does by .03 at most, and
-#    not on cells of 8 pixels. (One pair of students each.)
+# 3. "It looks where the teacher looks" needs a baseline and a cell size. The distilled DAB-DETR and
+#    Deformable DETR attend clearly more like the teacher than the lone ones, with asked and with
+#    own queries. Why is not separated: their boxes may be more like the teacher's. With DINO it
+#    depends on cell size and queries: from .02 less to .03 more. (One pair of students each.)
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #
@@ -104,8 +103,9 @@ plots.memory_colours(picture, truth["boxes"],
                      (6, 20), "DINO: the same image in three memories (finest level)")
 
 # %% [markdown]
-# *The distilled memory repeats the teacher's colours cell by cell. The lone student's has the large
-# areas right, sky, road and cars, and blurs the cells within them.*
+# *On the objects the distilled memory nearly repeats the teacher's colours, on the road less so.
+# The lone student's has the large areas right, sky, road and cars, and blurs the cells within
+# them.*
 #
 # How near is it, in numbers? $R^2$ is the part of the teacher's variance that a memory explains: 1
 # is a copy, 0 is as good as the mean token.
@@ -416,8 +416,8 @@ plots.around_object(panels, "The wrong answer with the largest w")
 # - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20, Deformable DETR's three
 #   times in five, DINO's one time in twelve. (From the exact box. In training each corner moves by
 #   up to a fifth of the box's width and height; how often they are wrong then is not measured.)
-# - With the last two, $w$ tells right from wrong: of the fifth with the least $w$ more are wrong
-#   than of the fifth with the most. With DAB-DETR they differ by less than .1.
+# - With the last two, of the fifth with the least $w$ more are wrong than of the fifth with the
+#   most. With DAB-DETR this is undecided.
 # - With their own queries all three teachers find most of the same objects. (That is an upper
 #   bound: the best of the own queries is chosen by the truth, and false alarms do not count.)
 
@@ -463,7 +463,7 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
                   "own queries, each counts 1": GREY | {"marker": "X"}}, one_scale=True)
 
 # %% [markdown]
-# *Left, two circles far apart: confidence tells right from wrong. Right, from the hollow square to
+# *Left, two circles far apart: sure answers are wrong less often. Right, from the hollow square to
 # the full one: how much weight $w$ takes from wrong answers:* .17 ± .02 with Deformable DETR, .03 ±
 # .01 with DINO, .01 ± .02 (undecided) with DAB-DETR.
 #

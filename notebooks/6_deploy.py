@@ -44,9 +44,9 @@ plots.deployment_drawing()
 #
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
-# For your own student add a photo, `--image PHOTO.jpg`, or `--size H,W`: the file is for that size.
-# The program stretches a photo of another shape to it, which `train.py predict` does not do. So
-# export one file for each shape.
+# For your own student add `--size H,W`, or `--image PHOTO.jpg` for the size at which it reads this
+# photo. The program stretches a photo of another shape to it, which `train.py predict` does not do.
+# So export one file for each shape.
 #
 # `export` needs a checkpoint of this repository. With a detector of your own call its core,
 # `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module in
@@ -155,9 +155,9 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 # "Pedestrian 0.42" is a mistake: he is a cyclist, seen from behind, with little of his bicycle in
 # sight. The cell below prints what the student says of this one box; ranks count from 0.
 #
-# **Claim.** The same box is in the answer three times, once for each class. Classes are sigmoids,
-# each with a score of its own, and the best *pairs* of query and class are kept, not the best
-# queries. There is no second step that removes doubles. The right name has the lower score, and the
+# **Claim.** The same box is in the answer three times, once for each class. Each class has a
+# sigmoid of its own, and a detection is a *pair* of query and class: the best 100 stay, here all
+# 72. There is no second step that removes doubles. The right name has the lower score, and the
 # threshold of 0.4 hides it.
 
 # %%
@@ -198,8 +198,8 @@ assert apart < 1e-4 and sure.any()
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
 # rounds it, too, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled DINO
 # student keeps .353 as here, and .300 with rounded outputs. Of the .056 lost, .037 come back with
-# the backbone alone in 32 bits. Probably because the ReLU6 behind a convolution keeps 0 to 6 of an
-# output that ranges 4 to 34 times as wide, so few of the 256 steps are left ([the
+# the backbone alone in 32 bits. The probable cause: the ReLU6 behind a convolution keeps 0 to 6 of
+# an output that ranges 4 to 34 times as wide, so few of the 256 steps are left ([the
 # trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a

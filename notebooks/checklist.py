@@ -53,14 +53,15 @@ def quiet(pair):
 
 
 def memory_is_right(pair, batch):
-    """Of memory_step: the teacher is frozen and in eval mode, shapes are (height, width), and the
-    loss reaches the backbone and not the decoder."""
+    """Of memory_step: the teacher is frozen and in eval mode, shapes are (height, width), padding is
+    known, and the loss reaches backbone and encoder, not the decoder."""
     done = memory_step(pair, batch)
     (rows, columns), (height, width) = done.learned.shapes[0], batch.images.shape[2:]
     upright = (rows - columns) * (height - width) >= 0
-    loss = done.losses["memory"]
+    memory = done.losses["memory"]
     return (the_teacher_is_frozen_and_in_eval_mode(pair, batch) and upright
-            and gradient(pair, loss, "backbone.") > 0 and gradient(pair, loss, "decoder.layers.") == 0)
+            and knows_padding(done.learned, batch) and gradient(pair, memory, "backbone.") > 0
+            and is_of_the_encoder(pair, memory))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -94,9 +95,25 @@ def moved(pair, batch, factor=1.0):
     return largest((padded.boxes[-1, 1] - single.boxes[-1, 0])[valid[1]])
 
 
+def unpadded(batch):
+    return batch.mask is None or batch.mask.bool().all().item()
+
+
+def knows_padding(answer, batch):
+    """Whether the adapter kept the tokens that are padding, where there are any."""
+    return unpadded(batch) or (answer.padding is not None and answer.padding.any().item())
+
+
+def is_of_the_encoder(pair, memory):
+    """Whether the memory loss reaches the encoder, and not the decoder."""
+    return gradient(pair, memory, "encoder.") > 0 and gradient(pair, memory, "decoder.layers.") == 0
+
+
 def gradient(pair, loss, module):
     """The norm of a loss's gradient on a part of the student, 0 if it is frozen."""
-    part = [p for name, p in pair.student.named_parameters() if module in name]
+    # A ResNet of transformers holds an "encoder." of its own.
+    part = [p for name, p in pair.student.named_parameters()
+            if module in name and ("backbone." in name) == (module == "backbone.")]
     if not part:
         raise ValueError(f"no parameter of the student is named {module!r}: put your name here")
     learning = [p for p in part if p.requires_grad]
@@ -151,7 +168,7 @@ def columns_fit_the_class_head(pair, batch):
 
 def references_are_of_the_own_size(pair, batch):
     """Answers beside the objects, in padded images only. (That the batch's boxes are: draw one.)"""
-    if batch.mask is None or batch.mask.bool().all():     # no padding
+    if unpadded(batch):
         return True
     if batch.extent is None:
         raise ValueError("the images are padded: give batch.extent")
@@ -224,9 +241,14 @@ def both_parts_reach_the_backbone(pair, batch):
     return all(gradient(pair, part, "backbone.") > 0 for part in parts)
 
 
-def memory_does_not_reach_the_decoder(pair, batch):
-    """Detection suffers: what was hooked is not the encoder's memory."""
-    return gradient(pair, step(pair, batch).losses["memory"], "decoder.layers.") == 0
+def memory_is_of_the_encoder(pair, batch):
+    """Little is taught, or detection suffers: what was hooked lies before the encoder or behind it."""
+    return is_of_the_encoder(pair, step(pair, batch).losses["memory"])
+
+
+def padding_is_known(pair, batch):
+    """An image's memory loss depends on how much it is padded."""
+    return knows_padding(step(pair, batch).learned, batch)
 
 
 CHECKS = [
@@ -235,4 +257,4 @@ CHECKS = [
     our_queries_leave_its_answers_alone, its_queries_leave_our_answers_alone,
     padding_rows_change_nothing, its_own_queries_get_its_own_answers,
     a_copy_of_the_teacher_has_no_loss, images_without_objects_add_nothing,
-    both_parts_reach_the_backbone, memory_does_not_reach_the_decoder]
+    both_parts_reach_the_backbone, memory_is_of_the_encoder, padding_is_known]

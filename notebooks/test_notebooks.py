@@ -2,6 +2,7 @@
 
     make test-notebooks
 """
+import contextlib
 import os
 
 import adapters
@@ -73,6 +74,36 @@ def test_the_checks_want_a_quiet_copy(name, ask):
     check = checklist.our_queries_leave_its_answers_alone
     assert rates and not check(pair, batch) and check(checklist.quiet(pair), batch)
     assert all(getattr(module, key) == 0.1 for module, key in rates)
+
+
+@pytest.mark.parametrize("wrong, said", [("padding", checklist.padding_is_known),
+                                         ("encoder", checklist.memory_is_of_the_encoder)])
+def test_the_checks_see_a_hook_that_forgets_padding_or_sits_before_the_encoder(wrong, said):
+    teacher, student, batch = examples()["dense DETR"]
+
+    def mistaken(ask):
+        @contextlib.contextmanager
+        def asked(detector, *queries, **given):
+            seen = []
+
+            def before_encoder(module, args, call):
+                seen.append(args[0])
+
+            with adapters.hooked([detector.model.encoder], before_encoder), ask(detector, *queries, **given) as answer:
+                yield answer
+            if wrong == "padding":
+                answer.padding = None
+            else:
+                answer.memory = seen[0]
+        return asked
+
+    def pair(ask, lambda_log=1.0):
+        method = CLoCKDistill(32, 64, lambda_log=lambda_log, content="own", classes="softmax", at_least=1)
+        return adapters.Pair(teacher, student, ask, method, teacher.model.queries.weight)
+
+    assert [*checklist.missed(pair(mistaken(adapters.ask_dense)), batch)] == [said]
+    assert checklist.memory_is_right(pair(adapters.memory_of, 0), batch)
+    assert not checklist.memory_is_right(pair(mistaken(adapters.memory_of), 0), batch)
 
 
 def test_weigh_wants_eight_batches():

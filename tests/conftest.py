@@ -31,7 +31,7 @@ def jobs_in_this_process(monkeypatch):
     import train
     from experiments import demo
 
-    def start(job, threads, cwd):
+    def start(job, threads):
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "errors.txt", "w") as errors, contextlib.redirect_stderr(errors):
             code = train.main([str(word) for word in job.words])

@@ -52,7 +52,7 @@ def fake_runs(monkeypatch):
     """Runs are made up; the names of those that were asked for are in the list."""
     ran = []
 
-    def run(runs, at_once, threads, ended, cwd):
+    def run(runs, at_once, threads, ended):
         for name, (folder, words, _) in runs.items():
             ran.append(name)
             given = train.parse(words[:words.index("--out")])
