@@ -359,8 +359,8 @@ figure
 # split is a text file of ids: `--train-split`, `--val-split`.
 #
 # Set `KITTI_ROOT` to your own KITTI folder and the next cell shows its frames; keep such outputs to
-# yourself, the images have their own licence. **Look for** the marker over each box, its class, and
-# for the hatched regions, which count neither way.
+# yourself, the images have their own licence. The marker over each box says its class; hatched
+# regions count neither way.
 
 # %%
 train_ids, val_ids = data.split_ids(data.KITTI_IDS)
@@ -387,12 +387,13 @@ figure
 #     python train.py distill --recipe small-student --root DIR $SPLITS --out runs/both \
 #         --teacher runs/teacher --teacher-cache 2
 #
-# They train on 703 frames and measure on 90; without the splits a run trains on all 5,985. In
-# [notebook 3](3_ablations.ipynb)'s runs distilling gains +.042 AP (+.020 to +.064, five seeds).
-# [One command](../results/kitti/README.md#make-it) makes them; their `distill` adds `--balance
-# memory=3.125 cls+l1+giou=0.0625` (on your own data start with the default, sixteen times both).
-# Their labels merge Van, Truck and Tram into Car and Person_sitting into Pedestrian, and lack Misc
-# and DontCare. No class map of section 3 does this: official labels give other numbers.
+# They train on 703 frames and measure on the 90 for tuning; without the splits a run trains on all
+# 5,985. On 198 others distilling gains +.042 AP (+.020 to +.064, five seeds; [notebook
+# 3](3_ablations.ipynb)). [One command](../results/kitti/README.md#make-it) makes those runs; their
+# `distill` adds `--balance memory=3.125 cls+l1+giou=0.0625` (on your own data start with the
+# default, sixteen times both). Their labels merge Van, Truck and Tram into Car and Person_sitting
+# into Pedestrian, and lack Misc and DontCare. No class map of section 3 does this: official labels
+# give other numbers.
 #
 # Six lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
 # of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
@@ -439,9 +440,10 @@ figure
 #     python train.py distill --recipe kitti-student --root DIR --out runs/both \
 #         --teacher runs/teacher
 #
-# `coco-*` likewise; `--detector` chooses one of three. Learning rates, and on COCO epochs and
-# images per step, are the detectors' official ones. Only the paper's abstract was read: no
-# setting is confirmed to be the paper's.
+# `coco-*` likewise; `--detector` chooses one of three. A ResNet-50 teaches a ResNet-18, our choice.
+# Learning rates and epochs are the detectors' official ones for COCO; on KITTI as many epochs see a
+# twentieth of the images (untried). Only the paper's abstract was read: no setting is confirmed to
+# be the paper's.
 
 # %%
 for recipe in ("kitti-student", "coco-student"):
@@ -464,17 +466,18 @@ for recipe in ("kitti-student", "coco-student"):
 # - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
 #   each class in the others. The small runs ask with the teacher's own contents, since on the toy a
 #   label gives a part of the answer away; that it costs AP is not shown ([notebook
-#   3](3_ablations.ipynb)). Untried at full size: `--method-options content=own`; with box noise and
-#   the rest `preset=dino`.
+#   3](3_ablations.ipynb)). Untried at full size: `--method-options preset=DETECTOR`, the small
+#   recipes' options.
 # - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
 #   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI it is undecided.
 # - **The start** is an ImageNet backbone. 5,985 images are few for a DETR: a detector trained on
 #   COCO (section 6) should be the better start, above all for the teacher.
 #
 # **What it costs.** `python train.py table kitti --dry-run` prints every run with its command, its
-# GPU-hours and its memory, and trains nothing. It counts the multiply-adds of real-size models and
-# assumes 20 TFLOP/s of useful work (`--tflops`), a quarter of a peak of 80. **An estimate:**
-# KITTI's tables fit on one 24 GB card in fp32, and take it days. Its first lines and its last:
+# GPU-hours and its memory, and trains nothing. **An estimate**, at 20 TFLOP/s of useful work
+# (`--tflops`) and 8 images: KITTI's tables fit on one 24 GB card in fp32, and take it days. With 16
+# (add `-- --batch-size 16`) DINO and Deformable DETR need 25 to 34 GB; `--accumulate` it does not
+# count. Its first lines and its last:
 
 # %%
 said = io.StringIO()

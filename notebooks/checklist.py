@@ -10,7 +10,8 @@ A detector with other names than those below is wrapped, as the notebook shows. 
 
 - take quiet(pair): dropout draws other numbers when there are more queries;
 - ask in one group, without noise;
-- take a batch whose images all have objects, image 0 fewer than another; image 1 is padded.
+- take a batch whose images all have objects, image 0 fewer than another; image 1 is padded. The
+  padded images are not square.
 """
 import copy
 from dataclasses import replace
@@ -56,10 +57,8 @@ def memory_is_right(pair, batch):
     """Of memory_step: the teacher is frozen and in eval mode, shapes are (height, width), padding is
     known, and the loss reaches backbone and encoder, not the decoder."""
     done = memory_step(pair, batch)
-    (rows, columns), (height, width) = done.learned.shapes[0], batch.images.shape[2:]
-    upright = (rows - columns) * (height - width) >= 0
     memory = done.losses["memory"]
-    return (the_teacher_is_frozen_and_in_eval_mode(pair, batch) and upright
+    return (the_teacher_is_frozen_and_in_eval_mode(pair, batch) and upright(done.learned, batch)
             and knows_padding(done.learned, batch) and gradient(pair, memory, "backbone.") > 0
             and is_of_the_encoder(pair, memory))
 
@@ -97,6 +96,12 @@ def moved(pair, batch, factor=1.0):
 
 def unpadded(batch):
     return batch.mask is None or batch.mask.bool().all().item()
+
+
+def upright(answer, batch):
+    """Whether the levels are as upright as the images: a square batch cannot tell."""
+    (rows, columns), (height, width) = answer.shapes[0], batch.images.shape[2:]
+    return (rows - columns) * (height - width) >= 0
 
 
 def knows_padding(answer, batch):
@@ -246,6 +251,11 @@ def memory_is_of_the_encoder(pair, batch):
     return is_of_the_encoder(pair, step(pair, batch).losses["memory"])
 
 
+def shapes_are_height_and_width(pair, batch):
+    """The memory's weights lie beside the objects."""
+    return upright(step(pair, batch).learned, batch)
+
+
 def padding_is_known(pair, batch):
     """An image's memory loss depends on how much it is padded."""
     return knows_padding(step(pair, batch).learned, batch)
@@ -257,4 +267,5 @@ CHECKS = [
     our_queries_leave_its_answers_alone, its_queries_leave_our_answers_alone,
     padding_rows_change_nothing, its_own_queries_get_its_own_answers,
     a_copy_of_the_teacher_has_no_loss, images_without_objects_add_nothing,
-    both_parts_reach_the_backbone, memory_is_of_the_encoder, padding_is_known]
+    both_parts_reach_the_backbone, memory_is_of_the_encoder, shapes_are_height_and_width,
+    padding_is_known]

@@ -4,12 +4,14 @@
 """
 import contextlib
 import os
+from dataclasses import replace
 
 import adapters
 import checklist
 import jupytext
 import nbformat
 import pytest
+import torch
 from build import HERE, run
 from clockdistill import CLoCKDistill
 from three_detectors import examples
@@ -77,9 +79,12 @@ def test_the_checks_want_a_quiet_copy(name, ask):
 
 
 @pytest.mark.parametrize("wrong, said", [("padding", checklist.padding_is_known),
-                                         ("encoder", checklist.memory_is_of_the_encoder)])
-def test_the_checks_see_a_hook_that_forgets_padding_or_sits_before_the_encoder(wrong, said):
+                                         ("encoder", checklist.memory_is_of_the_encoder),
+                                         ("shapes", checklist.shapes_are_height_and_width)])
+def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_encoder(wrong, said):
     teacher, student, batch = examples()["dense DETR"]
+    if wrong == "shapes":                                # with padding these are an error, and seen by all checks
+        batch = replace(batch, mask=torch.ones_like(batch.mask), extent=None)
 
     def mistaken(ask):
         @contextlib.contextmanager
@@ -93,8 +98,10 @@ def test_the_checks_see_a_hook_that_forgets_padding_or_sits_before_the_encoder(w
                 yield answer
             if wrong == "padding":
                 answer.padding = None
-            else:
+            elif wrong == "encoder":
                 answer.memory = seen[0]
+            else:
+                answer.shapes, answer.padding = [shape[::-1] for shape in answer.shapes], None
         return asked
 
     def pair(ask, lambda_log=1.0):
