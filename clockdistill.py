@@ -11,10 +11,10 @@ Lan & Tian, "CLoCKDistill: Consistent Location-and-Context-aware Knowledge Disti
 How this repository's own detectors take that step: `clockdistill_step` in train.py.
 
 Notation: B images, S memory tokens, D channels, L decoder layers, Q queries, C classes (labels
-0..C-1), K objects. Boxes are (cx, cy, w, h). memory_loss and location_mask want them as fractions of
+0..C-1), K objects. Boxes are (cx, cy, w, h). The functions of part 1 want them as fractions of
 the PADDED batch image; everything else as fractions of each image's own size. `padding` is True where
 padded, `valid` and `attend` True where real. Everything is computed in float32 (or the inputs'
-float64), also under autocast; gradients never reach the teacher.
+float64), also under autocast; no loss sends a gradient to the teacher.
 
 Where a choice comes from: [A] the paper's abstract, [T] a third party's restatement of the paper,
 [P] the authors' earlier public code for a DETR distiller, [O] our own. Only [A] is certain; nearly all
@@ -280,12 +280,13 @@ def logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, val
     classes: "bernoulli" = a yes or no for each class, summed over classes, for sigmoid detectors [O];
         "softmax" = one distribution, for detectors whose last column is "no object": w_k is then the
         largest softmax probability of the other columns;
-        "softmax_of_sigmoid" = one distribution over the classes of a sigmoid detector.
+        "softmax_of_sigmoid" = one distribution over the classes of a sigmoid detector, always 0 with
+        a single class.
     confidence: False = w is 1.
-    normalise: divide by "queries", the number of valid ones [O], "batch", B, or "confidence", each
-        layer's summed w. What divides is that of all processes over their number, so that the mean
-        of the processes' gradients is the gradient of the whole batch: every process has to call
-        this.
+    normalise: divide by "queries", the number of valid ones [O], "confidence", each layer's summed
+        w, or "batch", this process's B. The first two are means over all processes, so that the
+        mean of the processes' gradients is the gradient of the whole batch: every process has to
+        call this. With "batch" it is, where all processes have the same B.
     layers: "all" or "last".
     Returns {"cls", "l1", "giou"}, unweighted scalars; without valid queries 0, still attached to the
     student's graph.
@@ -513,18 +514,19 @@ class CLoCKDistill(nn.Module):
             fills. None reads it off `padding`, which knows it to a cell of the first level: exact
             when images end where cells do.
         Raises ValueError, with the remedy, when a part is on whose tensors are None, and when the first
-        batch with objects gives itself away as boxes in pixels or as corners, an inverted padding,
-        shapes as (W, H).
+        batch with objects gives itself away as boxes or extent in pixels, corners, an inverted
+        padding, shapes as (W, H).
         """
         _check_counts(labels, boxes)
         answers = student_logits, student_boxes, teacher_logits, teacher_boxes, valid
-        for part, tensors in (("lambda_mem", (student_memory, teacher_memory)),
+        for part, tensors in (("lambda_mem", (student_memory, teacher_memory, shapes)),
                               ("lambda_log", answers)):
             if getattr(self, part) and any(tensor is None for tensor in tensors):
                 raise ValueError(f"{part} is not 0, and a tensor of its part is None: give it, or "
                                  f"{part}=0")
         if not (self.checked or torch.compiler.is_compiling()):
-            _check_conventions(boxes, padding, shapes)   # once: a look at values makes a GPU wait
+            # Once: a look at values makes a GPU wait.
+            _check_conventions(boxes, padding, shapes, extent)
             self.checked = any(map(len, boxes))
 
         # Parts that are off are 0, on the device of what is given.
@@ -532,7 +534,7 @@ class CLoCKDistill(nn.Module):
         zero = torch.zeros(())
         if given is not None:
             zero = given.new_zeros((), dtype=torch.float32)
-        losses = dict.fromkeys(("memory", *self.logit_weights), zero)
+        losses = dict.fromkeys(self.terms, zero)
 
         if self.lambda_mem:
             if extent is None and padding is not None:
@@ -664,7 +666,7 @@ def _full(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_conventions(boxes, padding, shapes):
+def _check_conventions(boxes, padding, shapes, extent):
     """Raises ValueError on inputs whose numbers show that they follow other conventions."""
     boxes = torch.cat([b.reshape(-1, 4) for b in boxes])          # (K, 4) of all images
     if (boxes.abs() > 2).any():
@@ -674,13 +676,19 @@ def _check_conventions(boxes, padding, shapes):
     if ((corners < -0.1) | (corners > 1.1)).any():
         raise ValueError("boxes reach far beyond their images: give (cx, cy, w, h), not corners, "
                          "and clip them")
+    if extent is not None and (extent > 1.001).any():
+        raise ValueError("extent must be (w_i / W, h_i / H), the image's part of the padded batch "
+                         "image: divide pixels by (W, H)")
     if padding is None or shapes is None:
         return
     if padding[:, 0].any():
         raise ValueError("the first token of an image is padded: padding must be True where "
                          "padded, ~ turns it round")
-    levels = padding.split([height * width for height, width in shapes], 1)
-    for level, (height, width) in zip(levels, shapes):
+    sizes = [height * width for height, width in shapes]
+    if sum(sizes) != padding.shape[1]:
+        raise ValueError(f"levels {list(map(tuple, shapes))} have {sum(sizes)} tokens, the padding has "
+                         f"{padding.shape[1]}")
+    for level, (height, width) in zip(padding.split(sizes, 1), shapes):
         real = ~level.view(-1, height, width)                     # (B, H, W)
         # An image fills the upper left part of its map, so it is its rows times its columns.
         if (real != real.any(2)[:, :, None] & real.any(1)[:, None]).any():

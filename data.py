@@ -133,9 +133,12 @@ class Batch:
         return torch.stack([real[:, 0].mean(1), real[:, :, 0].mean(1)], 1)
 
     def split(self, count):
-        """The batch cut into `count` smaller ones (fewer, when it has fewer images)."""
-        size = math.ceil(len(self.targets) / count)
-        parts = [slice(i, i + size) for i in range(0, len(self.targets), size)]
+        """The batch cut into `count` smaller ones, which differ by one image at most (fewer, when it
+        has fewer images)."""
+        total = len(self.targets)
+        count = min(count, total)
+        ends = [total * i // count for i in range(count + 1)]
+        parts = [slice(start, end) for start, end in zip(ends, ends[1:])]
         return [Batch(self.images[p], self.padding[p], self.targets[p]) for p in parts]
 
     def _map(self, move):
@@ -183,7 +186,7 @@ def build(name, root, split, *, augment="eval", size=None, limit=None, class_map
     augment: "train" for that data set's training augmentation (`transform`), "eval" for none.
     size: (short side, longest side at most) of the resize in pixels; None: DEFAULT_SIZE.
     limit: use only the first so many images: of KITTI in the order of their names as text, of COCO
-        in that of its file.
+        in that of their ids.
     class_map, others: KITTI's types, see the top of this file.
     seed: of the augmentation.  check: False opens no image of COCO's layout.
     Raises FileNotFoundError or ValueError with one line that names the file and the remedy.
@@ -314,6 +317,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def raw(self, index):
         """(PIL image, target) as stored, for pictures: boxes are (x0, y0, x1, y1) in pixels."""
+        index = range(len(self))[index]             # from the end when negative, or IndexError
         boxes, labels, ignored = self._boxes(index)
         target = {"boxes": boxes[~ignored], "labels": labels[~ignored], "ignore": boxes[ignored],
                   "image_id": self.ids[index]}

@@ -225,19 +225,20 @@ class TimmBackbone(nn.Module):
                              f"{coarsest}: choose another")
         self.channels = [maps[i].shape[1] for i in self.chosen]
         self.frozen = frozen
-        weights = list(self.body.parameters())
+        self.train()                             # the body was in eval mode for the trial pass
+        parameters = list(self.body.parameters())
 
         def gradients(maps):
             """Of each weight; None where these maps do not depend on it."""
-            return torch.autograd.grad([x.sum() for x in maps], weights, allow_unused=True,
-                                       retain_graph=True)
+            return torch.autograd.grad([x.sum() for x in maps], parameters,
+                                       allow_unused=True, retain_graph=True)
 
         # Nobody reads maps that are coarser. DDP would wait for the gradients of what makes them.
         read = gradients([maps[i] for i in self.chosen])
-        fixed = [p for p, gradient in zip(weights, read) if gradient is None]
+        fixed = [p for p, gradient in zip(parameters, read) if gradient is None]
         if frozen:
             early = [x for x, stride in zip(maps, strides) if stride < 8]
-            used = zip(weights, early and gradients(early))
+            used = zip(parameters, early and gradients(early))
             fixed += [p for p, gradient in used if gradient is not None]
             batch_norm = nn.modules.batchnorm._BatchNorm
             fixed += [m for m in self.body.modules() if isinstance(m, batch_norm)]
@@ -700,7 +701,7 @@ def denoising_queries(targets: criterion.Targets, embedding: Tensor, noise: dict
     """
     repeats = noise["flip"].shape[1]                                     # 2 * groups
     valid = targets.valid[:, None].expand(-1, repeats, -1)               # (B, 2 G, K)
-    # A random class may be the true one again, so half of label_noise is the official probability.
+    # As the official code halves it: the chance of a random class, which may be the true one.
     flipped = noise["flip"] < label_noise * 0.5
     labels = torch.where(flipped, noise["label"], targets.labels[:, None])
     content = F.embedding(labels, embedding) * valid[..., None]          # (B, 2 G, K, D)
@@ -753,13 +754,14 @@ def attention_groups(learned: int, extra: Queries | None, device, groups: int = 
 class Detector(nn.Module):
     """What the three detectors share: encode, decode, losses by their official names.
 
-    A detector sets backbone, encoder, decoder, num_classes, num_queries and decoder_layers, and
-    says what its learned queries are and how any others are decoded.
+    A detector adds encoder and decoder, and says what its learned queries are and how any others
+    are decoded.
     """
     matcher_weights = criterion.MATCHER_WEIGHTS
     loss_scales = {"ce": 1., "bbox": 5., "giou": 2.}
     eps = 1e-6                         # of the GIoU
     label_embedding = None             # (C, D) content of a query that is told its class, if any
+    learned_content = None             # (N, D) or (D,) contents of the learned queries, if any
     slow = ()                          # parts of the names of parameters with a tenth of the rate
 
     def __init__(self, num_classes: int, backbone: nn.Module, num_queries: int,

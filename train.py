@@ -881,13 +881,13 @@ def fingerprint(model):
 
 def digest(cfg, taught_by):
     """A short name for all that a run depends on: the settings that are not the default, but for where
-    files lie, and the weights that teach it (their `fingerprint`, or None).
+    data and teacher lie, and the weights that teach it (their `fingerprint`, or None).
 
     So an option that is added later leaves the names of earlier runs as they are.
     """
     defaults = plain(Config(detector=cfg.detector))
     settings = {name: value for name, value in plain(cfg).items()
-                if name not in PLACES and value != defaults[name]}
+                if name not in ("root", "teacher") and value != defaults[name]}
     text = json.dumps([cfg.detector, settings, taught_by], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -960,7 +960,17 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
     """
     payload = load_payload(checkpoint)
     settings = payload["settings"]
-    given = {name: settings.get(name) for name in ("data", "class_map", "size")} | given
+    stored = {name: settings.get(name) for name in ("data", "class_map", "size")}
+    if given.get("data") == "coco":
+        del stored["class_map"]                          # only KITTI's layout has one
+    given = stored | given
+    # No size means the reader's default, and another reader has another.
+    if given["size"] is None and given["data"] != stored["data"]:
+        sides = input_size(payload)
+        if sides is None:
+            raise ValueError(f"{checkpoint} was trained on images as they are: give --size, for the "
+                             "toy's 48,160")
+        given["size"] = "{},{}".format(*sides)
     there = settings.get("root")                         # published weights do not tell
     if "root" not in given and (given["data"], there or Config.root) != ("toy", Config.root):
         raise ValueError(f"eval needs --root, the folder of the {given['data']} images"
@@ -988,7 +998,7 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
                 "machine": machine(device)})
 
 
-PLACES = ("root", "teacher", "init_from")       # settings that only say where a file lies
+PLACES = ("root", "teacher", "init_from")       # settings that hold a path: never published
 
 
 def load_payload(path):
@@ -1398,6 +1408,8 @@ def configure(command, recipe=None, **given):
         recipe = "toy-student"
     detector = given.setdefault("detector", Config.detector)
     settings = dict(RECIPES[recipe][detector]) if recipe else {}
+    if given.get("epochs") is not None:                  # the length is given: the recipe's falls
+        settings.pop("steps", None)
     method = given.setdefault("method", settings.get("method", "clockdistill"))
     if method != settings.get("method"):
         settings |= dict(method_options={}, balance={})  # the recipe's belong to its own method

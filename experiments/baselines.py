@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.ops import box_convert, sigmoid_focal_loss
+from torchvision.ops import box_convert
 
 import models
-from criterion import match, mean_over_processes, pad_targets
+from criterion import match, mean_over_processes, pad_targets, set_losses
 
 
 class View(NamedTuple):
@@ -69,7 +69,8 @@ class Baseline(nn.Module):
         "queries"     extras["queries"]: the View of the student's predictions for `queries`, whose
                       contents pass through `student_content`. They are decoded in the same pass as
                       its own queries; neither group attends to the other
-        "attention"   .attention of teacher, student and extras["queries"]; the student's with graph
+        "attention"   .attention of teacher, student and, where given, extras["queries"]; the
+                      student's with graph
     terms: the names of the losses, in order.
     copies_memory: whether the method needs the linear map f, `adapter`.
     """
@@ -129,12 +130,14 @@ class Baseline(nn.Module):
 
     def check(self, student, teacher, targets, extras):
         """Raise ValueError unless everything in `needs` is there and the memories correspond."""
+        asked = extras.get("queries")
         given = {"detections": teacher.logits,
                  "states": teacher.states,
                  "gradient": teacher.gradient,
                  "matches": student.matches and teacher.matches,
-                 "queries": extras.get("queries"),
-                 "attention": student.attention and teacher.attention}
+                 "queries": asked,
+                 "attention": student.attention and teacher.attention
+                 and (asked is None or asked.attention)}
         missing = [name for name in self.needs if given[name] is None]
         _want(not missing, f"{type(self).__name__} needs {', '.join(missing)}: prepare it as "
                            "Baseline.needs says")
@@ -420,7 +423,7 @@ class Hinton(Baseline):
         cls   weight * t^2 KL(teacher || student), summed over classes: the mean over pairs,
               summed over layers
     classes: "bernoulli", one yes-or-no distribution per class, for sigmoid detectors; or
-    "softmax", as in the paper.
+    "softmax", as in the paper (0 with one class).
     """
     needs = ("detections", "matches")
     terms = ("cls",)
@@ -451,7 +454,7 @@ class Hinton(Baseline):
 class KDDETR(Baseline):
     """KD-DETR (Wang et al. 2024), from its code [C]: both decoders decode the same queries.
 
-        cls     sum_q w_q t^2 KL_q(teacher || student) / B,   of softmaxes, mean over classes
+        cls     sum_q w_q t^2 KL_q(teacher || student) / B,   of softmaxes, mean over classes (one: 0)
         l1      sum_q w_q |difference| / sum_q w_q,           mean over the 4 coordinates
         giou    sum_q w_q (1 - GIoU) / sum_q w_q
         w_q = max_c sigmoid(the teacher's last logits)
@@ -601,16 +604,10 @@ class DETRDistill(Baseline):
 
         query, found (L, B, K): the query of each object, and whether it has one.
         """
-        labels, boxes, real, _ = pad_targets(targets)             # (B, K), (B, K, 4), (B, K)
-        slot = query * asked.logits.shape[3] + labels     # one-hot, on the flat (query, class) axis
-        wanted = torch.zeros_like(asked.logits).flatten(2).scatter_add(
-            2, slot, found.to(asked.logits))
-        focal = sigmoid_focal_loss(asked.logits, wanted.view_as(asked.logits)).sum()
-        mine = _take(asked.boxes, query)                                           # (L, B, K, 4)
-        distance = ((mine - boxes).abs().sum(3) * found).sum()
-        overlap = (giou_distance(mine, boxes) * found).sum()
-        count = mean_over_processes(real.sum().float())
-        return focal / count, distance / count, overlap / count
+        truth = pad_targets(targets)
+        count = mean_over_processes(truth.valid.sum().float())
+        parts = set_losses(asked.logits, asked.boxes, truth, query, found, count)  # (L,) each
+        return [part.sum() for part in parts]
 
 
 class D3ETR(Baseline):
@@ -735,7 +732,8 @@ def rival_step(student, teacher, batch, method, generator=None):
         first = 0 if output.denoising is None else output.denoising.logits.shape[2]
         last = first + own.logits.shape[2]
         s = s._replace(attention=attention_of(student, seen, slice(first, last)))
-        asked = asked._replace(attention=attention_of(student, seen, slice(last, None)))
+        if asked is not None:
+            asked = asked._replace(attention=attention_of(student, seen, slice(last, None)))
 
     # 3. Detection losses of the student, and the method's.
     losses = student.weighted_losses(output, batch.targets)

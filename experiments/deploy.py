@@ -399,8 +399,13 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
         for kind, (file, facts) in programs.items():
             name = f"{detector}, {role}, {kind}"
             row = {"detector": detector, "role": role, "format": kind} | facts
+            row["of"] = [digest(checkpoint), dataset.fingerprint]
+            earlier = figures["rows"].get(name, {})
+            # Figures of other weights, or of other images, are not this program's.
+            if earlier.get("of", row["of"]) != row["of"]:
+                earlier = {}
             row |= measure(kind, checkpoint, file, dataset, size, only)
-            figures["rows"][name] = figures["rows"].get(name, {}) | row
+            figures["rows"][name] = earlier | row
             makers[name] = functools.partial(open_program, kind, checkpoint, file)
         checkpoints.write_json(page, figures)
         print(f"{detector}, {role}: done")
@@ -437,13 +442,17 @@ def views(dataset, size, indices):
     return [resized(dataset.raw(index)[0], size) for index in indices]
 
 
+def digest(checkpoint):
+    """A short name for what a file holds."""
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
+
+
 def make_programs(checkpoint, work, dataset, train_set, size, calibrate):
     """-> {format: (its file, what the table says of it)}; programs there are used again."""
     whole, short, facts = (work / f"{checkpoint.stem}{end}" for end in (
         ".onnx", ".int8.onnx", ".json"))
     # Other weights under the same name make new programs. So does what was asked for.
-    weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
-    asked = [list(size), calibrate, train_set.fingerprint, weights]
+    asked = [list(size), calibrate, train_set.fingerprint, digest(checkpoint)]
     known = checkpoints.read_json(facts) if facts.exists() else {}
     if known.pop("asked", None) != asked or not (whole.exists() and short.exists()):
         facts.unlink(missing_ok=True)          # a kill must not leave it beside new programs
@@ -483,13 +492,13 @@ def markdown(figures, name):
             "percentile) in ms."]
     if "latency" in figures:
         text[0] += f" Timed on {figures['latency']['machine']}."
-    columns = ("detector", "model", "format", "AP", "AP50", "file", "peak memory",
+    columns = ("detector", "model", "format", "AP", "AP50", "images", "file", "peak memory",
                *(f"ms, {n} thread{'s' * (n > 1)}" for n in THREADS))
     text += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in figures["rows"].values():
         cells = [row["detector"], row["role"], row["format"]]
         cells += [written(row.get(key), form) for key, form in (
-            ("AP", "{:.3f}"), ("AP50", "{:.3f}"), ("file_mb", "{:.2f} MB"),
+            ("AP", "{:.3f}"), ("AP50", "{:.3f}"), ("images", "{}"), ("file_mb", "{:.2f} MB"),
             ("peak_mb", "{:.0f} MB"))]
         cells += [written(row.get(f"ms_{n}"), "{0[median]:.1f} ({0[p95]:.1f})") for n in THREADS]
         text.append(f"| {' | '.join(cells)} |")

@@ -832,7 +832,9 @@ def images_per_second(study):
             model = bench.untrained(make_job(study, detector, role).cfg, study.scope)
             networks[detector, role] = model.to(device)
     # At the size of the runs, which options after -- may change.
-    sizes = [result["gflops_at"] for result in study.done.values() if "gflops_at" in result]
+    # Without --size a run's GFLOPs are those of 800 x 1333, whatever its images are.
+    sizes = [result["gflops_at"] for result in study.done.values() if "gflops_at" in result
+             and (study.scale == "toy" or result["settings"]["size"])]
     height, width = sizes[0] if sizes else study.scope.image_size
     image = torch.zeros(1, 3, height, width, device=device)
     speed = {"machine": train.machine(device)}
@@ -915,7 +917,7 @@ def add_options(parser):
 def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_run, tflops,
         teachers, teacher_floor, changes):
     """The command `table`: teachers, tuning, tables. -> 0 when every run has its result."""
-    if root is None and scale != "toy" and not dry_run:
+    if root is None and scale != "toy" and not (dry_run or rebuild):
         raise ValueError(f"table {scale} needs --root, the folder of the data "
                          f"({SCALES[scale].download})")
     study = open_study(scale, root, work, results, teachers, changes, teacher_floor)
@@ -963,11 +965,16 @@ def open_study(scale, root=None, work=None, results=None, teachers="shipped", ch
             file = HERE / "weights" / f"{scope.teachers}_{detector}.safetensors"
             if file.exists():
                 shipped[detector] = file
+    changed = {name: value for name, value in train.parse(["fit", *changes]).items()
+               if name not in ("command", "debug")}
+    # What the plan sets itself would stand in a row of another name.
+    if fixed := sorted(changed.keys() & {"detector", "recipe", "root", "seed"}):
+        raise ValueError(f"{train.flag(fixed[0])} after --: the table sets it itself (--detectors "
+                         "and --root stand before --)")
     return Study(
         scale, str(Path(root).resolve()) if root else "ROOT", Path(work or folder).resolve(),
         results, shipped,
-        changes={name: value for name, value in train.parse(["fit", *changes]).items()
-                 if name not in ("command", "debug")},
+        changes=changed,
         of_students={} if teacher_floor is None else {"teacher_floor": teacher_floor},
         done=read_results(results / "runs"))
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import attention
 from experiments import baselines
 import criterion
+import data
 import models
 from experiments.baselines import BASELINES, D3ETR, FGD, GKD, MGD, DETRDistill, FitNets, Hinton, KDDETR, View
 from clockdistill import memory_loss
@@ -882,3 +883,30 @@ def test_counts_are_those_of_all_processes(name, terms, monkeypatch):
     monkeypatch.setattr(baselines, "mean_over_processes", lambda count, least=1.: (3 * count).clamp(min=least))
     for term, value in build(name)(*args).items():
         alike(value, alone[term] / (3 if term in terms else 1))
+
+
+class Attentive(baselines.Baseline):
+    """A method that wants attention of both, and asks no queries."""
+    needs, terms = ("attention",), ("seen",)
+
+    def losses(self, student, teacher, targets, extras):
+        assert extras["queries"] is None
+        return {"seen": sum(among.sum() for among, _ in student.attention)}
+
+
+def test_a_method_that_needs_attention_and_no_queries():
+    torch.manual_seed(0)
+    models_ = [models.build("dino", 3, backbone="resnet18", backbone_width=8, pretrained_backbone=False, hidden_dim=32,
+                            heads=4, ffn_dim=32, encoder_layers=1, decoder_layers=1, num_queries=6, feature_levels=2)
+               for _ in range(2)]
+    teacher, student = models_[0].eval().requires_grad_(False), models_[1].train()
+    batch = data.collate([(torch.rand(3, 64, 64), {"labels": torch.tensor([0]), "boxes": torch.full((1, 4), .5)})])
+    losses = baselines.rival_step(student, teacher, batch, Attentive(32, 32, seed=0))
+    assert losses["seen"] > 0 and losses["loss_ce"] > 0
+
+
+def test_queries_without_their_attention_are_one_line():
+    student, teacher, targets, extras = scene()
+    D3ETR(8, 8)(student, teacher, targets, extras)
+    with pytest.raises(ValueError, match="D3ETR needs attention: prepare it"):
+        D3ETR(8, 8)(student, teacher, targets, {"queries": extras["queries"]._replace(attention=None)})

@@ -233,6 +233,22 @@ def test_missing_folders_images_and_labels(tmp_path):
         data.build("voc", root, "all")
 
 
+def test_negative_numbers_count_from_the_end_in_pictures_too(tmp_path):
+    dataset = data.build("kitti", kitti_folder(tmp_path, {"000001": line("Car", 10, 10, 50, 30), "000002": line("Car", 10, 10, 50, 30) * 3}), "all")
+    assert [len(dataset.raw(index)[1]["boxes"]) for index in (0, 1, -1, -2)] == [1, 3, 3, 1]
+    with pytest.raises(IndexError):
+        dataset.raw(2)
+
+
+@pytest.mark.parametrize("images, count, sizes", [(8, 5, [1, 2, 1, 2, 2]), (10, 4, [2, 3, 2, 3]), (16, 4, [4] * 4),
+                                                  (2, 5, [1, 1])])
+def test_parts_of_a_batch_differ_by_one_image_at_most(images, count, sizes):
+    batch = data.Batch(torch.arange(images), torch.arange(images), list(range(images)))
+    parts = batch.split(count)
+    assert [len(part.targets) for part in parts] == sizes
+    assert torch.cat([part.images for part in parts]).tolist() == [x for part in parts for x in part.targets] == list(range(images))
+
+
 def test_an_image_that_vanishes_is_one_line_also_from_a_worker(tmp_path):
     root = coco_folder(tmp_path, [note(1)])
     dataset = data.build("coco", root, "val")

@@ -324,6 +324,13 @@ def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp
     assert short["int8"]["Conv"] == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
     assert (out / "toy.png").exists()
 
+    # Figures of another file, trained a step more, do not stay in its row.
+    changed = weights / "toy_student_deformable_detr.safetensors"
+    checkpoints.save(changed, checkpoints.load(changed) | {"step": 1})
+    assert train.main([*words, "--only", "size"]) == 0
+    rows = json.loads((out / "toy.json").read_text())["rows"].values()
+    assert all("AP" not in row and "peak_mb" not in row and row["file_mb"] > 0 for row in rows)
+
 
 @pytest.mark.parametrize("change", ["nothing", "size", "calibrate", "images", "weights"])
 def test_programs_of_another_size_or_calibration_are_not_used_again(tmp_path, monkeypatch, change):

@@ -516,7 +516,8 @@ def test_what_timm_cannot_make_is_one_line(monkeypatch, name, overrides, message
 def test_timm_backbones_with_other_maps():
     """Layer norms, maps from stride 4 on, and a model whose first map is the image itself."""
     timm_or_skip()
-    assert fresh("dino", backbone="timm:convnext_atto").backbone.channels == [80, 160, 320]
+    first = fresh("dino", backbone="timm:convnext_atto").backbone
+    assert first.channels == [80, 160, 320] and all(module.training for module in first.modules())
     assert fresh("dino", backbone="timm:vgg11").backbone.channels == [512, 512, 512]
 
 

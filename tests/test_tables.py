@@ -520,9 +520,24 @@ def test_speed_is_measured_at_the_size_of_the_runs(tmp_path, monkeypatch):
     sizes = []
     monkeypatch.setattr(bench, "untrained", lambda *_: torch.nn.Linear(1, 1))
     monkeypatch.setattr(bench, "images_per_second", lambda networks, image: sizes.append(image.shape[2:]) or {})
-    for done in ({}, {"a": {}, "b": {"gflops_at": [160, 540]}}):
+    sized, unsized = ({"gflops_at": [160, 540], "settings": {"size": size}} for size in ("160,540", None))
+    for done in ({}, {"a": {}, "b": sized}, {"c": unsized}):
         tables.images_per_second(study(tmp_path, "kitti", done=done))
-    assert [tuple(size) for size in sizes] == [(402, 1333), (160, 540)]
+    assert [tuple(size) for size in sizes] == [(402, 1333), (160, 540), (402, 1333)]
+
+
+@pytest.mark.parametrize("word, value", [("--detector", "dino"), ("--seed", "7"), ("--recipe", "toy-teacher"),
+                                         ("--root", "x")])
+def test_a_change_of_what_the_table_sets_itself_is_refused(word, value, tmp_path, capsys):
+    assert train.main(["table", "toy", "--dry-run", "--results", str(tmp_path), "--", word, value]) == 2
+    assert f"error: {word} after --: the table sets it itself" in capsys.readouterr().err
+
+
+def test_tables_are_made_again_without_the_images(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(tables, "write", written.append)
+    assert train.main(["table", "kitti-small", "--rebuild", "--results", str(tmp_path)]) == 0
+    assert written[0].root == "ROOT"
 
 
 def test_teachers_are_asked_about_the_same_images_each_encoded_once(toy, tmp_path, monkeypatch):

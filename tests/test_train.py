@@ -1033,10 +1033,42 @@ def test_a_run_is_named_by_what_it_depends_on():
     places = dataclasses.replace(base, root="elsewhere", init_from=None)
     assert train.digest(places, None) == name
     changed = [dataclasses.replace(base, **change) for change in (
-        dict(seed=1), dict(lr=2e-3), dict(hidden_dim=32), dict(val_split="train"),
+        dict(init_from="a.pth"), dict(init_from="b.pth"), dict(seed=1), dict(lr=2e-3), dict(hidden_dim=32), dict(val_split="train"),
         dict(method="clockdistill", method_options=dict(lambda_mem=2.)))]
     names = {name, train.digest(base, "abc"), *(train.digest(cfg, None) for cfg in changed)}
     assert len(names) == 2 + len(changed)
+
+
+@pytest.mark.parametrize("recipe", [None, "small-student"])
+def test_epochs_that_are_given_replace_the_recipes_steps(recipe):
+    cfg, _ = train.configure("fit", recipe, epochs=5.0)
+    assert (cfg.epochs, cfg.steps) == (5.0, None)
+    assert train.configure("fit", recipe, epochs=5.0, steps=7)[0].steps == 7
+
+
+def test_a_detector_of_the_toy_is_not_measured_at_kittis_size(toy, tmp_path, monkeypatch):
+    """Read as KITTI the same images would be eight times as large, and AP 0."""
+    sizes = []
+    monkeypatch.setattr(train, "build_data", lambda cfg, *rest: sizes.append((cfg.data, cfg.size, cfg.class_map)) or 1 / 0)
+    toys = train.SHIPPED_TEACHERS["dino"]
+    with pytest.raises(ValueError, match="was trained on images as they are: give --size, for the toy's 48,160"):
+        train.evaluate_checkpoint(toys, data="kitti", root=toy)
+    for given in (dict(data="kitti", root=toy, size="48,160"), {}):
+        with pytest.raises(ZeroDivisionError):
+            train.evaluate_checkpoint(toys, **given)
+    assert [size for _, size, _ in sizes] == ["48,160", None]
+
+
+def test_a_detector_of_kitti_is_measured_on_cocos_layout_at_its_own_size(tmp_path, monkeypatch):
+    seen = []
+    payload = checkpoints.load(train.SHIPPED_TEACHERS["dino"])
+    payload |= {"data": "kitti"}
+    payload["settings"] |= {"data": "kitti", "size": None, "class_map": "kitti3"}
+    monkeypatch.setattr(train, "load_payload", lambda path: payload)
+    monkeypatch.setattr(train, "build_data", lambda cfg, *rest: seen.append((cfg.size, cfg.class_map)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.evaluate_checkpoint("kitti.pt", data="coco", root="x")
+    assert seen == [("{},{}".format(*data.DEFAULT_SIZE["kitti"]), None)]
 
 
 def test_zero_steps_write_the_untrained_checkpoint(toy, tmp_path):
