@@ -110,6 +110,25 @@ def test_the_masks_on_real_kitti():
         assert cell == tables.interval(gain) + ", undecided" and gain["low"] < 0 < gain["high"]
 
 
+def test_the_speed_of_the_detectors():
+    """The seconds, ratios, peaks and shares of results/bench.md are those of bench.json."""
+    told = json.loads((ROOT / "results/bench.json").read_text())
+    seconds, peaks, shares = (rows_of("results/bench.md", start) for start in (
+        "| | inference | transformers | faster", "| peak memory in GB", "| share of the product's"))
+    for times, memory, share in zip(seconds, peaks, shares, strict=True):
+        name = NAMES[times[0]]
+        parts = [told[part][name] for part in ("inference", "training")]
+        for part, cells, peak, of in zip(parts, (times[1:4], times[4:7]), (memory[1:3], memory[3:5]), share[1:]):
+            ours, theirs = part["ours"], part.get("transformers")
+            assert cells[0] == f"{ours['seconds']:.2f}" and peak[0] == f"{ours['peak_gb']:.2f}"
+            assert of == f"{ours['of_product']:.0%}".replace("%", " %")
+            if theirs:
+                ratio = theirs["seconds"] / ours["seconds"]
+                assert cells[1:] == [f"{theirs['seconds']:.2f}", f"{ratio:.2f} x"] and peak[1] == f"{theirs['peak_gb']:.2f}"
+        assert times[7] == f"{told['distill'][name]['whole_over_parts']:.2f}"
+    assert NAMES.keys() == {row[0] for row in seconds} == {row[0] for row in peaks} == {row[0] for row in shares}
+
+
 def test_training_in_bf16():
     """The scores and the difference on results/bench.md, from results/bf16.json."""
     scores = {(run["data"], run["precision"], run["seed"]): run["AP"]
