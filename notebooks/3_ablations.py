@@ -200,7 +200,7 @@ forest(groups, "The toy: distilled minus alone, full length, five seeds")
 # ## A result and a choice
 #
 # Every number above was measured on `val`, 500 images. All loss weights were chosen elsewhere: on
-# the split `tune`, with seed 100, which no table uses, and with a third of the steps (DAB-DETR:
+# the split `tune`, with seed 100, which no bar here uses, and with a third of the steps (DAB-DETR:
 # half). Each rival and each piece of the memory part had **four trials**
 # ([checked](../tests/test_results.py)). Two things were *not* equal: CLoCKDistill had eight trials,
 # and its logit part a search of 15 settings before.
@@ -267,9 +267,9 @@ figure
 # kinds. The contents are the teacher's *learned* ones or frozen random numbers: *one row* for all
 # queries, or *a row per class*.
 #
-# *Memory part* in the picture is M without S. Weights: each memory row of Deformable DETR has the
-# best of four. *Both parts, minus memory part* has the same weights on both sides, in both
-# detectors.
+# *Memory part* is M without S. *Masks* rows without *both parts* are the memory part alone, each
+# side with its best weight of four. *Both parts, minus memory part* has one memory weight on both
+# sides (in Deformable DETR four times the recipe's).
 #
 # **Look for** the grey bars. Where no detector is named it is Deformable DETR.
 
@@ -312,9 +312,9 @@ assert [plots.verdict(gain) for group in parts.values() for gain in group.values
 forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 
 # %% [markdown]
-# - **The memory part** gains alone, in both detectors. (A bar as narrow as DINO's is partly luck:
-#   three numbers know their scatter badly.) What **the logit part** adds to it is undecided: -.025
-#   to +.035, in DINO -.045 to +.039.
+# - **The memory part** gains alone, in both detectors. (That DINO's bar is so narrow may be luck.)
+#   **The logit part** alone gains in Deformable DETR, with random queries; in DINO it is undecided.
+#   What it adds to the memory part is undecided in both.
 # - **M** against a plain copy is undecided. **S costs AP** with both parts in DINO (full length)
 #   and in Deformable DETR at half the steps, at the weights tried; it is undecided in Deformable
 #   DETR at full length, and in its memory part alone. M and S are behind a plain copy; against the
@@ -358,7 +358,8 @@ forest(of, "The toy: CLoCKDistill minus each rival, three seeds")
 # Without S it is ahead of all four that teach the decoder, and of GKD and MGD; against FitNets, the
 # plain copy, and FGD it is undecided. With S three of the four that copy the memory have the higher
 # mean, each undecided, and it is ahead of GKD, Hinton and DETRDistill only. GKD's and Hinton's best
-# weight lies at an end of the four tried. This ranks methods on the toy, and nowhere else.
+# weight lies at an end of the four tried. This is one detector of the toy, and CLoCKDistill had
+# more trials.
 #
 # ## How much care do the settings need?
 #

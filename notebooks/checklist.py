@@ -9,7 +9,7 @@ What stands after "if not" is what you would see in training instead (reasoned, 
 A detector with other names than those below is wrapped, as the notebook shows. Before you run them:
 
 - take quiet(pair): dropout draws other numbers when there are more queries;
-- ask in one group, without noise;
+- ask in one group, without noise (groups=1, box_noise=0);
 - take a batch whose images all have objects, image 0 fewer than another; image 1 is padded. The
   padded images are not square.
 """
