@@ -1,4 +1,4 @@
-"""The three detectors at real size (R50, 256 wide, 6 + 6 layers) give the official implementations' numbers.
+"""The three detectors at full width and depth (R50, 256 wide, 6 + 6 layers) give the official implementations' numbers.
 
 No weights are stored: each is a function of its official name, by a rule that the official code was filled with too.
 golden/golden.safetensors holds the padded input batch, every layer's logits and boxes, every eighth memory token as the
