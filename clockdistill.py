@@ -686,8 +686,8 @@ def _check_conventions(boxes, padding, shapes, extent):
                          "padded, ~ turns it round")
     sizes = [height * width for height, width in shapes]
     if sum(sizes) != padding.shape[1]:
-        raise ValueError(f"levels {list(map(tuple, shapes))} have {sum(sizes)} tokens, the padding has "
-                         f"{padding.shape[1]}")
+        raise ValueError(f"levels {list(map(tuple, shapes))} have {sum(sizes)} tokens, the padding "
+                         f"has {padding.shape[1]}")
     for level, (height, width) in zip(padding.split(sizes, 1), shapes):
         real = ~level.view(-1, height, width)                     # (B, H, W)
         # An image fills the upper left part of its map, so it is its rows times its columns.

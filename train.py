@@ -968,8 +968,8 @@ def evaluate_checkpoint(checkpoint, out=None, **given):
     if given["size"] is None and given["data"] != stored["data"]:
         sides = input_size(payload)
         if sides is None:
-            raise ValueError(f"{checkpoint} was trained on images as they are: give --size, for the "
-                             "toy's 48,160")
+            raise ValueError(f"{checkpoint} was trained on images as they are: give --size, for "
+                             "the toy's 48,160")
         given["size"] = "{},{}".format(*sides)
     there = settings.get("root")                         # published weights do not tell
     if "root" not in given and (given["data"], there or Config.root) != ("toy", Config.root):
