@@ -578,7 +578,7 @@ plots.reading({"The toy": on_toy, "Real KITTI": on_kitti},
 # | Do target-aware queries teach more than random ones? | Deformable DETR: about four an image (one per object) less than 24 random ones, -.020 (-.027 to -.013); what they add to random ones is undecided | not measured |
 # | Does M help, against a plain copy? | Deformable DETR, memory part alone: undecided, +.003 (-.020 to +.027) | undecided: +.005 (-.000 to +.011), both parts; ahead in each of five seeds |
 # | Does S help? | at the weights tried it costs DINO .021 (.004 to .037) AP, Deformable DETR .027 at half the steps (undecided at full length); DAB-DETR undecided, -.015 to +.025 ([an earlier choice](../results/README.md#do-the-masks-help), no bar here) | undecided: -.001 (-.011 to +.009), both parts |
-# | Is it better than its rivals? | Deformable DETR, with more trials: ahead of six of eight without S, of three with S; the others undecided | not measured (only [tuned](../results/kitti/README.md#question-4-rivals)) |
+# | Is it better than its rivals? | Deformable DETR, with more trials: ahead of six of eight without S, of three with S; the others undecided | one seed, no answer: .352, four rivals .304 to .334 ([table](../results/kitti/README.md#question-4-rivals)) |
 # | Speed, or a higher ceiling? | neither is shown (three seeds: the gain grows, then shrinks) | not shown: one seed has +.050, and +.027 at twice the steps |
 #
 # How many of this page's bars miss the true difference?

@@ -224,6 +224,19 @@ def test_the_rivals_trials():
         assert told == [f"{of[ratio]:.3f}"[1:] for ratio in (3.125, 12.5, 50, 200)]
 
 
+def test_the_rivals_on_real_kitti():
+    """The page's scores and gains are those of seed 0."""
+    lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["rivals"]
+    of = {line["method"]: dict(zip(line["seeds"], line["AP"]))[0] for line in lines}
+    page = (ROOT / "results/kitti/README.md").read_text()
+    scores, gains = rows_of("results/kitti/README.md", "| | student alone | CLoCKDistill | FGD")
+    methods = ("student", "clockdistill", "fgd", "fitnets", "kd_detr", "mgd")
+    assert scores[1:] == [f"{of[name]:.3f}" for name in methods] and of.keys() == set(methods)
+    assert gains[2:] == [f"{of[name] - of['student']:+.3f}" for name in methods[1:]]
+    told = ", ".join(f"{name} {score}" for name, score in zip(("CLoCKDistill", "FGD", "FitNets", "KD-DETR", "MGD"), scores[2:]))
+    assert told in page
+
+
 def test_twice_the_steps_on_real_kitti():
     """The page's four scores and two gains are those of seed 0."""
     lines = json.loads((ROOT / "results/kitti/tables.json").read_text())["schedule"]
