@@ -676,7 +676,7 @@ def _check_conventions(boxes, padding, shapes, extent):
     if ((corners < -0.1) | (corners > 1.1)).any():
         raise ValueError("boxes reach far beyond their images: give (cx, cy, w, h), not corners, "
                          "and clip them")
-    if extent is not None and (extent > 1.001).any():
+    if extent is not None and any((part > 1.001).any() for part in extent):
         raise ValueError("extent must be (w_i / W, h_i / H), the image's part of the padded batch "
                          "image: divide pixels by (W, H)")
     if padding is None or shapes is None:

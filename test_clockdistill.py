@@ -875,6 +875,7 @@ def test_an_extent_in_pixels_and_levels_of_other_tokens_are_one_line(change, mes
     memory, padding = torch.rand(1, 12, 8), torch.zeros(1, 12, dtype=torch.bool)
     given = dict(shapes=[(3, 4)], padding=padding, valid=None, extent=None)
     rest = [[torch.tensor([0])], [torch.tensor([[0.5, 0.5, 0.5, 0.5]])]]
-    CLoCKDistill(8, 8, lambda_log=0)(memory, memory, *[None] * 4, *rest, **given)
+    for extent in (None, [torch.ones(2)]):                                         # one per image is as good
+        CLoCKDistill(8, 8, lambda_log=0)(memory, memory, *[None] * 4, *rest, **given | dict(extent=extent))
     with pytest.raises(ValueError, match=message):
         CLoCKDistill(8, 8, lambda_log=0)(memory, memory, *[None] * 4, *rest, **given | change)

@@ -400,9 +400,11 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
             name = f"{detector}, {role}, {kind}"
             row = {"detector": detector, "role": role, "format": kind} | facts
             row["of"] = [digest(checkpoint), dataset.fingerprint]
+            if kind == "ONNX int8":
+                row["of"] += [calibrate, train_set.fingerprint]
             earlier = figures["rows"].get(name, {})
             # Figures of other weights, or of other images, are not this program's.
-            if earlier.get("of", row["of"]) != row["of"]:
+            if earlier.get("of") != row["of"]:
                 earlier = {}
             row |= measure(kind, checkpoint, file, dataset, size, only)
             figures["rows"][name] = earlier | row

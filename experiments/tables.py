@@ -352,6 +352,8 @@ def make_job(study, detector, role, method=None, options=None, seed=0, steps=1, 
         file, taught_by = teacher_of(study, detector)
         given |= {"teacher": file, "method": method, **study.of_students}
     given |= study.changes
+    if split != "val":              # tuning never sees the images of the tables
+        given["val_split"] = scope.splits.get(split, split)
 
     # The length is a multiple of what the changes say.
     if steps != 1:
@@ -922,6 +924,10 @@ def run(scale, root, work, results, only, detectors, jobs, shard, rebuild, dry_r
                          f"({SCALES[scale].download})")
     study = open_study(scale, root, work, results, teachers, changes, teacher_floor)
     if rebuild:
+        reading = study.results / "reading.json"
+        if study.root == "ROOT" and study.shipped and not reading.exists():
+            raise ValueError(f"{reading} is missing: give --root, whose images are read to make it "
+                             f"({study.scope.download})")
         write(study)
         return 0
     lines = trials(study, only, detectors) + plan(study, only, detectors)
@@ -968,9 +974,9 @@ def open_study(scale, root=None, work=None, results=None, teachers="shipped", ch
     changed = {name: value for name, value in train.parse(["fit", *changes]).items()
                if name not in ("command", "debug")}
     # What the plan sets itself would stand in a row of another name.
-    if fixed := sorted(changed.keys() & {"detector", "recipe", "root", "seed"}):
-        raise ValueError(f"{train.flag(fixed[0])} after --: the table sets it itself (--detectors "
-                         "and --root stand before --)")
+    if fixed := sorted(changed.keys() & {"detector", "out", "recipe", "resume", "root", "seed"}):
+        raise ValueError(f"{train.flag(fixed[0])} after --: the table sets it itself (--detectors, "
+                         "--root, --work and --results stand before --)")
     return Study(
         scale, str(Path(root).resolve()) if root else "ROOT", Path(work or folder).resolve(),
         results, shipped,

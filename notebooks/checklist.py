@@ -17,6 +17,7 @@ import copy
 from dataclasses import replace
 
 import torch
+from torch.nn import functional as F
 
 from adapters import memory_step, our_queries, step
 from clockdistill import CLoCKDistill, gradient_norm, gradients_of
@@ -106,7 +107,11 @@ def upright(answer, batch):
 
 def knows_padding(answer, batch):
     """Whether the adapter kept the tokens that are padding, where there are any."""
-    return unpadded(batch) or (answer.padding is not None and answer.padding.any().item())
+    if unpadded(batch):
+        return True
+    # Padding thinner than a token leaves every token real.
+    real = F.interpolate(batch.mask[:, None].float(), tuple(answer.shapes[0])).bool()
+    return real.all().item() or (answer.padding is not None and answer.padding.any().item())
 
 
 def is_of_the_encoder(pair, memory):

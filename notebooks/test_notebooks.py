@@ -113,6 +113,17 @@ def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_en
     assert not checklist.memory_is_right(pair(mistaken(adapters.memory_of), 0), batch)
 
 
+def test_padding_thinner_than_a_token_is_no_mistake():
+    teacher, student, batch = examples()["dense DETR"]
+    mask = torch.ones_like(batch.mask)
+    mask[1, :, -4:] = 0
+    extent = torch.ones(len(mask), 2)
+    extent[1, 0] = 1 - 4 / mask.shape[2]
+    thin = replace(batch, mask=mask, extent=extent)
+    pair = adapters.Pair(teacher, student, adapters.memory_of, CLoCKDistill(32, 64, lambda_log=0))
+    assert checklist.memory_is_right(pair, thin)
+
+
 def test_weigh_wants_eight_batches():
     pair = adapters.Pair(None, None, None, CLoCKDistill(8, 8, lambda_mem=3.0))
     with pytest.raises(ValueError, match="wants 8 batches, got 2"):

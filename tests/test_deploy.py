@@ -324,6 +324,11 @@ def test_the_command_measures_all_formats_and_keeps_earlier_figures(written, tmp
     assert short["int8"]["Conv"] == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
     assert (out / "toy.png").exists()
 
+    # An 8-bit program with other ranges has none of the figures of the one before.
+    assert train.main([*words, "--only", "size", "--calibrate", "1"]) == 0
+    exact, _, short = json.loads((out / "toy.json").read_text())["rows"].values()
+    assert "AP" in exact and "AP" not in short and short["calibrated_on"] == 1
+
     # Figures of another file, trained a step more, do not stay in its row.
     changed = weights / "toy_student_deformable_detr.safetensors"
     checkpoints.save(changed, checkpoints.load(changed) | {"step": 1})

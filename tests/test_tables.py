@@ -527,15 +527,24 @@ def test_speed_is_measured_at_the_size_of_the_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("word, value", [("--detector", "dino"), ("--seed", "7"), ("--recipe", "toy-teacher"),
-                                         ("--root", "x")])
+                                         ("--root", "x"), ("--out", "x")])
 def test_a_change_of_what_the_table_sets_itself_is_refused(word, value, tmp_path, capsys):
     assert train.main(["table", "toy", "--dry-run", "--results", str(tmp_path), "--", word, value]) == 2
     assert f"error: {word} after --: the table sets it itself" in capsys.readouterr().err
 
 
-def test_tables_are_made_again_without_the_images(tmp_path, monkeypatch):
+def test_a_change_of_the_images_leaves_tuning_on_its_own(tmp_path):
+    changed = study(tmp_path, changes={"val_split": "all"})
+    assert tables.make_job(changed, "dino", "student").cfg.val_split == "all"
+    assert tables.make_job(changed, "dino", "student", split="tune").cfg.val_split == "tune"
+
+
+def test_tables_are_made_again_without_the_images(tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(tables, "write", written.append)
+    assert train.main(["table", "kitti-small", "--rebuild", "--results", str(tmp_path)]) == 2
+    assert f"{tmp_path}/reading.json is missing: give --root" in capsys.readouterr().err
+    (tmp_path / "reading.json").write_text("{}")
     assert train.main(["table", "kitti-small", "--rebuild", "--results", str(tmp_path)]) == 0
     assert written[0].root == "ROOT"
 
