@@ -513,17 +513,11 @@ class CLoCKDistill(nn.Module):
         extent: (B, 2), (w_i / W, h_i / H), the part of the padded W x H batch image that image i
             fills. None reads it off `padding`, which knows it to a cell of the first level: exact
             when images end where cells do.
-        Raises ValueError, with the remedy, when a part is on whose tensors are None, and when the first
+        Raises ValueError, with the remedy, when a part is on whose inputs are None, and when the first
         batch with objects gives itself away as boxes or extent in pixels, corners, an inverted
         padding, shapes as (W, H).
         """
         _check_counts(labels, boxes)
-        answers = student_logits, student_boxes, teacher_logits, teacher_boxes, valid
-        for part, tensors in (("lambda_mem", (student_memory, teacher_memory, shapes)),
-                              ("lambda_log", answers)):
-            if getattr(self, part) and any(tensor is None for tensor in tensors):
-                raise ValueError(f"{part} is not 0, and a tensor of its part is None: give it, or "
-                                 f"{part}=0")
         if not (self.checked or torch.compiler.is_compiling()):
             # Once: a look at values makes a GPU wait.
             _check_conventions(boxes, padding, shapes, extent)
@@ -537,6 +531,7 @@ class CLoCKDistill(nn.Module):
         losses = dict.fromkeys(self.terms, zero)
 
         if self.lambda_mem:
+            _check_given("lambda_mem", student_memory, teacher_memory, shapes)
             if extent is None and padding is not None:
                 extent = _extent(padding, shapes[0])
             elif extent is None:
@@ -547,6 +542,8 @@ class CLoCKDistill(nn.Module):
                                adapter=self.adapter, **self.memory_options)
             losses["memory"] = self.lambda_mem * loss
         if self.lambda_log:
+            _check_given("lambda_log", student_logits, student_boxes, teacher_logits, teacher_boxes,
+                         valid)
             terms = logit_loss(student_logits, student_boxes, teacher_logits, teacher_boxes, valid,
                                **self.logit_options)
             for name, weight in self.logit_weights.items():
@@ -701,6 +698,13 @@ def _check_counts(labels, boxes):
     counts = [[len(x) for x in given] for given in (labels, boxes)]
     if counts[0] != counts[1]:
         raise ValueError(f"labels of {counts[0]} objects, boxes of {counts[1]}")
+
+
+def _check_given(weight, *inputs):
+    """Raises ValueError unless all inputs of a part are there."""
+    if any(given is None for given in inputs):
+        raise ValueError(f"{weight} is not 0, and an input of its part is None: give it, or "
+                         f"{weight}=0")
 
 
 def _check_choice(name, value, choices):

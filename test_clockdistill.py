@@ -863,14 +863,14 @@ def test_a_part_that_is_on_wants_its_tensors(part, missing):
     distill = CLoCKDistill(8, 8, **{other: 0})
     distill(*given, *rest)
     given[missing] = None
-    with pytest.raises(ValueError, match=f"{part} is not 0, and a tensor of its part is None"):
+    with pytest.raises(ValueError, match=f"{part} is not 0, and an input of its part is None"):
         distill(*given, *rest)
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(extent=torch.tensor([[640., 480.]])), r"extent must be \(w_i / W, h_i / H\).*divide pixels"),
     (dict(shapes=[(3, 3)]), r"levels \[\(3, 3\)\] have 9 tokens, the padding has 12"),
-    (dict(shapes=None), "lambda_mem is not 0, and a tensor of its part is None")])
+    (dict(shapes=None), "lambda_mem is not 0, and an input of its part is None")])
 def test_an_extent_in_pixels_and_levels_of_other_tokens_are_one_line(change, message):
     memory, padding = torch.rand(1, 12, 8), torch.zeros(1, 12, dtype=torch.bool)
     given = dict(shapes=[(3, 4)], padding=padding, valid=None, extent=None)
