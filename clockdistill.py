@@ -111,14 +111,11 @@ def memory_loss(student, teacher, boxes, shapes, padding=None, alpha=5e-5, beta=
     Raises ValueError when shapes do not fit.
     """
     B, tokens, _ = student.shape
-    sizes = [height * width for height, width in shapes]
     if teacher.shape[:2] != (B, tokens):
         raise ValueError("student and teacher memory differ in images or tokens: "
                          f"{tuple(student.shape)}, {tuple(teacher.shape)}; both must read the same "
                          "images at the same strides")
-    if sum(sizes) != tokens:
-        raise ValueError(f"levels {list(map(tuple, shapes))} have {sum(sizes)} tokens, the memory "
-                         f"has {tokens}")
+    sizes = _sizes_of(shapes, tokens, "memory")
     if len(boxes) != B:
         raise ValueError(f"boxes of {len(boxes)} images for a memory of {B}")
     student, teacher = _full(student), _full(teacher.detach())
@@ -681,16 +678,22 @@ def _check_conventions(boxes, padding, shapes, extent):
     if padding[:, 0].any():
         raise ValueError("the first token of an image is padded: padding must be True where "
                          "padded, ~ turns it round")
-    sizes = [height * width for height, width in shapes]
-    if sum(sizes) != padding.shape[1]:
-        raise ValueError(f"levels {list(map(tuple, shapes))} have {sum(sizes)} tokens, the padding "
-                         f"has {padding.shape[1]}")
+    sizes = _sizes_of(shapes, padding.shape[1], "padding")
     for level, (height, width) in zip(padding.split(sizes, 1), shapes):
         real = ~level.view(-1, height, width)                     # (B, H, W)
         # An image fills the upper left part of its map, so it is its rows times its columns.
         if (real != real.any(2)[:, :, None] & real.any(1)[:, None]).any():
             raise ValueError("padding is no margin on the right and below: give shapes as "
                              "(height, width)")
+
+
+def _sizes_of(shapes, tokens, name):
+    """The number of tokens of each level. Raises ValueError unless they add up to those of `name`."""
+    sizes = [height * width for height, width in shapes]
+    if sum(sizes) != tokens:
+        raise ValueError(f"levels {list(map(tuple, shapes))} have {sum(sizes)} tokens, the {name} has "
+                         f"{tokens}")
+    return sizes
 
 
 def _check_counts(labels, boxes):

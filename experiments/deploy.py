@@ -396,12 +396,11 @@ def run(data, detectors, only, weights, out, work, calibrate, **given):
                              "latencies are compared at one size, so deploy them apart")
         pictures = pictures or views(dataset, size, range(min(40, len(dataset))))
         programs = make_programs(checkpoint, Path(work), dataset, train_set, size, calibrate)
+        origin = [digest(checkpoint), dataset.fingerprint]
         for kind, (file, facts) in programs.items():
             name = f"{detector}, {role}, {kind}"
-            row = {"detector": detector, "role": role, "format": kind} | facts
-            row["of"] = [digest(checkpoint), dataset.fingerprint]
-            if kind == "ONNX int8":
-                row["of"] += [calibrate, train_set.fingerprint]
+            ranges = [calibrate, train_set.fingerprint] if kind == "ONNX int8" else []
+            row = {"detector": detector, "role": role, "format": kind, "of": origin + ranges} | facts
             earlier = figures["rows"].get(name, {})
             # Figures of other weights, or of other images, are not this program's.
             if earlier.get("of") != row["of"]:

@@ -1033,7 +1033,8 @@ def test_a_run_is_named_by_what_it_depends_on():
     places = dataclasses.replace(base, root="elsewhere", init_from=None)
     assert train.digest(places, None) == name
     changed = [dataclasses.replace(base, **change) for change in (
-        dict(init_from="a.pth"), dict(init_from="b.pth"), dict(seed=1), dict(lr=2e-3), dict(hidden_dim=32), dict(val_split="train"),
+        dict(init_from="a.pth"), dict(init_from="b.pth"), dict(seed=1), dict(lr=2e-3), dict(hidden_dim=32),
+        dict(val_split="train"),
         dict(method="clockdistill", method_options=dict(lambda_mem=2.)))]
     names = {name, train.digest(base, "abc"), *(train.digest(cfg, None) for cfg in changed)}
     assert len(names) == 2 + len(changed)
