@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 import time
@@ -492,7 +493,9 @@ def markdown(figures, name):
             "answers ten pictures, libraries included. Latency is of one picture, median (95th "
             "percentile) in ms."]
     if "latency" in figures:
-        text[0] += f" Timed on {figures['latency']['machine']}."
+        height, width = figures["latency"]["size"]
+        machine = re.sub(r", \d+ threads", "", figures["latency"]["machine"])   # columns say theirs
+        text[0] += f" Timed at {width} x {height} on {machine}."
     columns = ("detector", "model", "format", "AP", "AP50", "images", "file", "peak memory",
                *(f"ms, {n} thread{'s' * (n > 1)}" for n in THREADS))
     text += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

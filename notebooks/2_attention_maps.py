@@ -6,7 +6,8 @@
 # 1](1_the_method.ipynb) explains how; read it first). Did that work? Here we look into
 # [DAB-DETR](https://arxiv.org/abs/2201.12329), [Deformable DETR](https://arxiv.org/abs/2010.04159)
 # and [DINO](https://arxiv.org/abs/2203.03605): the teacher, the student trained alone, the same
-# student distilled, and, for comparison, an untrained one. None was trained on the images shown.
+# student distilled (both parts, $M$ without $S$), and an untrained one. None was trained on the
+# images shown.
 #
 # Four things to take home, each measured below:
 #
@@ -16,8 +17,9 @@
 #    spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. The distilled DAB-DETR and
 #    Deformable DETR attend more like the teacher than the lone ones, with target-aware and with own
-#    queries. The reason is open: their boxes may be more like the teacher's. With DINO it depends
-#    on cell size and queries: from .02 less to .03 more (1 is the same map).
+#    queries. The reason is open: only they were trained on target-aware queries, and their boxes
+#    may be more like the teacher's. With DINO it depends on cell size and queries: from .02 less to
+#    .03 more (1 is the same map).
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #
@@ -157,8 +159,7 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
 # *Compare the green dots with the orange triangles.* The background gains too, although its cells
 # weigh 1/500 of an object's: perhaps because the same encoder writes both (not tested). *And see
 # the black bars:* on the background DAB-DETR's lone student explains no more than place alone (.70
-# both). (An untrained memory does worse: perhaps one linear map cannot hold a mean token for each
-# cell.)
+# both).
 #
 # # Where decoders look
 #
@@ -343,13 +344,10 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 # lone student: for a teacher that looks outside the box this baseline is low.
 #
 # *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
-# is ahead of both.* Small cells have three faults. Two sets of points can miss each other narrowly;
-# the baseline, which fills the box, cannot. Cells say where a point lies, not what it reads: a
-# point on the coarsest level blends tokens 32 pixels apart. And Deformable DETR's and DINO's
-# students have 2 points per head and level, their teachers 4: no student reaches 1.
-#
-# So compare the students, which share these faults. Here is distilled minus alone, for every cell
-# size: left with the *asked* queries, right with the *own* ones.
+# is ahead of both.* On small cells two sets of points can miss each other narrowly; the baseline,
+# which fills the box, cannot. So compare the two students, of which both have points. Here is
+# distilled minus alone, for every cell size: left with the *asked* queries, right with the *own*
+# ones.
 
 # %%
 SIZES = {f"cells of {cell} px": {"color": plots.INK, "marker": "s", "markersize": size}
@@ -375,13 +373,15 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
 
 # %% [markdown]
 # *Right of the bold line the distilled student agrees more with the teacher than the lone one.*
-# That holds for DAB-DETR and for Deformable DETR, in both panels, on every cell size. On the right
-# a part may be detection: a student that misses the object looks elsewhere (not separated).
+# That holds for DAB-DETR and for Deformable DETR, in both panels, on every cell size. Two other
+# reasons are not separated. On the left, only the distilled student was trained on such queries. On
+# the right, a student that misses the object looks elsewhere.
 #
 # For DINO it depends on the cell size. Asked, the distilled student agrees a little more on 4, 2
 # and 1 pixels; on 8 this is undecided. With its own queries it agrees *less* on 8 and 4 pixels and
-# more on 2 and 1. These leads are small: they do not support "it looks where the teacher looks".
-# (How much two equally good models would agree is not known; it would take a second teacher.)
+# more on 2 and 1. A verdict that turns with the cell size does not support "it looks where the
+# teacher looks". (How much two equally good models would agree is not known; it would take a second
+# teacher.)
 #
 # # A teacher that answers wrongly
 #
@@ -412,12 +412,11 @@ plots.around_object(panels, "The wrong answer with the largest w")
 # **Claims.**
 #
 # - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20 (another class .56, box .91),
-#   Deformable DETR's three times in five (.29, .52), DINO's one time in twelve (.08, 0). (In
-#   training the boxes have noise; how often they are wrong then is not measured.)
-# - With the last two, of the fifth with the least $w$ more are wrong than of the fifth with the
-#   most. With DAB-DETR this is undecided.
-# - With their own queries all three teachers find most of the same objects. (That is an upper
-#   bound: the best of the own queries is chosen by the truth, and false alarms do not count.)
+#   Deformable DETR's three times in five (.29, .52), DINO's one time in twelve (.08, 0).
+# - With the last two, the least sure fifth (smallest $w$) is wrong more often than the most sure.
+#   With DAB-DETR this is undecided.
+# - With their own queries all three are wrong at fewer than one object in four. (That
+#   flatters them: the truth chooses the query, and false alarms do not count.)
 
 # %%
 def sums(answer, values):
@@ -479,9 +478,7 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 #
 # Why are DINO's answers good and DAB-DETR's bad? Perhaps a teacher answers well what it was trained
 # on (not tested). DINO was trained to restore denoising queries, which start near true boxes.
-# Deformable DETR's own queries have learned positions, while target-aware ones get a position that
-# a frozen random layer makes of the box. DAB-DETR's learned anchors are much larger than the
-# objects:
+# DAB-DETR's learned anchors are much larger than the objects:
 
 # %%
 anchors = families["DAB-DETR"]["teacher"].anchors.weight.detach().sigmoid()           # (60, 4)
@@ -530,7 +527,7 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 #
 # On each of the teacher's cells the smaller number is $1 / n$, elsewhere it is 0: the agreement is
 # $k / n$, the part of the image that the teacher's cells cover. Smaller cells cover less beside
-# what is looked at, so it falls: here from 4 of 15 cells to 10 of 60.
+# what is looked at, so it falls: for example from 4 of 15 cells to 10 of 60.
 #
 # ```python
 # for k, n in (4, 15), (10, 60):

@@ -119,8 +119,7 @@ plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "avera
 #
 # **Claim.** Images of one batch are padded to the same size. Convolutions see the border that this
 # makes, and GroupNorm averages over the padding, so boxes, scores and AP depend on how much padding
-# there is. Make tables with `--eval-batch 1`, the default. (What the *other* images show does not
-# matter: [tested](../tests/test_train.py).)
+# there is. Make tables with `--eval-batch 1`, the default.
 #
 # Here every second image is cut to 128 or 96 of its 160 columns, as in a data set of many sizes.
 #
@@ -292,9 +291,8 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 #         --train-split all --val-split all --size 160,600 --no-augment --steps 900 \
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 100 --out runs/overfit
 #
-# Two frames with 11 objects had AP50 .02 after 200 steps and .58 after 300. That run was stopped at
-# 482 of 900 steps: AP50 near 1 at its end is expected, and was seen on the toy only (below). If it
-# is still under .5 when the command ends, look for the bug.
+# AP50 near 1 at its end is expected (seen on the toy, below; on KITTI this command was never run to
+# its end). If it is still under .5 then, look for the bug.
 #
 # **Claim.** It can fail although nothing is broken. What is evaluated is a moving average of the
 # weights, which must reach back over a small part of the run only (`--ema`). Here is the same run
@@ -355,12 +353,12 @@ figure
 #
 # **The split is a rule, not a draw**: of the 7,481 ids, sorted by the SHA-256 of
 # `clockdistill-kitti-ID`, the first fifth is `val`. Any program can rebuild it, and any folder is
-# split by it. (The authors' earlier code splits 8:2 too, but its files are not published.) Another
-# split is a text file of ids: `--train-split`, `--val-split`.
+# split by it. Another split is a text file of ids: `--train-split`, `--val-split`.
 #
 # Set `KITTI_ROOT` to your own KITTI folder and the next cell shows its frames; keep such outputs to
-# yourself, the images have their own licence. The marker over each box says its class; hatched
-# regions count neither way.
+# yourself, the images have their own licence. The marker over a box says its class; hatched regions
+# count neither way. **Look for** a box that does not hug its object, and for an object without a
+# box. (On the toy the red kiosk and the parked bicycle are clutter: background, not lost labels.)
 
 # %%
 train_ids, val_ids = data.split_ids(data.KITTI_IDS)
@@ -390,10 +388,13 @@ figure
 # They train on 703 frames and measure on the 90 for tuning; without the splits a run trains on all
 # 5,985. On 198 others distilling gains +.042 AP (+.020 to +.064, five seeds; [notebook
 # 3](3_ablations.ipynb)). [One command](../results/kitti/README.md#make-it) makes those runs; their
-# `distill` adds `--balance memory=3.125 cls+l1+giou=0.0625` (on your own data start with the
-# default, sixteen times both). Their labels merge Van, Truck and Tram into Car and Person_sitting
-# into Pedestrian, and lack Misc and DontCare. No class map of section 3 does this: official labels
-# give other numbers.
+# `distill` adds `--balance memory=3.125 cls+l1+giou=0.0625` (the default is sixteen times both).
+# Their labels are not KITTI's official ones ([how they
+# differ](../results/kitti/README.md#what-this-does-not-say)), which give other numbers.
+#
+# **Your own folder:** the same three commands with `--data coco`, or with `--class-map Car,Dog` in
+# KITTI's layout, and without `$SPLITS`. In COCO's layout leave out `--teacher-cache`. Images shrink
+# to at most 128 x 424; for another size give all three the same `--size SHORT,LONGEST`.
 #
 # Six lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
 # of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
@@ -401,11 +402,13 @@ figure
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
 #    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
 #    its gain may be speed alone. (So may a part of the tables' gain, at 2,400 steps.)
-# 2. **A curve that flattens need not be at its end.** The picture below shows it.
+# 2. **A curve that flattens may still be far from its best.** It flattens because the learning rate
+#    falls (picture below).
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
 #    above the student with as many steps. Asked with its learned contents at the true boxes,
 #    moved by noise, it names 98 % of the classes right from an image's own memory, and 48 % from
-#    another image's. Always saying *Car* gives 64 %.
+#    another image's ([the finished
+#    teacher](../results/kitti/README.md#does-the-teacher-read-the-image); always *Car*: 64 %).
 # 4. **A larger image costs time; what it gains was not tried.** At 128 x 424 half of the objects
 #    are less than 20 pixels high, and after 1,600 steps AP is .122 for small objects, .379 for
 #    large ones. At 160 x 530 a step takes 1.6 times as long.
@@ -416,8 +419,8 @@ figure
 # 6. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
 #    2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
 #
-# **Look at** step 1,600. Each curve gets flatter at its own end, where its learning rate has come
-# down.
+# **Look at** step 1,600: the same student, once at the end of its schedule and once in the middle
+# of a longer one.
 
 # %%
 figure = plots.curves({                                  # (step, AP), of results/kitti/PLAN.md
@@ -454,7 +457,7 @@ for recipe in ("kitti-student", "coco-student"):
         assert cfg.balance == train.RATIOS == {"memory": 50, "cls+l1+giou": 1}
 
 # %% [markdown]
-# Five things need your decision.
+# Four things need your decision.
 #
 # - **The learning rate belongs to a total batch.** KITTI's 8 images per GPU are the authors'
 #   earlier public code's, which names no number of GPUs; the rates are official, for 16 images
@@ -463,13 +466,9 @@ for recipe in ("kitti-student", "coco-student"):
 # - **The weights are ratios of gradients**, 50 for the memory part and 1 for the logit part
 #   (`cls+l1+giou`), chosen on the toy. On small KITTI a sixteenth of both tied and four times both
 #   was worse; on digits all is undecided (one run each). At full size nothing tunes them.
-# - **The content of target-aware queries** is DINO's label embedding, and a frozen random row for
-#   each class in the others. The small runs ask with the teacher's own contents, since on the toy a
-#   label gives a part of the answer away; that it costs AP is not shown ([notebook
-#   3](3_ablations.ipynb)). Untried at full size: `--method-options preset=DETECTOR`, the small
-#   recipes' options.
-# - **The scale mask S** is on, as the method is described. On the toy it costs DINO AP, at the
-#   weights tried ([notebook 3](3_ablations.ipynb)); on real KITTI it is undecided.
+# - **Contents and S** are as the method is described: queries ask with labels, and the scale mask
+#   is on. `--method-options preset=DETECTOR` takes the small recipes' options, with the teacher's
+#   own contents (untried at full size). What is shown of both: [notebook 3](3_ablations.ipynb).
 # - **The start** is an ImageNet backbone. 5,985 images are few for a DETR: a detector trained on
 #   COCO (section 6) should be the better start, above all for the teacher.
 #

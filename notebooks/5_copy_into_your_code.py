@@ -5,15 +5,13 @@
 # Here it distils three detectors that know nothing of it: a small [Conditional
 # DETR](https://arxiv.org/abs/2108.06152) of `nn.MultiheadAttention` with a softmax head (*dense
 # DETR* below), and from `transformers` the two-stage [Deformable
-# DETR](https://arxiv.org/abs/2010.04159) (its default has one stage: there take the memory alone,
-# the answers were not tried) and [RT-DETR v2](https://arxiv.org/abs/2407.17140).
+# DETR](https://arxiv.org/abs/2010.04159) and [RT-DETR v2](https://arxiv.org/abs/2407.17140).
 #
 # **The method in three sentences** ([notebook 1](1_the_method.ipynb)). The encoder's output is
 # called *memory*: the student's imitates the teacher's, the cells on objects weighed apart from the
 # background. Both decoders are asked the same *target-aware queries*, "ours" below: each has a true
 # box as reference and a content, the vector that it asks with. The student copies the teacher's
-# answers to them, class logits and boxes. (Queries of the original DETR have no reference, so a
-# true box cannot be asked for there: take the memory alone.)
+# answers to them, class logits and boxes.
 #
 # **What you copy**, into one folder:
 #
@@ -22,11 +20,11 @@
 #    that you change;
 # 3. [checklist.py](checklist.py): 15 checks of your adapter.
 #
-# The page goes in this order: the memory alone, the answers too, an adapter, its checks, the
-# weights of the losses. After that come other detectors and several processes. The models are tiny,
-# start from random weights and see six images: this shows that the wiring is right, not how much
-# distillation gains. You need `pip install transformers` (written for version 5). Nothing is
-# downloaded.
+# The page goes in this order: the memory alone, the answers too, the class head, an adapter, its
+# checks, the weights of the losses. After that come other detectors and several processes. The
+# models are tiny, start from random weights and see six images: this shows that the wiring is
+# right, not how much distillation gains. You need `pip install transformers` (written for version
+# 5). Nothing is downloaded.
 
 # %%
 import os
@@ -87,7 +85,7 @@ plots.wiring_drawing()
 # | from | to ours |
 # |---|---|
 # | corners in pixels of the image (MMDetection) | `box_convert(boxes, "xyxy", "cxcywh")` over (w, h, w, h) |
-# | fractions of the *padded* image (processors of `transformers` that pad) | `batch_of(found)`: `boxes / extent[i].repeat(2)`. Its `targets` stay fractions of the padded image, right for a teacher trained on those; weights of the hub answer in fractions of the own size: give `targets` our boxes there |
+# | fractions of the *padded* image (processors of `transformers` that pad) | `batch_of(found)`: `boxes / extent[i].repeat(2)`. Its `targets` stay fractions of the padded image. A teacher from the Hugging Face hub answers in fractions of the own size: there give `targets` our boxes |
 #
 # `extent` (B, 2) says how much of the padded width and height each image covers. **No check sees
 # fractions of the padded image, or (x, y, w, h)**: draw a padded image, or convert a known box as
@@ -131,12 +129,9 @@ show(batch_of)
 # table under "An adapter"); arguments without names are in `args`. `memory_is_right` checks it on a
 # padded batch that is not square. It answers False, or ends with an error, where the teacher is not
 # frozen or not in eval mode, shapes are (width, height), padding is forgotten, the backbone is
-# frozen, or the hook lies before the encoder or behind it (inside it, no check says no). Memory (S,
-# B, D), as `nn.Transformer` and Facebook's DETR have it, becomes (B, S, D): `kept.memory =
-# args[1].transpose(0, 1)`. If the decoder is given no shapes, open a second hook in the same
-# `with`: `hooked([detector.inner.backbone], after=seen)`, where `seen(module, args, output)` sets
-# `kept.shapes = [output.shape[2:]]` (Facebook's DETR: `output[0][-1].tensors.shape[2:]`). Without
-# padding `padding`, `mask` and `extent` are None.
+# frozen, or the hook lies before the encoder or behind it (inside it, no check says no). Without
+# padding `padding`, `mask` and `extent` are None. Another order of axes, or a decoder that is told
+# no shapes: "Other names", below.
 
 # %%
 distill = CLoCKDistill(student_dim=32, teacher_dim=64, lambda_log=0)
@@ -147,8 +142,8 @@ assert losses["memory"] > 0 and checklist.memory_is_right(pair, batch)
 show(memory_of, Pair, hooked, memory_step, Learner)
 
 # %% [markdown]
-# **Does your detector have other names**, or its loss outside? Wrap it, and change nothing in the
-# files (but for MMDetection's, below). Your hooks then go to the module that holds the decoder's
+# **Other names?** Or is the loss outside? Wrap your detector, and change nothing in the files (but
+# for MMDetection's, below). Your hooks then go to the module that holds the decoder's
 # `layers`, for instance `detector.inner.transformer.decoder` (Facebook's DETR) or
 # `detector.inner.decoder.decoder` (the original RT-DETR).
 #
@@ -170,8 +165,14 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 #         return SimpleNamespace(loss=loss, logits=found["logits"], pred_boxes=found["boxes"])
 # ```
 #
+# - **Memory (S, B, D)**, as `nn.Transformer` and Facebook's DETR have it, becomes (B, S, D):
+#   `kept.memory = args[1].transpose(0, 1)`.
+# - **No shapes?** Open a second hook in the same `with`: `hooked([detector.inner.backbone],
+#   after=seen)`, where `seen(module, args, output)` sets `kept.shapes = [output.shape[2:]]`
+#   (Facebook's DETR: `output[0][-1].tensors.shape[2:]`).
+#
 # **Training**, all of it. Before you build `Pair`: `teacher.eval().requires_grad_(False)`,
-# `student.train()`, and all three on their device.
+# `student.train()`, and `teacher`, `student` and `distill` on their device.
 #
 # ```python
 # pair = Pair(teacher, student, memory_of, distill)
@@ -194,12 +195,13 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 #
 # ## Then the answers too
 #
-# `step` asks both decoders; `Learner(pair)` trains with it. The teacher, run as `teacher.model`,
-# decodes our queries alone (`alone=True`). Wrapped as above, it runs its heads too. Only if they
-# fail on our rows alone, let your `ask` ignore `alone`: the answers are the same (but `its queries
-# leave our answers alone`, a check below, then tests nothing). The student decodes both kinds **in
-# the same pass**. `student_content` is a second linear map, from the teacher's width to the
-# student's.
+# `step` asks both decoders. In the training above put your full `ask` for `memory_of` and `step`
+# for `memory_step`, in `weigh` too, and build `distill` without `lambda_log=0`. The teacher, run as
+# `teacher.model`, decodes our queries alone (`alone=True`). Wrapped as above, it runs its heads
+# too. Only if they fail on our rows alone, let your `ask` ignore `alone`: the answers are the same
+# (but `its queries leave our answers alone`, a check below, then tests nothing). The student
+# decodes both kinds **in the same pass**. `student_content` is a second linear map, from the
+# teacher's width to the student's.
 
 # %%
 show(step, adapters.our_queries)
@@ -213,6 +215,22 @@ show(step, adapters.our_queries)
 show(adapters.together)
 
 # %% [markdown]
+# ## Which class head?
+#
+# Two things depend on how your detector scores classes: how class answers are compared (`cls`), and
+# the weight $w$ of an answer, the teacher's confidence. With $z$ for the teacher's logits and $T$
+# for the temperature:
+#
+# | head | `classes=` | answers that are compared | weight $w$ |
+# |---|---|---|---|
+# | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
+# | softmax with "no object": DETR | `"softmax"` | one distribution, of $z / T$ | largest probability of a real class |
+# | sigmoids, as one distribution | `"softmax_of_sigmoid"` | a softmax of $z / T$ | largest sigmoid of $z$ |
+#
+# A softmax head under the wrong name turns the weight round: read as sigmoids, "no object" is one
+# more class, of which the teacher is sure where it sees nothing, and its box there is copied with
+# full weight. `columns fit the class head` finds it.
+#
 # ## An adapter
 #
 # `ask` is the adapter: open around a forward pass, it adds our queries and keeps their answers. To
@@ -267,7 +285,8 @@ for name, value in step(dense, batch).losses.items():
 # show (reasoned, not measured). Run them on `checklist.quiet(pair)`, a copy without dropout, with
 # `groups=1, box_noise=0` (the defaults). All images of the batch have objects, image 0 fewer than
 # another; image 1 is padded. A NO may be rounding (bounds are 1e-4 and 1e-5): repeat it with
-# models, `distill` and batch in float64.
+# models, `distill` and batch in float64, and models of `transformers` with
+# `set_attn_implementation("eager")` (its sdpa misreads masks of float32 there).
 
 # %%
 assert not checklist.run(checklist.quiet(dense), batch)
@@ -283,7 +302,7 @@ def inverted(module, args, call):
 
 both = teacher.model.decoder, student.model.decoder
 with at_self_attention(both[0], inverted), at_self_attention(both[1], inverted):
-    missed = checklist.missed(dense, batch)
+    missed = checklist.missed(checklist.quiet(dense), batch)
 print("\n".join(check.__name__.replace("_", " ") for check in missed))
 assert checklist.our_queries_leave_its_answers_alone in missed and len(missed) == 6
 
@@ -330,34 +349,16 @@ show(weigh)
 #
 # On KITTI's tuning images DINO had with these and 200 : 4 AP .200, .199, .194 and .128 (one seed
 # each): three differ by .006, the last is too heavy. KITTI's tables use the first; no full run on
-# real images has the third. `weigh` starts with 50 : 1. On the toy (`scale=False`, one seed) the
-# best trial's ratio for the memory, at the start and after the warm-up, was 56 and 57 with DINO, 19
-# and 14 with Deformable DETR, 129 and 450 with DAB-DETR; the trials stood a factor of four apart.
+# real images has the third. `weigh` starts with 50 : 1.
 #
-# **The options of our tables for DINO**, all else as it is by default (keep your `at_least=1`). On
-# the toy, at the weights tried, `scale=False` gained DINO +.021 (+.004 to +.037, five seeds;
-# undecided on KITTI). `"own"` over `"random_label"`, answers alone, Deformable DETR: +.008 (+.004
-# to +.012); three seeds do not settle so little.
+# **Which options?** Those below are what our tables measured for DINO: start from them, with your
+# `content` and `at_least=1`. What `groups`, noise and `normalise` add for your detector is not
+# shown. `scale=False` gained DINO +.021 on the toy (+.004 to +.037, five seeds, at the weights
+# tried); on KITTI it is undecided.
 #
 # | | DINO, real KITTI | DINO, toy |
 # |---|---|---|
 # | `CLoCKDistill(...)` | `content="own", groups=3, box_noise=0.4, normalise="confidence"` | the same and `scale=False` |
-#
-# ## Which class head?
-#
-# Two things depend on how your detector scores classes: how class answers are compared (`cls`), and
-# the weight $w$ of an answer, the teacher's confidence. With $z$ for the teacher's logits and $T$
-# for the temperature:
-#
-# | head | `classes=` | answers that are compared | weight $w$ |
-# |---|---|---|---|
-# | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
-# | softmax with "no object": DETR | `"softmax"` | one distribution, of $z / T$ | largest probability of a real class |
-# | sigmoids, as one distribution | `"softmax_of_sigmoid"` | a softmax of $z / T$ | largest sigmoid of $z$ |
-#
-# A softmax head under the wrong name turns the weight round: read as sigmoids, "no object" is one
-# more class, of which the teacher is sure where it sees nothing, and its box there is copied with
-# full weight. `columns fit the class head` finds it.
 #
 # ## Other detectors
 #
@@ -389,20 +390,16 @@ show(weigh)
 #
 # <details><summary><b>DETR and Conditional DETR of transformers</b></summary>
 #
-# Distilled once, by hand (`transformers` 5.24; no test keeps it): Conditional DETR passed the whole
-# checklist. What their decoders lack:
+# Both decoders take no mask and are told no shapes, and both need `auxiliary_loss=True` to return
+# the states of all layers.
 #
-# - **No mask** (Conditional DETR). Set it in a hook on each self-attention: `at_self_attention`.
-# - **No shapes.** Read them off the input of `model.input_projection`.
-# - **References made inside**, from positions (Conditional DETR). A hook behind
-#   `decoder.ref_point_head` puts the logits of our points in our rows. The decoder returns
-#   `reference_points` as (all, B, 2): cut the first axis.
-# - **No references** (DETR). Then a true box cannot be asked for. Let `our_queries` give the
-#   teacher's learned positions: `content = embedding.expand(B, -1, -1)`, `reference = None`,
-#   `attend` and `valid` all True, (B, N, N) and (B, N). That is plain distillation, query by query.
-#   Three checks do not apply and say NO: of references (where images are padded), of padding rows,
-#   of images without objects.
-# - **No states of the first layers.** Configure `auxiliary_loss=True`.
+# - **Conditional DETR**: `ask_conditional_detr`. It makes its points inside, from positions: a hook
+#   puts ours there. A [test](test_notebooks.py) runs the whole checklist on it.
+# - **DETR** has no references, so a true box cannot be asked for. Take the memory alone
+#   (`memory_of_detr`, in the test). Or copy answers query by query, which is plain distillation:
+#   let `our_queries` give the teacher's learned positions (`ask_detr` and `learned_positions`,
+#   there). Then three checks do not apply and say NO: of references (where images are padded), of
+#   padding rows, of images without objects.
 # </details>
 #
 # <details><summary><b>nn.TransformerDecoder</b></summary>
@@ -423,7 +420,7 @@ show(weigh)
 # `teacher.forward_transformer(teacher.extract_feat(images), samples)`, the student as
 # `student.loss(images, samples)`, whose sum is the own loss. So `memory_step` and the checks, which
 # run the detectors too, need the same edit (not tried). It was asked with `content="label"` and
-# `teacher.dn_query_generator.label_embedding.weight`.
+# `teacher.dn_query_generator.label_embedding.weight`; our rule above would ask with `"own"`.
 # </details>
 
 # %%
@@ -436,7 +433,7 @@ for name, ask, options in (
     of_labels = teacher.model.denoising_class_embed.weight[:-1] if name == "RT-DETR v2" else None
     distill = CLoCKDistill(32, 64, at_least=1, **options)
     pair = pairs[name] = Pair(teacher, student, ask, distill, of_labels)
-    missed = checklist.missed(pair, batch)
+    missed = checklist.missed(checklist.quiet(pair), batch)
     print(f"{name}: {len(missed)} of {len(checklist.CHECKS)} checks say no")
     assert not missed
     weighed(pair, step, batch)
@@ -542,7 +539,7 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # ```python
 # pair, batch = pairs["Deformable DETR"], models["Deformable DETR"][2]
 # pair.student.model.freeze_backbone()
-# found = checklist.missed(pair, batch)
+# found = checklist.missed(checklist.quiet(pair), batch)
 # pair.student.model.unfreeze_backbone()
 # assert [*found] == [checklist.both_parts_reach_the_backbone]
 # ```

@@ -35,8 +35,8 @@ plots.deployment_drawing()
 
 # %% [markdown]
 # In the file are the normalisation of pixels before the detector and the choice of
-# the best detections behind it. Outside are four things: the camera's turn, the order of RGB
-# (exercise 1), the resize, and the way back to the photo's pixels.
+# the best detections behind it. Outside are four things: turning the photo upright (as its EXIF
+# flag says), the order of RGB (exercise 1), the resize, and the way back to the photo's pixels.
 #
 # ## One file
 #
@@ -45,27 +45,8 @@ plots.deployment_drawing()
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
 # For your own student add `--size H,W`, or `--image PHOTO.jpg` for the size at which it reads this
-# photo. The program stretches a photo of another shape to it, which `train.py predict` does not do.
-# So export one file for each shape.
-#
-# `export` needs a checkpoint of this repository. With a detector of your own call its core,
-# `deploy.to_onnx`: one call of `torch.export` and one of `torch.onnx.export`. It needs a module in
-# eval mode that normalises pixels (1, H, W, 3) and returns boxes (1, k, 4), corners in pixels of
-# this H x W, scores (1, k), the best first, and labels (1, k), places in `classes` (ours is
-# `deploy.Program`). It compares nothing: the last lines do. `detect.py` looks for size and classes
-# in the file's metadata:
-#
-# ```python
-# proto = deploy.to_onnx(module, [images], dynamic=False)           # a tensor (1, H, W, 3) uint8
-# for key, value in {"size": [H, W], "classes": ["Car", "Dog"]}.items():
-#     proto.metadata_props.add(key=key, value=json.dumps(value))
-# onnx.save(proto, "mine.onnx")
-# ours = [x.detach().numpy() for x in module(images)]
-# theirs = deploy.open_session("mine.onnx").run(None, {"images": images.numpy()})
-# assert deploy.disagreement(ours, theirs, (H, W)) < 1e-4
-# ```
-#
-# Run them in this repository's folder: `deploy` imports its modules.
+# photo. Export one file for each shape: `detect.py` stretches a photo of another shape, which
+# `train.py predict` does not do.
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
@@ -81,6 +62,24 @@ for key, value in sorted(facts.items()):
 assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 
 # %% [markdown]
+# **A detector of your own.** `export` needs a checkpoint of this repository. For another detector
+# call its core, `deploy.to_onnx`. Your module must be in eval mode, normalise pixels (1, H, W, 3),
+# and return boxes (1, k, 4), corners in pixels of this H x W; scores (1, k), the best first; and
+# labels (1, k), indices into `classes` (ours is `deploy.Program`). `detect.py` reads size and
+# classes from the file's metadata. `to_onnx` compares nothing, so the last three lines do:
+#
+# ```python
+# proto = deploy.to_onnx(module, [images], dynamic=False)           # a tensor (1, H, W, 3) uint8
+# for key, value in {"size": [H, W], "classes": ["Car", "Dog"]}.items():
+#     proto.metadata_props.add(key=key, value=json.dumps(value))
+# onnx.save(proto, "mine.onnx")
+# ours = [x.detach().numpy() for x in module(images)]
+# theirs = deploy.open_session("mine.onnx").run(None, {"images": images.numpy()})
+# assert deploy.disagreement(ours, theirs, (H, W)) < 1e-4
+# ```
+#
+# Run them in this repository's folder: `deploy` imports its modules.
+#
 # ## What is hard to export
 #
 # An ONNX file is a list of operators with fixed names. Most of a detection transformer is easy:
@@ -96,7 +95,8 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #   places between two programs, so two answers must be compared as sets, not row by row.
 # - **Sizes.** A Python number in the code, the shape of a level or the number of tokens, becomes a
 #   constant in the file. So one file of ours is for one size; only the number of pictures may stay
-#   open (`--batch dynamic`), and smaller pictures may be padded (`--padding`).
+#   open (`--batch dynamic`). With `--padding` smaller pictures fit too, but such a file wants a
+#   mask, which `detect.py` does not give.
 #
 # **Claim.** The file has one `GridSample` for each level of each layer that reads memory: three
 # layers (one of the encoder, two of the decoder) times three levels. It has two `TopK`: one chooses
@@ -153,12 +153,12 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 
 # %% [markdown]
 # "Pedestrian 0.42" is a mistake: he is a cyclist, seen from behind, with little of his bicycle in
-# sight. The cell below prints what the student says of this one box; ranks count from 0.
+# sight.
 #
 # **Claim.** The same box is in the answer three times, once for each class. Each class has a
 # sigmoid of its own, and a detection is a *pair* of query and class: the best 100 stay, here all
 # 72. There is no second step that removes doubles. The right name has the lower score, and the
-# threshold of 0.4 hides it.
+# threshold of 0.4 hides it. (Ranks count from 0.)
 
 # %%
 rider = np.flatnonzero((found["labels"] == 1) & (found["scores"] >= 0.4))[-1]
@@ -170,9 +170,7 @@ assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
 # **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores
-# and boxes. (A toy photo has the file's size, so Pillow's resize does nothing here. Real KITTI's
-# photos shrink to a third; there Pillow's resize and that of training give AP within .001 of each
-# other: teacher, student alone, distilled.)
+# and boxes. (A toy photo has the file's size, so Pillow's resize does nothing here.)
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -196,11 +194,11 @@ assert apart < 1e-4 and sure.any()
 # $$
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
-# rounds it, too, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled DINO
-# student keeps .353 as here, and .300 with rounded outputs. Of the .056 lost, .037 come back with
-# the backbone alone in 32 bits. The probable cause: the ReLU6 behind a convolution keeps 0 to 6 of
-# an output that ranges 4 to 34 times as wide, so few of the 256 steps are left ([the
-# trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
+# rounds it at once, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled
+# DINO student keeps .353 as here, and .300 with rounded outputs. The probable cause: a
+# convolution's output ranges 4 to 34 times as wide as the 0 to 6 that the ReLU6 behind it keeps.
+# Rounded before the ReLU6, few of the 256 steps are left; rounded after it, all of them share 0 to
+# 6 ([the trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
 # linear layer: `quantise` first merges its `MatMul` and `Add`, so most of the `MatMul` above are
@@ -246,8 +244,7 @@ assert len(costs) == 9 and 0 < max(costs) < 0.01
 
 # %% [markdown]
 # The largest cost is DAB-DETR's teacher, .0061. The distilled DINO student loses .0001 of the .130
-# that it has more than the student alone. Each figure is that of one model, so whether a row's cost
-# is .001 or .002 says nothing.
+# that it has more than the student alone.
 #
 # Now DINO in PyTorch and as the two files. RAM is the peak of a process that answers ten pictures,
 # libraries included; a time is the median of one picture on one thread. (PyTorch's file
@@ -263,13 +260,14 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
               f"{row['ms_1']['median']:8.1f} ms")
 
 # %% [markdown]
-# *On the toy ONNX Runtime answers the distilled DINO more than three times as fast as
-# PyTorch, in less than a tenth of the RAM (PyTorch in its CUDA build). On real KITTI it is 2 times
-# (teacher: 1.5), in an eighth (a fifth) of the RAM.* 8 bits make the file smaller and the answer
-# **not** faster. On one thread only KITTI's teacher gains, 4 %; on two all twelve models lose, 3 to
-# 15 %. One measurement can be off by 13 % (below), so trust the twelve, not one row. Probably the
-# steps into 8 bits and back cost what the short products save. (All rows:
-# [results/deploy](../results/deploy/README.md).) Times hold for the processor named there. Measure
+# *On the toy ONNX Runtime answers the distilled DINO more than three times as fast as PyTorch (its
+# CUDA build), in less than a tenth of the RAM. On real KITTI it is twice as fast, in an eighth.*
+#
+# 8 bits make the file smaller and the answer **not** faster: on two threads all twelve models (nine
+# of the toy, three of KITTI) take 3 to 15 % longer, on one thread all but KITTI's teacher do. One
+# row can be off by 13 % (below), so trust the twelve ([all rows](../results/deploy/README.md)).
+#
+# **No small machine was tried.** These times are of a server, an AMD EPYC of unknown model. Measure
 # on yours, at your image size and with nothing else running, by these lines at the end of
 # `detect.py` (they use all cores; `train.py deploy` measures on a machine with torch):
 #
@@ -284,10 +282,8 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ```
 #
 # **On the 198 images of [real KITTI](../results/deploy/kitti.md) 8 bits cost at most .0043 AP**
-# (three models, each measured once: so little may be chance). Rounded outputs cost the distilled
-# one .06 on 90 tuning images, the toy less than .01 (measured once; its backbones have no ReLU6).
-# So before you ship 8 bits measure AP on your own images, by `deploy.average_precision` (exercise
-# 3).
+# (three models, each measured once: so little may be chance). So before you ship 8 bits measure AP
+# on your own images, by `deploy.average_precision` (exercise 3).
 #
 # ![AP against latency: teacher, student and distilled student](../results/deploy/toy.png)
 #

@@ -7,7 +7,7 @@
     hooked, at_self_attention, together, additive
                                  hooks and masks, for all adapters
     memory_of                    the adapter of the memory alone: put your names there
-    ask_dense, ask_deformable_detr, ask_rt_detr
+    ask_dense, ask_deformable_detr, ask_conditional_detr, ask_rt_detr
                                  an adapter each: change the nearest one, delete the others
 """
 import itertools
@@ -263,6 +263,55 @@ def ask_deformable_detr(detector, content, boxes, attend, alone=False):
         return output
 
     with hooked([model.decoder], before, after):
+        yield answer
+
+
+@contextmanager
+def ask_conditional_detr(detector, content, boxes, attend, alone=False):
+    """The same for a ConditionalDetrForObjectDetection with auxiliary_loss=True.
+
+    Its contents start as zeros: our contents are positions, as for the dense DETR.
+    """
+    decoder, answer = detector.model.decoder, SimpleNamespace()
+    start = boxes[..., :2].logit(1e-5)                            # (B, Q, 2)
+
+    def project(module, args, output):                            # the decoder is told no shapes
+        answer.shapes = [output.shape[2:]]
+
+    def before(decoder, args, call):
+        answer.memory = call["encoder_hidden_states"]
+        answer.padding = ~call["encoder_attention_mask"]
+        own = call["object_queries_position_embeddings"]          # (B, own, D)
+        kept = answer.kept = 0 if alone else own.shape[1]
+        ours = {"inputs_embeds": torch.zeros_like(content),
+                "object_queries_position_embeddings": content}
+        call |= {key: torch.cat([call[key][:, :kept], rows], 1) for key, rows in ours.items()}
+        return args, call
+
+    def point(head, args, output):                                # it makes points from positions
+        position, points = args[0][:, :answer.kept], output[:, :answer.kept]
+        answer.own = position, points.sigmoid()
+        return torch.cat([points, start], 1)                      # ours: the true centres
+
+    def apart(attention, args, call):
+        return args, call | {"attention_mask": additive(together(answer.kept, attend))}
+
+    def after(decoder, args, output):
+        kept = answer.kept
+        states = output.intermediate_hidden_states.clone()        # (L, B, all, D)
+        states[-1] = output.last_hidden_state                     # the answer is made from this
+        mine = states[:, :, kept:]
+        answer.logits = detector.class_labels_classifier(mine)
+        answer.boxes = (detector.bbox_predictor(mine) + F.pad(start, (0, 2))).sigmoid()
+        if not alone:
+            output.last_hidden_state = output.last_hidden_state[:, :kept]
+            output.intermediate_hidden_states = output.intermediate_hidden_states[:, :, :kept]
+            output.reference_points = output.reference_points[:kept]          # (all, B, 2)
+        return output
+
+    with (hooked([detector.model.input_projection], after=project),
+          hooked([decoder], before, after), hooked([decoder.ref_point_head], after=point),
+          at_self_attention(decoder, apart)):
         yield answer
 
 

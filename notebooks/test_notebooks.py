@@ -5,6 +5,7 @@
 import contextlib
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import adapters
 import checklist
@@ -12,9 +13,10 @@ import jupytext
 import nbformat
 import pytest
 import torch
+import transformers
 from build import HERE, run
 from clockdistill import CLoCKDistill
-from three_detectors import examples
+from three_detectors import examples, fit, resnet
 
 TWINS = sorted(HERE.glob("[0-9]_*.py"))
 LONGEST = 2 * 180                                # CPU seconds of each: three minutes of two cores, if they are free
@@ -129,3 +131,98 @@ def test_weigh_wants_eight_batches():
     with pytest.raises(ValueError, match="wants 8 batches, got 2"):
         adapters.weigh(pair, None, iter([1, 2]), None)
     assert pair.distill.lambda_mem == 3.0
+
+
+# What the page tells of DETR and Conditional DETR of transformers, in its fold.
+
+def trained_pair(kind):
+    """Teacher and student of a detector of transformers whose memory has one level, and a padded batch."""
+    torch.manual_seed(0)
+
+    def small(width, layers):
+        config = getattr(transformers, kind + "Config")(
+            backbone_config=resnet(transformers.ResNetConfig, width), d_model=width, encoder_layers=layers,
+            decoder_layers=layers, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, encoder_attention_heads=4,
+            decoder_attention_heads=4, num_queries=30, num_labels=3, dropout=0.0, auxiliary_loss=True)
+        detector = getattr(transformers, kind + "ForObjectDetection")(config)
+        detector.model.unfreeze_backbone()
+        return detector
+
+    teacher, student, batch = small(64, 3), small(32, 2), examples()["Deformable DETR"][2]
+    fit(teacher.parameters(), steps=10, losses_of=lambda: {
+        "own": teacher(batch.images, batch.mask, labels=batch.targets).loss})
+    return teacher.eval().requires_grad_(False), student, batch
+
+
+def test_conditional_detr_passes_all_checks():
+    teacher, student, batch = trained_pair("ConditionalDetr")
+    method = CLoCKDistill(32, 64, content="own", at_least=1)
+    pair = adapters.Pair(teacher, student, adapters.ask_conditional_detr, method,
+                         teacher.model.query_position_embeddings.weight)
+    assert not checklist.missed(pair, batch)
+
+
+@contextlib.contextmanager
+def memory_of_detr(detector):
+    """memory_of with DETR's names; its decoder is told no shapes."""
+    kept = SimpleNamespace()
+
+    def project(module, args, output):
+        kept.shapes = [output.shape[2:]]
+
+    def before(decoder, args, call):
+        kept.memory, kept.padding = call["encoder_hidden_states"], ~call["encoder_attention_mask"]
+
+    with adapters.hooked([detector.model.input_projection], after=project), \
+            adapters.hooked([detector.model.decoder], before):
+        yield kept
+
+
+@contextlib.contextmanager
+def ask_detr(detector, content, boxes, attend, alone=False):
+    """DETR's queries have no reference: content (B, Q, D) are learned positions."""
+    decoder, answer = detector.model.decoder, SimpleNamespace()
+
+    def before(decoder, args, call):
+        own = call["object_queries_position_embeddings"]
+        kept = answer.kept = 0 if alone else own.shape[1]
+        answer.own = own, None
+        ours = {"inputs_embeds": torch.zeros_like(content), "object_queries_position_embeddings": content}
+        return args, call | {key: torch.cat([call[key][:, :kept], rows], 1) for key, rows in ours.items()}
+
+    def apart(attention, args, call):
+        return args, call | {"attention_mask": adapters.additive(adapters.together(answer.kept, attend))}
+
+    def after(decoder, args, output):
+        states = output.intermediate_hidden_states.clone()
+        states[-1] = output.last_hidden_state
+        mine = states[:, :, answer.kept:]
+        answer.logits, answer.boxes = detector.class_labels_classifier(mine), detector.bbox_predictor(mine).sigmoid()
+        if not alone:
+            output.last_hidden_state = output.last_hidden_state[:, :answer.kept]
+            output.intermediate_hidden_states = output.intermediate_hidden_states[:, :, :answer.kept]
+        return output
+
+    with memory_of_detr(detector) as kept, adapters.hooked([decoder], before, after), \
+            adapters.at_self_attention(decoder, apart):
+        yield answer
+        vars(answer).update(vars(kept))
+
+
+def test_detr_has_a_memory_and_three_checks_do_not_apply_to_its_answers(monkeypatch):
+    teacher, student, batch = trained_pair("Detr")
+    memory_alone = adapters.Pair(teacher, student, memory_of_detr, CLoCKDistill(32, 64, lambda_log=0))
+    assert checklist.memory_is_right(memory_alone, batch)
+
+    def learned_positions(pair, batch):
+        B, N = len(batch.labels), len(pair.embedding)
+        yes = torch.ones(B, N, N, dtype=torch.bool)
+        return pair.embedding.expand(B, -1, -1), None, yes, yes[:, 0]
+
+    for module in (adapters, checklist):
+        monkeypatch.setattr(module, "our_queries", learned_positions)
+    method = CLoCKDistill(32, 64, content="own", classes="softmax")
+    pair = adapters.Pair(teacher, student, ask_detr, method, teacher.model.query_position_embeddings.weight)
+    assert set(checklist.missed(pair, batch)) == {
+        checklist.references_are_of_the_own_size, checklist.padding_rows_change_nothing,
+        checklist.images_without_objects_add_nothing}
