@@ -1296,7 +1296,8 @@ def build_data(cfg, split, augment=False):
     """
     # Otherwise the toy, in KITTI's layout too, would be trained on for hours.
     if cfg.data != "toy" and cfg.root == Config.root:
-        raise ValueError(f"give --root, the folder of the {cfg.data} images")
+        raise ValueError(f"give --root, the folder of the {cfg.data} images; {cfg.root}, the "
+                         "default, holds the toy (--data toy)")
     # The other processes wait for the first one, which may have to draw the toy.
     if process_rank() > 0:
         dist.barrier()

@@ -12,14 +12,12 @@
 # Four things to take home, each measured below:
 #
 # 1. The distilled memory, as it is, is closer to the teacher's than the memory of a student trained
-#    alone (a *lone* student) after the best linear map. Its lead is larger on objects.
+#    alone (a *lone* student) after the best linear map. Its lead in $R^2$ is larger on objects.
 # 2. An attention map need not lie on the object. DAB-DETR's teacher has .22 of its attention there;
 #    spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. The distilled DAB-DETR and
-#    Deformable DETR attend more like the teacher than the lone ones, with target-aware and with own
-#    queries. The reason is open: only they were trained on target-aware queries, and their boxes
-#    may be more like the teacher's. With DINO it depends on cell size and queries: from .02 less to
-#    .03 more (1 is the same map).
+#    Deformable DETR attend more like the teacher than the lone ones; why is open. With DINO the
+#    sign depends on the cell size.
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #
@@ -122,7 +120,7 @@ plots.memory_colours(picture, truth["boxes"],
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
 # student's after the best linear map. That holds on objects and on the background; the lead is
-# larger on objects. (That need not be the loss's doing: each part is divided by its own variance.)
+# larger on objects.
 
 # %%
 MARK = {"color": plots.INK, "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
@@ -178,14 +176,14 @@ print(f"a head's weights add up to {last.weights[0, 0, 0].sum():.2f}")
 assert last.points.shape == last.weights.shape + (2,)                   # x and y of each
 
 # %% [markdown]
-# For each true object of 120 images, 514 in all, we record two queries of each model.
-# *Own* is the model's own query that fits the object best: the one with the largest product of its
-# box's IoU with the object and its score for the object's class. *Asked* is the target-aware query,
-# made of the true box and the teacher's learned content (DAB-DETR has none: zeros), the same for
-# all models. Of the students only the distilled ones were trained on such queries. To compare maps,
-# all attention is counted on one grid of cells, as the mean over heads: a sampling point's weight
-# is shared between the cells whose centres surround it, a dense weight is spread evenly over its
-# own cell.
+# For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
+# model's own query that fits the object best: the one with the largest product of its box's IoU
+# with the object and its score for the object's class. *Asked* is the target-aware query, made of
+# the true box and the teacher's learned content (DAB-DETR has none: zeros), the same for all
+# models. Of the students only the distilled ones were trained on such queries (with noise on the
+# boxes). To compare maps, all attention is counted on one grid of cells, as the mean over heads: a
+# sampling point's weight is shared between the cells whose centres surround it, a dense weight is
+# spread evenly over its own cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
@@ -337,11 +335,10 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
            marks={BASELINE: MARK, "untrained": GREY}, one_scale=True)
 
 # %% [markdown]
-# *Look at DINO's row, left: all marks are within .03 of the baseline, and the untrained model
-# agrees most* (its sampling points form a star as large as the box). For DINO, on such cells,
-# agreement says that the queries start from the right box, and nothing about what was learned. The
-# distilled DAB-DETR and Deformable DETR are above the baseline in both panels; so is DAB-DETR's
-# lone student: for a teacher that looks outside the box this baseline is low.
+# *Look at DINO's row, left: all marks are within .03 of the baseline, the untrained model's too.*
+# For DINO, on such cells, agreement says that the queries start from the right box, and nothing
+# about what was learned. The distilled DAB-DETR and Deformable DETR are above the baseline in both
+# panels.
 #
 # *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
 # is ahead of both.* On small cells two sets of points can miss each other narrowly; the baseline,
@@ -373,22 +370,23 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
 
 # %% [markdown]
 # *Right of the bold line the distilled student agrees more with the teacher than the lone one.*
-# That holds for DAB-DETR and for Deformable DETR, in both panels, on every cell size. Two other
-# reasons are not separated. On the left, only the distilled student was trained on such queries. On
-# the right, a student that misses the object looks elsewhere.
+# That holds for DAB-DETR and for Deformable DETR, in both panels, on every cell size. Why is open.
+# On the left, only the distilled student was trained on such queries. In both panels its boxes may
+# be more like the teacher's, and attention follows the box.
 #
 # For DINO it depends on the cell size. Asked, the distilled student agrees a little more on 4, 2
 # and 1 pixels; on 8 this is undecided. With its own queries it agrees *less* on 8 and 4 pixels and
 # more on 2 and 1. A verdict that turns with the cell size does not support "it looks where the
-# teacher looks". (How much two equally good models would agree is not known; it would take a second
-# teacher.)
+# teacher looks".
 #
 # # A teacher that answers wrongly
 #
-# The logit part copies the teacher's answers to target-aware queries, right or wrong. It weighs
-# each with the teacher's confidence, $w = \max_c \sigma(t_c)$ of the logits $t$. Call an answer of
-# the last layer **wrong** when it names another class, or when its box and the true one have an IoU
-# below 0.5. Which wrong answer of each teacher has the largest $w$?
+# The logit part copies the teacher's answers, right or wrong. (In training the asked boxes had
+# noise, and DAB-DETR and Deformable DETR were asked 24 random boxes an image as well; here only the
+# true boxes are asked.) It weighs each with the teacher's confidence, $w = \max_c \sigma(t_c)$ of
+# the logits $t$. Call an answer of the last layer **wrong** when it names another class, or when
+# its box and the true one have an IoU below 0.5. Which wrong answer of each teacher has the largest
+# $w$?
 
 # %%
 asked, own = ({name: look.answers(gazes[name, "teacher", kind]) for name in families}
@@ -478,14 +476,15 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 #
 # Why are DINO's answers good and DAB-DETR's bad? Perhaps a teacher answers well what it was trained
 # on (not tested). DINO was trained to restore denoising queries, which start near true boxes.
-# DAB-DETR's learned anchors are much larger than the objects:
+# DAB-DETR's learned reference boxes are much larger than the objects:
 
 # %%
 anchors = families["DAB-DETR"]["teacher"].anchors.weight.detach().sigmoid()           # (60, 4)
 anchor_area = (anchors[:, 2:].prod(1) * WIDTH * HEIGHT).median()
 boxes = asked["DAB-DETR"]["truth"]                                                    # (514, 4)
 object_area = (boxes[:, 2:] - boxes[:, :2]).prod(1).median()
-print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {object_area:.0f}")
+print(f"median area in pixels: DAB-DETR's reference boxes {anchor_area:.0f}, "
+      f"objects {object_area:.0f}")
 
 # %% [markdown]
 # # Exercises
@@ -555,6 +554,7 @@ print(f"median area in pixels: DAB-DETR's anchors {anchor_area:.0f}, objects {ob
 # </details>
 #
 # **On your own pictures**, `train.py look --checkpoint runs/teacher --checkpoint runs/student
-# IMAGE...` draws such maps and writes the agreement beside its baseline.
+# IMAGE...` draws such maps and writes the agreement beside its baseline, on one cell size only:
+# that of the finest map (here 8 pixels, too coarse to tell DINO's students apart).
 #
 # **Next:** [what is and is not shown about each part](3_ablations.ipynb).

@@ -69,21 +69,29 @@ torch.set_num_threads(1)                                # the same numbers on an
 plots.wiring_drawing()
 
 # %% [markdown]
-# *In these three all that the method needs passes through **one call, the decoder's**: its
-# arguments hold the memory, the shapes of the levels, the padding and the detector's own queries. A
-# hook before the call reads the memory and appends our queries; a hook behind it cuts their answers
-# off.* The detector's code, heads, matching and loss stay as they are.
+# *In these three the hooks go to **one call, the decoder's**: its arguments hold the memory, the
+# shapes of the levels, the padding and the detector's own queries. A hook before it reads the
+# memory and appends our queries. A hook behind it cuts our rows off and, where the heads stand
+# outside, puts them through the heads.* The detector's code, heads, matching and loss stay as they
+# are.
+#
+# **What your code has to give.**
+#
+# 1. **A `Batch`** from your loader (shown below, with the conversion of one loader).
+# 2. **Two calls.** `detector.model(images, mask)` runs the detector; `detector(images, mask,
+#    labels=targets)` returns an object whose `.loss` is its own loss, weighted and summed. The
+#    checks also read `.logits`, `.pred_boxes` and the detector's `.config`. Other interfaces are
+#    wrapped.
+# 3. **An `ask`**, the adapter: the two hooks of the drawing.
 #
 # `examples` gives a teacher, frozen and in eval mode, a student and a batch of each detector
-# ([three_detectors.py](three_detectors.py)). An `adapters.Batch`, which your loader gives, holds
-# `images`, padded at the right and bottom, `mask`, 1 where an image is (None: everywhere), `labels`
-# and `boxes`, a tensor per image, and `targets`, the same objects as the detector's own loss wants
-# them.
+# ([three_detectors.py](three_detectors.py)).
 #
 # **Boxes** are (cx, cy, w, h), fractions of the image's *own* size. Other codes have others:
 #
 # | from | to ours |
 # |---|---|
+# | fractions of the own size (Facebook's DETR, the original DINO) | as they are; `mask = ~samples.mask` |
 # | corners in pixels of the image (MMDetection) | `box_convert(boxes, "xyxy", "cxcywh")` over (w, h, w, h) |
 # | fractions of the *padded* image (processors of `transformers` that pad) | `batch_of(found)`: `boxes / extent[i].repeat(2)`. Its `targets` stay fractions of the padded image. A teacher from the Hugging Face hub answers in fractions of the own size: there give `targets` our boxes |
 #
@@ -113,7 +121,7 @@ found = batch_of(processor(pictures, known, return_tensors="pt"))
 for theirs, ours in zip(found.targets, found.boxes):
     print("theirs", theirs["boxes"].tolist(), " ours", ours.tolist())
     torch.testing.assert_close(ours, torch.tensor([[0.5, 0.5, 1., 1.]]))
-show(batch_of)
+show(adapters.Batch, batch_of)
 
 # %% [markdown]
 # ## First the memory alone
@@ -122,8 +130,7 @@ show(batch_of)
 # seeds, at a lighter weight than the rule's: "How heavy?"); what the answers add to it is
 # undecided, -.007 (-.013 to +.000) ([results](../results/kitti/README.md)). It needs no queries, no
 # mask and no second answer, only a hook that reads three arguments. `lambda_log=0` turns the rest
-# off. `scale=True`, the default, lets small objects count as much as large ones; on the toy that
-# cost DINO AP.
+# off.
 #
 # **In your code.** Put your names into `memory_of`, below (rows memory, shapes, padding of the
 # table under "An adapter"); arguments without names are in `args`. `memory_is_right` checks it on a
@@ -131,7 +138,7 @@ show(batch_of)
 # frozen or not in eval mode, shapes are (width, height), padding is forgotten, the backbone is
 # frozen, or the hook lies before the encoder or behind it (inside it, no check says no). Without
 # padding `padding`, `mask` and `extent` are None. Another order of axes, or a decoder that is told
-# no shapes: "Other names", below.
+# no shapes: "Another interface", below.
 
 # %%
 distill = CLoCKDistill(student_dim=32, teacher_dim=64, lambda_log=0)
@@ -142,9 +149,8 @@ assert losses["memory"] > 0 and checklist.memory_is_right(pair, batch)
 show(memory_of, Pair, hooked, memory_step, Learner)
 
 # %% [markdown]
-# **Other names?** Or is the loss outside? Wrap your detector, and change nothing in the files (but
-# for MMDetection's, below). Your hooks then go to the module that holds the decoder's
-# `layers`, for instance `detector.inner.transformer.decoder` (Facebook's DETR) or
+# **Another interface?** Wrap your detector so that it answers the two calls. The hooks go to the
+# module that holds the decoder's `layers`: `detector.inner.transformer.decoder` (Facebook's DETR),
 # `detector.inner.decoder.decoder` (the original RT-DETR).
 #
 # ```python
@@ -162,7 +168,8 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 #     def forward(self, images, mask, labels=None):        # labels: a batch's targets
 #         found = self.model(images, mask, labels)
 #         loss = None if labels is None else my_weighted_loss(found, labels)
-#         return SimpleNamespace(loss=loss, logits=found["logits"], pred_boxes=found["boxes"])
+#         return SimpleNamespace(loss=loss, logits=found["pred_logits"],
+#                                pred_boxes=found["pred_boxes"])
 # ```
 #
 # - **Memory (S, B, D)**, as `nn.Transformer` and Facebook's DETR have it, becomes (B, S, D):
@@ -172,7 +179,7 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 #   (Facebook's DETR: `output[0][-1].tensors.shape[2:]`).
 #
 # **Training**, all of it. Before you build `Pair`: `teacher.eval().requires_grad_(False)`,
-# `student.train()`, and `teacher`, `student` and `distill` on their device.
+# `student.train()`, and `teacher`, `student`, `distill` and each batch's tensors on one device.
 #
 # ```python
 # pair = Pair(teacher, student, memory_of, distill)
@@ -196,12 +203,12 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 # ## Then the answers too
 #
 # `step` asks both decoders. In the training above put your full `ask` for `memory_of` and `step`
-# for `memory_step`, in `weigh` too, and build `distill` without `lambda_log=0`. The teacher, run as
-# `teacher.model`, decodes our queries alone (`alone=True`). Wrapped as above, it runs its heads
-# too. Only if they fail on our rows alone, let your `ask` ignore `alone`: the answers are the same
-# (but `its queries leave our answers alone`, a check below, then tests nothing). The student
-# decodes both kinds **in the same pass**. `student_content` is a second linear map, from the
-# teacher's width to the student's.
+# for `memory_step`, in `weigh` too. Build `distill` and `Pair` with content, class head and
+# embedding, as `dense` below; the next two sections tell what they are.
+#
+# The teacher, run as `teacher.model`, decodes our queries alone (`alone=True`). The student decodes
+# both kinds **in the same pass**. `student_content` is a second linear map, from the teacher's
+# width to the student's.
 
 # %%
 show(step, adapters.our_queries)
@@ -225,7 +232,6 @@ show(adapters.together)
 # |---|---|---|---|
 # | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
 # | softmax with "no object": DETR | `"softmax"` | one distribution, of $z / T$ | largest probability of a real class |
-# | sigmoids, as one distribution | `"softmax_of_sigmoid"` | a softmax of $z / T$ | largest sigmoid of $z$ |
 #
 # A softmax head under the wrong name turns the weight round: read as sigmoids, "no object" is one
 # more class, of which the teacher is sure where it sees nothing, and its box there is copied with
@@ -283,10 +289,10 @@ for name, value in step(dense, batch).losses.items():
 #
 # Mistakes in an adapter mostly give no error message. After *if not* stands what training would
 # show (reasoned, not measured). Run them on `checklist.quiet(pair)`, a copy without dropout, with
-# `groups=1, box_noise=0` (the defaults). All images of the batch have objects, image 0 fewer than
-# another; image 1 is padded. A NO may be rounding (bounds are 1e-4 and 1e-5): repeat it with
-# models, `distill` and batch in float64, and models of `transformers` with
-# `set_attn_implementation("eager")` (its sdpa misreads masks of float32 there).
+# `groups=1, box_noise=0` (the defaults). Take a batch in which every image has objects, image 0 has
+# fewer than another, and image 1 is padded (if your detector pads). A NO may be rounding (bounds
+# are 1e-4 and 1e-5): repeat it with models, `distill` and batch in float64, and models of
+# `transformers` with `set_attn_implementation("eager")` (its sdpa misreads masks of float32 there).
 
 # %%
 assert not checklist.run(checklist.quiet(dense), batch)
@@ -313,9 +319,7 @@ assert checklist.our_queries_leave_its_answers_alone in missed and len(missed) =
 #
 # A missing layer gives no error of shapes: only `every layer answers` finds it. (The decoder of the
 # original RT-DETR answers with one layer in eval mode: set `.training = True` on `decoder.decoder`
-# alone, after `teacher.eval()`.) The teacher here has three decoder layers, the student two.
-# `logit_loss` pairs student layer $i$ with teacher layer $\mathrm{round}(i L_t / L_s)$, at least 1;
-# so the last learns from the last: 1 from 2, 2 from 3.
+# alone, after `teacher.eval()`.)
 #
 # ## How heavy?
 #
@@ -347,9 +351,8 @@ show(weigh)
 # quarter of your steps, then the best without the scale mask S (`scale=False`). If the best leads
 # 50 : 1 by less than .03, take 50 : 1 (two toy runs at nearly the same ratio differ by that).
 #
-# On KITTI's tuning images DINO had with these and 200 : 4 AP .200, .199, .194 and .128 (one seed
-# each): three differ by .006, the last is too heavy. KITTI's tables use the first; no full run on
-# real images has the third. `weigh` starts with 50 : 1.
+# KITTI's tables use 3 : 1/16; no full run on real images has 50 : 1, with which `weigh` starts
+# ([notebook 1](1_the_method.ipynb) has the trials).
 #
 # **Which options?** Those below are what our tables measured for DINO: start from them, with your
 # `content` and `at_least=1`. What `groups`, noise and `normalise` add for your detector is not
@@ -552,7 +555,8 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 #
 # <details><summary>Answer</summary>
 #
-# 1, 1, 2, 2, 2, 3 (Python rounds halves to the even number: layer 3 goes to 2, layer 5 to 2). With
+# Student layer $i$ learns from teacher layer $\mathrm{round}(i L_t / L_s)$, at least 1: from 1, 1,
+# 2, 2, 2, 3 (Python rounds halves to the even number: layer 3 goes to 2, layer 5 to 2). With
 # `layers="last"` only the last student layer learns, from the last of the teacher: one summed term
 # of six, so $\lambda_{log}$ has to be set anew.
 # </details>

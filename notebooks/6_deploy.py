@@ -87,16 +87,13 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 #
 # - **Deformable sampling** reads the memory between its cells, at places that are computed. The
 #   official code does it with a CUDA kernel of its own, which no other program knows. Here it is
-#   `grid_sample`, level by level, which is in ONNX's operator set since number 16. (On a CPU we
-#   train with a product with a sparse matrix, which is faster and which ONNX lacks:
-#   [attention.py](../attention.py) takes `grid_sample` while it is exported.)
+#   `grid_sample`, level by level, which is in ONNX's operator set since number 16.
 # - **Top-k.** *Which* tokens give DINO's queries their boxes is decided by the picture: an index
 #   that is data, not a constant. ONNX has `TopK` and a gather. But almost equal scores may change
 #   places between two programs, so two answers must be compared as sets, not row by row.
 # - **Sizes.** A Python number in the code, the shape of a level or the number of tokens, becomes a
 #   constant in the file. So one file of ours is for one size; only the number of pictures may stay
-#   open (`--batch dynamic`). With `--padding` smaller pictures fit too, but such a file wants a
-#   mask, which `detect.py` does not give.
+#   open (`--batch dynamic`).
 #
 # **Claim.** The file has one `GridSample` for each level of each layer that reads memory: three
 # layers (one of the encoder, two of the decoder) times three levels. It has two `TopK`: one chooses
@@ -158,7 +155,7 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 # **Claim.** The same box is in the answer three times, once for each class. Each class has a
 # sigmoid of its own, and a detection is a *pair* of query and class: the best 100 stay, here all
 # 72. There is no second step that removes doubles. The right name has the lower score, and the
-# threshold of 0.4 hides it. (Ranks count from 0.)
+# threshold of 0.4 hides it.
 
 # %%
 rider = np.flatnonzero((found["labels"] == 1) & (found["scores"] >= 0.4))[-1]
@@ -187,10 +184,11 @@ assert apart < 1e-4 and sure.any()
 #
 # ONNX Runtime's own quantisation (`deploy.quantise` is a call of `quantize_static`) stores the
 # weights of convolutions and linear layers as 8-bit integers $q$, one scale $s$ for each output
-# channel. What flows into them is rounded to 8 bits as well, in a range read from training images:
+# channel. What flows into them, $x$, is rounded to 8 bits as well, its range read from training
+# images:
 #
 # $$
-# w \approx s q, \qquad -127 \le q \le 127
+# w \approx s q, \quad -127 \le q \le 127, \qquad x \approx s_x (p - z), \quad -128 \le p \le 127
 # $$
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
@@ -201,8 +199,7 @@ assert apart < 1e-4 and sure.any()
 # 6 ([the trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
-# linear layer: `quantise` first merges its `MatMul` and `Add`, so most of the `MatMul` above are
-# `Gemm` below.
+# linear layer.
 #
 # **Claim.** The file is less than half as large, and the program reads it as it is. (`train.py
 # export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise(file, out,
@@ -243,8 +240,8 @@ for name, row in rows.items():
 assert len(costs) == 9 and 0 < max(costs) < 0.01
 
 # %% [markdown]
-# The largest cost is DAB-DETR's teacher, .0061. The distilled DINO student loses .0001 of the .130
-# that it has more than the student alone.
+# The largest cost is DAB-DETR's teacher, .0061. The distilled DINO student leads the student alone
+# by .130 AP in both.
 #
 # Now DINO in PyTorch and as the two files. RAM is the peak of a process that answers ten pictures,
 # libraries included; a time is the median of one picture on one thread. (PyTorch's file
@@ -260,12 +257,14 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
               f"{row['ms_1']['median']:8.1f} ms")
 
 # %% [markdown]
-# *On the toy ONNX Runtime answers the distilled DINO more than three times as fast as PyTorch (its
-# CUDA build), in less than a tenth of the RAM. On real KITTI it is twice as fast, in an eighth.*
+# *ONNX Runtime answers the distilled DINO more than three times (toy) and twice (KITTI) as fast as
+# PyTorch, in 1/11 and 1/8 of its CUDA build's RAM. KITTI's teacher takes 37.3 ms, its student 15.7,
+# for .014 AP less (seed 0).*
 #
-# 8 bits make the file smaller and the answer **not** faster: on two threads all twelve models (nine
-# of the toy, three of KITTI) take 3 to 15 % longer, on one thread all but KITTI's teacher do. One
-# row can be off by 13 % (below), so trust the twelve ([all rows](../results/deploy/README.md)).
+# 8 bits make the file smaller and the answer **not** faster: against ONNX fp32 it takes 3 to 15 %
+# longer on two threads; on one, from 4 % less to 12 % longer (nine models of the toy, three of
+# KITTI; [all rows](../results/deploy/README.md)). A single row can be off by 13 %: in PyTorch
+# DINO's student took 5.4 ms alone and 6.1 distilled, by the same program.
 #
 # **No small machine was tried.** These times are of a server, an AMD EPYC of unknown model. Measure
 # on yours, at your image size and with nothing else running, by these lines at the end of
@@ -288,7 +287,7 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ![AP against latency: teacher, student and distilled student](../results/deploy/toy.png)
 #
 # Alone and distilled, a student is the same program with other weights. So a distilled one stands
-# above, not to the right; DINO's 6.1 against 5.4 ms in PyTorch is scatter.
+# above, not to the right.
 #
 # ## Exercises
 #
@@ -360,6 +359,4 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #
 # DAB-DETR is dense: its encoder and its cross-attention are such products too, over all tokens. Try
 # its teacher: it loses .03 AP (one model, measured once), which is why these products keep 32 bits.
-# A likely reason, not tested: a softmax over hundreds of tokens has many small weights, and those
-# below half a step of 8 bits become 0.
 # </details>

@@ -1107,7 +1107,8 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, teacher, tmp_path, capsys):
     foreign = tmp_path / "foreign.pt"
     torch.save({"weights": torch.zeros(1)}, foreign)
     cases = [
-        (["fit", "--data", "kitti", "--out", str(tmp_path / "r")], "give --root, the folder of the kitti images"),
+        (["fit", "--data", "kitti", "--out", str(tmp_path / "r")],
+         "give --root, the folder of the kitti images; datasets/toy, the default, holds the toy"),
         (["fit", "--root", str(tmp_path / "missing"), "--data", "kitti", "--out", str(tmp_path / "a")], "missing"),
         (["eval", "--checkpoint", str(tmp_path / "none.pt"), "--root", toy], "none.pt"),
         (["eval", "--checkpoint", str(bomb), "--root", toy], "bomb.pt"),
