@@ -559,10 +559,13 @@ def is_detection(name):
 
 
 def gradients_of(loss, parameters):
-    """One gradient per parameter; None where the loss does not reach it, or is off (a constant)."""
-    if not loss.requires_grad:
+    """One gradient per parameter; None where it is frozen, where the loss does not reach it, or where
+    the loss is off (a constant)."""
+    learning = [p for p in parameters if p.requires_grad]
+    if not loss.requires_grad or not learning:
         return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    found = iter(torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True))
+    return [next(found) if p.requires_grad else None for p in parameters]
 
 
 def gradient_norm(gradients):

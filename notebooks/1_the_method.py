@@ -14,7 +14,7 @@
 # draw the forward pass of [DINO](https://arxiv.org/abs/2203.03605), write down the method's masks
 # and losses, choose their weights for your data, and say what is shown about each part.
 #
-# Each equation stands beside the lines that compute it, and an assert shows that
+# The method's equations stand beside lines that compute them, and asserts show that
 # [clockdistill.py](../clockdistill.py) gives the same. Of the paper only the abstract was read. So
 # each choice has a mark that says where it comes from: **[A]** the abstract · **[T]** a third
 # party's restatement of the paper (no link is kept) · **[P]** the authors' earlier public code ·
@@ -187,8 +187,7 @@ with torch.no_grad():
 #
 # $A_p$ is the memory at $p$; class is a linear layer, box a small MLP. The tokens with the largest
 # scores $s_p$ give the reference boxes, best first. The contents are learned, one for each rank,
-# and the same in every image. (`models.Proposals` first zeroes tokens of padding, and
-# anchors with a number outside 0.01 to 0.99; here there are none.)
+# and the same in every image.
 
 # %%
 with torch.no_grad():
@@ -298,9 +297,7 @@ assert abs(before) < 0.3 < 0.8 < after
 # do those of the background. Where boxes overlap, the smaller box wins: its $1/\text{cells}$ is
 # larger, so a maximum does it, and the larger box adds up to less than 1.
 #
-# `memory_loss` wants boxes `(cx, cy, w, h)` in fractions of the *padded* image; `CLoCKDistill`
-# takes fractions of the image without its padding, and converts them itself. Padded cells have $M =
-# S = 0$ and do not count in $N_\mathrm{bg}$.
+# Padded cells have $M = S = 0$ and do not count in $N_\mathrm{bg}$.
 #
 # On an axis of $n$ cells a box touches cells $\lfloor (c - s/2) n \rfloor$ up to, but not
 # including, $\lceil (c + s/2) n \rceil$. Rows and columns are computed apart; a cell is inside if
@@ -429,17 +426,18 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # $$q_k = E[c_k] \text{ as content}, \qquad b_k = \text{the true box} \text{ as reference box}$$
 #
 # The true box as reference is [O]. $c_k$ is the object's class, $E$ an embedding of the classes [T,
-# P]; we take the teacher's, frozen (a student of another width reads it through a learned linear
-# map) [O]. DINO has one, `label_embedding`, of which it makes its denoising queries. Deformable
-# DETR and DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A
-# label as content gives a part of the answer away: the toy's teacher, shown noise instead of a
-# memory, still names 64 % of the classes, with its own *learned* contents 34 % (always Car: 45 %;
-# [notebook 3](3_ablations.ipynb)). So the student at the top was asked with the learned ones, query
-# $i$ with the $i$-th (`content="own"`). That this gains AP is not shown for DINO.
+# P]. We take the teacher's, frozen [O]: DINO has one, `label_embedding`. Deformable DETR and
+# DAB-DETR have none; there a frozen random row per class stands in (`random_label`).
 #
-# Each object may be asked for $G$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
+# A label as content gives a part of the answer away. Shown noise instead of a memory, the toy's
+# teacher still names 64 % of the classes. With the learned contents of its own queries it names
+# 34 % (always Car: 45 %; [notebook 3](3_ablations.ipynb)). So the student at the top was asked with
+# these, query $i$ with the $i$-th content (`content="own"`). That this gains AP is not shown for
+# DINO.
+#
+# Each object may be asked for $n$ times, in *groups* [P: 3]. With noise on the boxes [P: none] each
 # group asks from other boxes. The queries stand object by object: query $i$ asks for object
-# $\lfloor i / G \rfloor$, and its group is $g_i = i \bmod G$. In a batch, images with fewer objects
+# $\lfloor i / n \rfloor$, and its group is $g_i = i \bmod n$. In a batch, images with fewer objects
 # have *padding rows*, where $v_i = 0$; else $v_i = 1$. Query $i$ may attend to query $j$ where
 # $m_{ij} = 1$:
 #
@@ -566,8 +564,9 @@ plots.joined_boxes(picture, panels, "The two models' answers to queries of the s
 # student $s_c$. The detectors here answer each class with a sigmoid of its own, a yes or no, so the
 # class term $D_k$ has two parts per class [O]:
 #
-# $$D_k = \tau^2 \sum_c \Big( p_c \ln\frac{p_c}{q_c} + (1 - p_c) \ln\frac{1 - p_c}{1 - q_c} \Big),
-#   \qquad p_c = \sigma(t_c / \tau), \quad q_c = \sigma(s_c / \tau), \quad \tau = 10
+# $$D_k = \tau^2 \sum_c \Big( p_c \ln\frac{p_c}{\hat p_c}
+#   + (1 - p_c) \ln\frac{1 - p_c}{1 - \hat p_c} \Big),
+#   \qquad p_c = \sigma(t_c / \tau), \quad \hat p_c = \sigma(s_c / \tau), \quad \tau = 10
 #   \quad\text{[P]}$$
 #
 # (DETR itself has a softmax over classes and "no object": `classes="softmax"`.) Two terms compare
@@ -582,8 +581,8 @@ plots.joined_boxes(picture, panels, "The two models' answers to queries of the s
 # %%
 tau = 10.                                               # the temperature
 t, s = torch.tensor(2.), torch.tensor(-1.)              # the teacher's and the student's logit
-p, q = (t / tau).sigmoid(), (s / tau).sigmoid()         # 0.550, 0.475
-kl = tau ** 2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())       # D
+p, p_hat = (t / tau).sigmoid(), (s / tau).sigmoid()     # 0.550, 0.475
+kl = tau ** 2 * (p * (p / p_hat).log() + (1 - p) * ((1 - p) / (1 - p_hat)).log())       # D
 w = t.sigmoid()                                         # the temperature is not in it
 
 t_box = torch.tensor([0.5, 0.5, 0.4, 0.4])
@@ -665,7 +664,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #    never the decoder and the heads. (Gradients are clipped together, so a long one of memory
 #    shrinks theirs as well.)
 # 2. **Read the gradient norms** in the run's `log.jsonl` (`report`, every 200 steps, over all
-#    parameters). A part whose norm is 0 at step 200 is not connected. If the detection loss stops
+#    parameters). A part without a gradient stops the run at step 8. If the detection loss stops
 #    falling, the ratios are too large (a rule of thumb, not measured).
 # 3. **If you can afford trials**, try memory 3, 12 and 50, with answers at a fiftieth of each
 #    (1/16, 1/4, 1), then the best of the three without $S$. Train each for a quarter of the steps

@@ -16,8 +16,8 @@
 # 2. An attention map need not lie on the object. DAB-DETR's teacher has .22 of its attention there;
 #    spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. The distilled DAB-DETR and
-#    Deformable DETR attend more like the teacher than the lone ones; why is open. With DINO the
-#    sign depends on the cell size.
+#    Deformable DETR attend more like the teacher than the lone ones; why is open. With DINO's own
+#    queries the sign depends on the cell size.
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #
@@ -71,8 +71,8 @@ val, tune = (data.build("toy", "datasets/toy", split) for split in ("val", "tune
 # axes: the same colour is the same direction.
 #
 # A student trained alone has directions of its own, which would look like noise. So it gets help:
-# the linear map from its memory to the teacher's that fits best (least squares) on 60 other images.
-# The distilled student is shown as it is.
+# the linear map from its memory to the teacher's that fits best (least squares) over all cells of
+# 60 other images. The distilled student is shown as it is.
 
 # %%
 def best_map(source, target):
@@ -120,7 +120,7 @@ plots.memory_colours(picture, truth["boxes"],
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
 # student's after the best linear map. That holds on objects and on the background; the lead is
-# larger on objects.
+# larger on objects. (One map serves both parts; one fitted on objects alone might narrow it.)
 
 # %%
 MARK = {"color": plots.INK, "marker": "|", "markersize": 11, "markeredgewidth": 1.6}
@@ -154,10 +154,9 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
            marks={"place alone": MARK, "untrained, mapped": GREY}, one_scale=True)
 
 # %% [markdown]
-# *Compare the green dots with the orange triangles.* The background gains too, although its cells
-# weigh 1/500 of an object's: perhaps because the same encoder writes both (not tested). *And see
-# the black bars:* on the background DAB-DETR's lone student explains no more than place alone (.70
-# both).
+# *Compare the green dots with the orange triangles.* The background gains too, although in the loss
+# a background cell weighs 1/500 of an object's cell. *And see the black bars:* on the background
+# DAB-DETR's lone student explains no more than place alone (.70 both).
 #
 # # Where decoders look
 #
@@ -179,11 +178,11 @@ assert last.points.shape == last.weights.shape + (2,)                   # x and 
 # For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
 # model's own query that fits the object best: the one with the largest product of its box's IoU
 # with the object and its score for the object's class. *Asked* is the target-aware query, made of
-# the true box and the teacher's learned content (DAB-DETR has none: zeros), the same for all
-# models. Of the students only the distilled ones were trained on such queries (with noise on the
-# boxes). To compare maps, all attention is counted on one grid of cells, as the mean over heads: a
-# sampling point's weight is shared between the cells whose centres surround it, a dense weight is
-# spread evenly over its own cell.
+# the true box (in Deformable DETR of its centre, with a fixed random map of the box as position)
+# and the teacher's learned content (DAB-DETR has none: zeros), the same for all models. Of the
+# students only the distilled ones were trained on such queries. To compare maps, all attention is
+# counted on one grid of cells, as the mean over heads: a sampling point's weight is shared between
+# the cells whose centres surround it, a dense weight is spread evenly over its own cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
@@ -342,9 +341,8 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 #
 # *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
 # is ahead of both.* On small cells two sets of points can miss each other narrowly; the baseline,
-# which fills the box, cannot. So compare the two students, of which both have points. Here is
-# distilled minus alone, for every cell size: left with the *asked* queries, right with the *own*
-# ones.
+# which fills the box, cannot. So compare the two students with each other. Here is distilled minus
+# alone, for every cell size: left with the *asked* queries, right with the *own* ones.
 
 # %%
 SIZES = {f"cells of {cell} px": {"color": plots.INK, "marker": "s", "markersize": size}
@@ -376,7 +374,7 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
 #
 # For DINO it depends on the cell size. Asked, the distilled student agrees a little more on 4, 2
 # and 1 pixels; on 8 this is undecided. With its own queries it agrees *less* on 8 and 4 pixels and
-# more on 2 and 1. A verdict that turns with the cell size does not support "it looks where the
+# more on 2 and 1: a verdict that turns with the cell size does not support "it looks where the
 # teacher looks".
 #
 # # A teacher that answers wrongly
@@ -409,8 +407,9 @@ plots.around_object(panels, "The wrong answer with the largest w")
 #
 # **Claims.**
 #
-# - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20 (another class .56, box .91),
-#   Deformable DETR's three times in five (.29, .52), DINO's one time in twelve (.08, 0).
+# - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20 (another class .56, box .91,
+#   often both), Deformable DETR's three times in five (.29, .52), DINO's one time in twelve (.08,
+#   0).
 # - With the last two, the least sure fifth (smallest $w$) is wrong more often than the most sure.
 #   With DAB-DETR this is undecided.
 # - With their own queries all three are wrong at fewer than one object in four. (That
@@ -474,9 +473,10 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 #
 # Do wrong answers harm? That is not measured.
 #
-# Why are DINO's answers good and DAB-DETR's bad? Perhaps a teacher answers well what it was trained
-# on (not tested). DINO was trained to restore denoising queries, which start near true boxes.
-# DAB-DETR's learned reference boxes are much larger than the objects:
+# Why are DINO's answers good and the others' bad? Perhaps a teacher answers well what it was
+# trained on (not tested). DINO was trained to restore denoising queries, which start near true
+# boxes. Deformable DETR's teacher was never trained on positions made of boxes. DAB-DETR's learned
+# reference boxes are much larger than the objects:
 
 # %%
 anchors = families["DAB-DETR"]["teacher"].anchors.weight.detach().sigmoid()           # (60, 4)

@@ -153,9 +153,10 @@ for key, name in DETECTORS.items():
 #
 # ## The whole method gains
 #
-# No run is the method as described ([notebook 1](1_the_method.ipynb)). On the toy it lacks the
-# scale mask S (with it each object counts the same, near or far; the next section says why). On
-# KITTI it has S. From here on a dot is a mean difference, and a bar its 95 % interval:
+# No run is the method as described ([notebook 1](1_the_method.ipynb)). The toy lacks the scale mask
+# S, which lets each object count the same, near or far. KITTI has S, but its queries' contents are
+# the teacher's learned ones, not labels. From here on a dot is a mean difference, and a bar its 95
+# % interval:
 #
 # - **more** (green), **less** (orange): the bar does not touch 0. The sign is known, as surely as
 #   one interval can tell, for this teacher and these images.
@@ -311,13 +312,14 @@ assert [plots.verdict(gain) for group in parts.values() for gain in group.values
 forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 
 # %% [markdown]
-# - **The memory part** gains alone, in both detectors. (That DINO's bar is so narrow may be luck.)
+# - **The memory part** gains alone, in both detectors.
 #   **The logit part** alone gains in Deformable DETR, with random queries; in DINO it is undecided.
 #   What it adds to the memory part is undecided in both.
 # - **M** against a plain copy is undecided. **S costs AP** in two of its four rows, at the weights
 #   tried: both parts in DINO (full length) and in Deformable DETR (half the steps). The other two
-#   are undecided. M and S are behind one plain copy, and undecided against the other, of four times
-#   the weight. (Why is not tested. Perhaps the coarsest level, ten cells, weighs too much.)
+#   are undecided, and so is DAB-DETR, not drawn
+#   ([results](../results/README.md#do-the-masks-help)). The plain copy was tuned twice: M and S are
+#   behind the one, and undecided against the other, of four times the weight.
 # - **Target-aware queries** alone, about four an image, teach Deformable DETR less than 24 random
 #   ones alone: kind and number are not told apart. (Against no teacher they gain .013, .005 to
 #   .020.) What they add to random ones is undecided; what random ones add to them is a gain.
@@ -381,10 +383,10 @@ figure.axes[0].set_xlim(-0.03, 0.03)
 figure
 
 # %% [markdown]
-# Here no setting matters as much as having a teacher. DINO needs more care: a quarter of its
-# $\lambda_{mem}$ took AP on `tune` from .222 to .163 (one seed). Two of nine bars do not touch 0;
-# by chance one in twenty does so. On other images these lambdas mean nothing: [notebook
-# 1](1_the_method.ipynb) says how to choose them there.
+# Here no setting matters as much as having a teacher. DINO may need more: with a quarter of its
+# $\lambda_{mem}$ a trial on `tune` had .163, the winner .222 (one seed: no result). Two of nine
+# bars do not touch 0; by chance one in twenty does so. On other images these lambdas mean nothing:
+# [notebook 1](1_the_method.ipynb) says how to choose them there.
 #
 # ## A higher ceiling, or only more speed?
 #
@@ -460,8 +462,9 @@ print("cells that touch an object, mean of 500 images, finest level first:",
 # cyclist of [KITTI](https://www.cvlibs.net/datasets/kitti): real photographs, ImageNet backbones,
 # DINO only. Unlike the toy's, its students keep the mask S, and their parts pull less: the ratios
 # of [notebook 1](1_the_method.ipynb), each part's gradient over detection's, are 3.1 and 1/16, on
-# the toy about 50 and 1. The [plan](../results/kitti/PLAN.md), five seeds, was written before any
-# student met `val`.
+# the toy about 50 and 1. The [plan](../results/kitti/PLAN.md) for this question, five seeds, was
+# written before any student met `val`; the rows of parts and masks were changed after its first
+# runs, before their own.
 #
 # **Look at** the gap between student and teacher: how much of it is closed?
 

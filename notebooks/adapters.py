@@ -44,8 +44,16 @@ class Batch:
     labels: list                 # B tensors (K,)
     boxes: list                  # B tensors (K, 4), (cx, cy, w, h), fractions of its OWN size
     targets: list                # the same objects, as the detector's own loss wants them
-    extent: Tensor = None        # (B, 2): how much of W and H each image covers; None: what the
-                                 # padding says, to a cell
+    extent: Tensor = None        # (B, 2): how much of W and H each image covers; None: as mask says
+
+    def __post_init__(self):
+        if self.extent is None and self.mask is not None:
+            self.extent = covered(self.mask)
+
+
+def covered(mask):
+    """How much of width and height the images cover: (B, H, W), 1 where one is -> (B, 2)."""
+    return torch.stack([mask[:, 0].float().mean(1), mask[:, :, 0].float().mean(1)], 1)
 
 
 def batch_of(found):
@@ -54,10 +62,9 @@ def batch_of(found):
     The fractions of its boxes are of the padded image.
     """
     mask, targets = found["pixel_mask"], found["labels"]
-    extent = torch.stack([mask[:, 0].float().mean(1), mask[:, :, 0].float().mean(1)], 1)  # (B, 2)
-    boxes = [one["boxes"] / size.repeat(2) for one, size in zip(targets, extent)]
+    boxes = [one["boxes"] / size.repeat(2) for one, size in zip(targets, covered(mask))]
     return Batch(found["pixel_values"], mask, [one["class_labels"] for one in targets], boxes,
-                 targets, extent)
+                 targets)
 
 
 def memory_step(pair, batch):

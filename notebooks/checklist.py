@@ -126,8 +126,7 @@ def gradient(pair, loss, module):
             if module in name and ("backbone." in name) == (module == "backbone.")]
     if not part:
         raise ValueError(f"no parameter of the student is named {module!r}: put your name here")
-    learning = [p for p in part if p.requires_grad]
-    return gradient_norm(gradients_of(loss, learning)) if learning else 0.0
+    return gradient_norm(gradients_of(loss, part))
 
 
 def against_itself(pair, batch):
@@ -180,8 +179,6 @@ def references_are_of_the_own_size(pair, batch):
     """Answers beside the objects, in padded images only. (That the batch's boxes are: draw one.)"""
     if unpadded(batch):
         return True
-    if batch.extent is None:
-        raise ValueError("the images are padded: give batch.extent")
     own_size, padded_size = (moved(pair, batch, factor)
                              for factor in (1.0, batch.extent.repeat(1, 2)[:, None]))
     return 2 * own_size < padded_size

@@ -3,6 +3,7 @@
     make test-notebooks
 """
 import contextlib
+import copy
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -63,11 +64,22 @@ def test_notebook_runs_and_draws_what_is_committed(twin):
     assert 0 < spent() - start < LONGEST
 
 
+@pytest.fixture(scope="module")
+def trained():
+    return examples()
+
+
+@pytest.fixture
+def detectors(trained):
+    """{name: (teacher, student, batch)}, a copy that a test may change."""
+    return copy.deepcopy(trained)
+
+
 @pytest.mark.parametrize("name, ask", [("dense DETR", adapters.ask_dense), ("RT-DETR v2", adapters.ask_rt_detr),
                                        ("Deformable DETR", adapters.ask_deformable_detr)])
-def test_the_checks_want_a_quiet_copy(name, ask):
+def test_the_checks_want_a_quiet_copy(name, ask, detectors):
     """Dropout, as modules or as numbers, is off in the copy that the checks see, and on in training."""
-    teacher, student, batch = examples()[name]
+    teacher, student, batch = detectors[name]
     rates = [(module, key) for module in student.modules() for key in ("p", "dropout") if hasattr(module, key)
              and isinstance(getattr(module, key), (int, float))]
     for module, key in rates:
@@ -83,8 +95,8 @@ def test_the_checks_want_a_quiet_copy(name, ask):
 @pytest.mark.parametrize("wrong, said", [("padding", checklist.padding_is_known),
                                          ("encoder", checklist.memory_is_of_the_encoder),
                                          ("shapes", checklist.shapes_are_height_and_width)])
-def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_encoder(wrong, said):
-    teacher, student, batch = examples()["dense DETR"]
+def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_encoder(wrong, said, detectors):
+    teacher, student, batch = detectors["dense DETR"]
     if wrong == "shapes":                                # with padding these are an error, and seen by all checks
         batch = replace(batch, mask=torch.ones_like(batch.mask), extent=None)
 
@@ -115,8 +127,8 @@ def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_en
     assert not checklist.memory_is_right(pair(mistaken(adapters.memory_of), 0), batch)
 
 
-def test_padding_thinner_than_a_token_is_no_mistake():
-    teacher, student, batch = examples()["dense DETR"]
+def test_padding_thinner_than_a_token_is_no_mistake(detectors):
+    teacher, student, batch = detectors["dense DETR"]
     mask = torch.ones_like(batch.mask)
     mask[1, :, -4:] = 0
     extent = torch.ones(len(mask), 2)
@@ -124,6 +136,22 @@ def test_padding_thinner_than_a_token_is_no_mistake():
     thin = replace(batch, mask=mask, extent=extent)
     pair = adapters.Pair(teacher, student, adapters.memory_of, CLoCKDistill(32, 64, lambda_log=0))
     assert checklist.memory_is_right(pair, thin)
+
+
+def test_weigh_takes_a_student_with_a_frozen_stem(detectors):
+    teacher, student, batch = detectors["dense DETR"]
+    student.model.backbone[0].requires_grad_(False)
+    pair = adapters.Pair(teacher, student, adapters.memory_of, CLoCKDistill(32, 64, lambda_log=0))
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
+    adapters.weigh(pair, adapters.memory_step, [batch] * 8, optimizer)
+    assert pair.distill.lambda_mem > 1 and pair.distill.lambda_log == 0
+
+
+def test_a_batch_reads_its_extent_off_its_mask():
+    mask = torch.zeros(2, 4, 10)
+    mask[0], mask[1, :3, :5] = 1, 1
+    batch = adapters.Batch(torch.zeros(2, 3, 4, 10), mask, [], [], [])
+    torch.testing.assert_close(batch.extent, torch.tensor([[1., 1.], [0.5, 0.75]]))
 
 
 def test_weigh_wants_eight_batches():
@@ -135,8 +163,8 @@ def test_weigh_wants_eight_batches():
 
 # What the page tells of DETR and Conditional DETR of transformers, in its fold.
 
-def trained_pair(kind):
-    """Teacher and student of a detector of transformers whose memory has one level, and a padded batch."""
+def trained_pair(kind, batch):
+    """Teacher and student of a detector of transformers whose memory has one level."""
     torch.manual_seed(0)
 
     def small(width, layers):
@@ -148,14 +176,15 @@ def trained_pair(kind):
         detector.model.unfreeze_backbone()
         return detector
 
-    teacher, student, batch = small(64, 3), small(32, 2), examples()["Deformable DETR"][2]
+    teacher, student = small(64, 3), small(32, 2)
     fit(teacher.parameters(), steps=10, losses_of=lambda: {
         "own": teacher(batch.images, batch.mask, labels=batch.targets).loss})
-    return teacher.eval().requires_grad_(False), student, batch
+    return teacher.eval().requires_grad_(False), student
 
 
-def test_conditional_detr_passes_all_checks():
-    teacher, student, batch = trained_pair("ConditionalDetr")
+def test_conditional_detr_passes_all_checks(detectors):
+    *_, batch = detectors["Deformable DETR"]
+    teacher, student = trained_pair("ConditionalDetr", batch)
     method = CLoCKDistill(32, 64, content="own", at_least=1)
     pair = adapters.Pair(teacher, student, adapters.ask_conditional_detr, method,
                          teacher.model.query_position_embeddings.weight)
@@ -209,8 +238,9 @@ def ask_detr(detector, content, boxes, attend, alone=False):
         vars(answer).update(vars(kept))
 
 
-def test_detr_has_a_memory_and_three_checks_do_not_apply_to_its_answers(monkeypatch):
-    teacher, student, batch = trained_pair("Detr")
+def test_detr_has_a_memory_and_three_checks_do_not_apply_to_its_answers(detectors, monkeypatch):
+    *_, batch = detectors["Deformable DETR"]
+    teacher, student = trained_pair("Detr", batch)
     memory_alone = adapters.Pair(teacher, student, memory_of_detr, CLoCKDistill(32, 64, lambda_log=0))
     assert checklist.memory_is_right(memory_alone, batch)
 

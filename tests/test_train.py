@@ -410,6 +410,9 @@ def test_the_ratio_of_two_gradients_by_hand():
               "cls": 5 * decoder[0], "l1": 12 * shared[0]}
     assert clockdistill.gradient_ratio(losses, ["memory"], [shared, decoder]) == pytest.approx(0.5 / 5)
     assert clockdistill.gradient_ratio(losses, ["cls", "l1"], [shared, decoder]) == pytest.approx(1.0)    # (12, 0, 5) to 13
+    frozen = torch.tensor([7.])
+    assert clockdistill.gradient_ratio(losses, ["memory"], [frozen, shared, decoder]) == pytest.approx(0.5 / 5)
+    assert math.isnan(clockdistill.gradient_ratio(losses, ["memory"], [frozen]))
     assert math.isnan(clockdistill.gradient_ratio(losses | {"memory": torch.zeros(())}, ["memory"], [shared]))
     with pytest.raises(ValueError, match='begin with "loss_"'):
         clockdistill.gradient_ratio({"memory": losses["memory"]}, ["memory"], [shared])
