@@ -1359,11 +1359,14 @@ def read_options(pairs, known, what):
         try:
             if kind is bool:
                 options[name] = {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+            elif kind is float:
+                over, slash, under = text.partition("/")     # 1/16 is a number too
+                options[name] = float(over) / (float(under) if slash else 1)
+                if not math.isfinite(options[name]):
+                    raise ValueError
             else:
                 options[name] = kind(text)
-            if kind is float and not math.isfinite(options[name]):
-                raise ValueError
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, ZeroDivisionError):
             raise ValueError(f"{what} {pair}: want a {kind.__name__}, like {known[name]}") from None
     return options
 

@@ -75,12 +75,9 @@ plots.detections([picture], [truth], results, val.classes)
 
 # %% [markdown]
 # *Look at the two pedestrians. Both students have a box on each: alone with scores of .35 and .34
-# (dotted: missed), distilled with .44 and .49. Boxes are drawn from 0.4 on. Hatched: detections
+# (dotted: the truth), distilled with .44 and .49. Boxes are drawn from 0.4 on. Hatched: detections
 # there are not counted.* This scene was picked, and one run is one run: over five seeds the
 # distilled student has +0.132 AP (95 % interval +0.106 to +0.158; [results](../results/README.md)).
-#
-# Its settings are not the sources': no mask $S$ (part 1), no label as a query's content, and noise
-# on the queries' boxes (part 2).
 #
 # ## A DETR, and the method, in one drawing
 
@@ -148,7 +145,7 @@ plots.method_drawing()
 # heads. (`attention.DeformableAttention` is this equation.)
 #
 # **Claim.** The next three cells are all of DINO's forward pass in inference, for an image without
-# padding.
+# padding and maps under 50 cells a side.
 #
 # ### From the image to the memory
 
@@ -427,7 +424,8 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 #
 # The true box as reference is [O]. $c_k$ is the object's class, $E$ an embedding of the classes [T,
 # P]. We take the teacher's, frozen [O]: DINO has one, `label_embedding`. Deformable DETR and
-# DAB-DETR have none; there a frozen random row per class stands in (`random_label`).
+# DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A student of
+# another width reads $q_k$ through a second learned linear map [O].
 #
 # A label as content gives a part of the answer away. Shown noise instead of a memory, the toy's
 # teacher still names 64 % of the classes. With the learned contents of its own queries it names
@@ -472,9 +470,10 @@ plots.self_attention({"the scene, 4 objects": attend[0], "the other image, 2 obj
 # ## One pass of the student, three kinds of queries
 #
 # The teacher's decoder runs on the target-aware queries alone. The student decodes everything in
-# one pass: its own (learned) queries, the target-aware ones, and DINO's *denoising* queries, which
-# are true boxes and labels with noise, to be restored. Target-aware and denoising queries hold
-# answers. The learned queries must not see them, or they would learn to copy and fail without them.
+# one pass: its own (learned) queries, the target-aware ones, and DINO's *denoising* queries: true
+# boxes and labels with noise, to be restored, and such with more noise, to be refused (negatives).
+# Target-aware and denoising queries hold answers. The learned queries must not see them, or they
+# would learn to copy and fail without them.
 # May the row attend to the column?
 #
 # | | denoising | learned | target-aware |
@@ -605,7 +604,7 @@ assert_close(kl, (t - s) ** 2 / 8, rtol=0.01, atol=0)
 # high temperatures.
 #
 # Now all queries and layers. $w_k$ is the teacher's confidence at this layer: an answer weighs as
-# much as the teacher is sure. $Q$ is the number of valid queries [O]:
+# much as the teacher is sure. $Q$ is the number of valid queries of the batch [O]:
 #
 # $$L_\mathrm{log} = \sum_\mathrm{layers} \frac{1}{Q} \sum_k w_k (D_k + 5 B_k + 2 G_k), \qquad
 #   w_k = \max_c \sigma(t_c) \quad\text{[T, P]}$$
@@ -663,14 +662,15 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #    default of all recipes but the toy's. Memory's gradient reaches backbone and encoder only,
 #    never the decoder and the heads. (Gradients are clipped together, so a long one of memory
 #    shrinks theirs as well.)
-# 2. **Read the gradient norms** in the run's `log.jsonl` (`report`, every 200 steps, over all
-#    parameters). A part without a gradient stops the run at step 8. If the detection loss stops
-#    falling, the ratios are too large (a rule of thumb, not measured).
+# 2. **Read the gradient norms** in the run's `log.jsonl` (`report`: share and norm of each part,
+#    every 200 steps, over all parameters; at step 0 the parts are still off). If the detection loss
+#    stops falling, the ratios are too large (a rule of thumb, not measured).
 # 3. **If you can afford trials**, try memory 3, 12 and 50, with answers at a fiftieth of each
 #    (1/16, 1/4, 1), then the best of the three without $S$. Train each for a quarter of the steps
 #    (`small-student` has 2,400). Compare on images that are neither trained on nor reported: two
 #    files with one image id per line. If the best trial leads the default by less than .03 (two toy
-#    runs at nearly the same ratio differ by that: table below), take the default. One trial:
+#    runs at nearly the same ratio differ by that: table below), take the default. One trial (first
+#    `make kitti-backbones`; `runs/big` is a `small-teacher`):
 #
 #        python train.py distill --recipe small-student --data coco --root DIR --teacher runs/big \
 #            --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 \
@@ -876,8 +876,6 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # <details><summary>Answer</summary>
 #
 # It was .05 to .22 and is .59 to .91: for these four queries the mask is a reason.
-# `sees_learned=True` trains so. That was tried with *own* contents only, where the mean $w$ of this
-# layer goes from .28 to .30: a gain is undecided (toy, five seeds).
 #
 # ```python
 # content, reference, _, _ = target_queries(batch.labels, batch.boxes, teacher.label_embedding)

@@ -11,8 +11,8 @@
 #
 # Four things to take home, each measured below:
 #
-# 1. The distilled memory, as it is, is closer to the teacher's than the memory of a student trained
-#    alone (a *lone* student) after the best linear map. Its lead in $R^2$ is larger on objects.
+# 1. The distilled memory as it is lies nearer the teacher's than the best linear map of the memory
+#    of a student trained alone (a *lone* student). Its lead in $R^2$ is larger on objects.
 # 2. An attention map need not lie on the object. DAB-DETR's teacher has .22 of its attention there;
 #    spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. The distilled DAB-DETR and
@@ -67,8 +67,8 @@ val, tune = (data.build("toy", "datasets/toy", split) for split in ("val", "tune
 # The memory is the encoder's output: a token of 64 numbers for each cell. All tokens are about
 # $\sqrt{64} = 8$ long, because each encoder layer ends in a LayerNorm: what a token holds is in its
 # direction. To see directions, paint the three principal components of the teacher's tokens (finest
-# level) as light against dark, blue against yellow, red against green. All panels have these three
-# axes: the same colour is the same direction.
+# level) as light against dark, blue against yellow, red against green. All panels have these axes:
+# like colours are alike in these three of 64.
 #
 # A student trained alone has directions of its own, which would look like noise. So it gets help:
 # the linear map from its memory to the teacher's that fits best (least squares) over all cells of
@@ -114,8 +114,9 @@ plots.memory_colours(picture, truth["boxes"],
 #   {\sum_p \lVert A_p^\mathrm{tea} - \bar A^\mathrm{tea} \rVert^2}$$
 #
 # $A_p^\mathrm{tea}$ is the teacher's token at $p$, $\bar A^\mathrm{tea}$ the mean over the same
-# tokens, and $\hat A_p$ what the student has instead. How much can be had without a look at the
-# image? *Place alone* answers with the teacher's mean token of each cell, over the 60 other images.
+# tokens, and $\hat A_p$ what the student has instead. *Untrained* shows what the map alone can
+# do. *Place alone* answers without the image: the teacher's mean token of each cell, over the 60
+# other images.
 # *On objects* are the cells where $M$ is 1, on all levels; at the coarsest that can be every cell.
 #
 # **Claim.** In all three detectors the distilled memory, as it is, explains more than the lone
@@ -155,8 +156,7 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
 
 # %% [markdown]
 # *Compare the green dots with the orange triangles.* The background gains too, although in the loss
-# a background cell weighs 1/500 of an object's cell. *And see the black bars:* on the background
-# DAB-DETR's lone student explains no more than place alone (.70 both).
+# a background cell weighs 1/500 of an object's cell.
 #
 # # Where decoders look
 #
@@ -178,11 +178,11 @@ assert last.points.shape == last.weights.shape + (2,)                   # x and 
 # For each true object of 120 images, 514 in all, we record two queries of each model. *Own* is the
 # model's own query that fits the object best: the one with the largest product of its box's IoU
 # with the object and its score for the object's class. *Asked* is the target-aware query, made of
-# the true box (in Deformable DETR of its centre, with a fixed random map of the box as position)
-# and the teacher's learned content (DAB-DETR has none: zeros), the same for all models. Of the
-# students only the distilled ones were trained on such queries. To compare maps, all attention is
-# counted on one grid of cells, as the mean over heads: a sampling point's weight is shared between
-# the cells whose centres surround it, a dense weight is spread evenly over its own cell.
+# the true box (Deformable DETR: its centre; its size only through a fixed random position code) and
+# the teacher's learned content (DAB-DETR has none: zeros), the same for all models. Of the students
+# only the distilled ones were trained on such queries. To compare maps, all attention is counted on
+# one grid of cells, as the mean over heads: a sampling point's weight is shared between the cells
+# whose centres surround it, a dense weight is spread evenly over its own cell.
 
 # %%
 chosen = [index for index in range(IMAGES) if len(val[index][1]["labels"])]
@@ -340,8 +340,8 @@ plots.dots(panels, "Target-aware queries: whose attention is like the teacher's?
 # panels.
 #
 # *Right, on cells of 2 pixels, DINO's distilled student is ahead of the lone one, and the baseline
-# is ahead of both.* On small cells two sets of points can miss each other narrowly; the baseline,
-# which fills the box, cannot. So compare the two students with each other. Here is distilled minus
+# is ahead of both.* On small cells a student's 48 points can narrowly miss the teacher's 96; the
+# baseline fills the box. So compare the two students with each other. Here is distilled minus
 # alone, for every cell size: left with the *asked* queries, right with the *own* ones.
 
 # %%
@@ -408,8 +408,8 @@ plots.around_object(panels, "The wrong answer with the largest w")
 # **Claims.**
 #
 # - Asked about a true box, DAB-DETR's teacher is wrong 19 times in 20 (another class .56, box .91,
-#   often both), Deformable DETR's three times in five (.29, .52), DINO's one time in twelve (.08,
-#   0).
+#   often both; its mean $w$ is only .09), Deformable DETR's three times in five (.29, .52), DINO's
+#   one time in twelve (.08, 0).
 # - With the last two, the least sure fifth (smallest $w$) is wrong more often than the most sure.
 #   With DAB-DETR this is undecided.
 # - With their own queries all three are wrong at fewer than one object in four. (That
@@ -471,7 +471,8 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 # the full one: how much weight $w$ takes from wrong answers:* .17 ± .02 with Deformable DETR, .03 ±
 # .01 with DINO, .01 ± .02 (undecided) with DAB-DETR.
 #
-# Do wrong answers harm? That is not measured.
+# Do wrong answers harm? That is not measured. The cell above tells how often *your* teacher is
+# wrong, before you switch the logit part on.
 #
 # Why are DINO's answers good and the others' bad? Perhaps a teacher answers well what it was
 # trained on (not tested). DINO was trained to restore denoising queries, which start near true
@@ -554,7 +555,7 @@ print(f"median area in pixels: DAB-DETR's reference boxes {anchor_area:.0f}, "
 # </details>
 #
 # **On your own pictures**, `train.py look --checkpoint runs/teacher --checkpoint runs/student
-# IMAGE...` draws such maps and writes the agreement beside its baseline, on one cell size only:
-# that of the finest map (here 8 pixels, too coarse to tell DINO's students apart).
+# IMAGE...` draws such maps of own queries. Its baseline is uniform over the teacher's box, its
+# cells are the finest map's only (here 8 pixels, where DINO's sign is not that of 1 pixel).
 #
 # **Next:** [what is and is not shown about each part](3_ablations.ipynb).

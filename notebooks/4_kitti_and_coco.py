@@ -111,9 +111,9 @@ plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "avera
               "One set of detections, five numbers", "{:.3f}".format)
 
 # %% [markdown]
-# A number without its protocol says nothing. For KITTI's own, write `predict`'s boxes as KITTI's
-# result files (type, -1, -1, -10, the box, seven unknowns, score) and give them to its devkit; this
-# repository does not.
+# A number without its protocol says nothing. For KITTI's own, write the boxes of `predict
+# --min-score 0` (its default of 0.4 would cut AP) as KITTI's result files (type, -1, -1, -10, the
+# box, seven unknowns, score) and give them to its devkit; this repository does not.
 #
 # ### 1.2 Padding moves boxes and scores
 #
@@ -279,22 +279,23 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 # %% [markdown]
 # A box is moved by 7 % of its distance from the top left corner. Near it, and for large objects,
 # that matters little; elsewhere the number looks like bad localisation, and only the picture shows
-# the bug. (The .06 is the toy's.)
+# the bug.
 #
 # ## 2. First debugging step: overfit a few images
 #
 # A detector that cannot learn a handful of images by heart has a bug, or a wrong learning rate.
 # Train and evaluate on the *same* two images, without augmentation. On frames of real KITTI, some 6
-# minutes of one core:
+# minutes of one core (own classes in this layout: `--class-map Car,Dog`; COCO's layout: `--data
+# coco`, and `val` for both `all`):
 #
 #     python train.py fit --recipe toy-student --data kitti --root DIR --limit 2 \
 #         --train-split all --val-split all --size 160,600 --no-augment --steps 1800 \
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 200 --out runs/overfit
 #
 # Two frames with 11 objects (of section 4's folder of cyclists, with its labels; yours will differ)
-# had AP50 1.00 from step 600 on, and AP 1.00 at the end. With `--steps 900` AP50 ended at .50: cars
-# found, cyclists not (one run each). So where AP50 is not near 1, double the steps before you look
-# for the bug.
+# had AP50 1.00 from step 600 on, and AP 1.00 at the end. With `--steps 900` the learning rate falls
+# sooner, and AP50 ended at .50: cars found, cyclists not (one run each). So where AP50 is not near
+# 1, double the steps before you look for the bug.
 #
 # **Claim.** It can fail although nothing is broken. What is evaluated is a moving average of the
 # weights, which must reach back over a small part of the run only (`--ema`). Here is the same run
@@ -357,16 +358,18 @@ figure
 # `clockdistill-kitti-ID`, the first fifth is `val`. Any program can rebuild it, and any folder is
 # split by it. Another split is a text file of ids: `--train-split`, `--val-split`.
 #
-# Set `KITTI_ROOT` to your own KITTI folder and the next cell shows its frames; keep such outputs to
-# yourself, the images have their own licence. The marker over a box says its class; hatched regions
-# count neither way. **Look for** a box that does not hug its object, and for an object without a
-# box. (On the toy the red kiosk and the parked bicycle are clutter: background, not lost labels.)
+# Put your folder into the next cell, and it shows your images; keep such outputs to yourself where
+# the images have their own licence. The marker over a box says its class; hatched regions count
+# neither way. **Look for** a box that does not hug its object, and for an object without a box. (On
+# the toy the red kiosk and the parked bicycle are clutter: background, not lost labels.)
 
 # %%
+# COCO's layout: "coco" and "val". Own classes in KITTI's layout: add class_map="Car,Dog".
+mine = dict(name="kitti", root="datasets/toy", split="all")
 train_ids, val_ids = data.split_ids(data.KITTI_IDS)
 print(f"{len(train_ids)} train + {len(val_ids)} val = {len(train_ids) + len(val_ids)}; "
       f"val begins {val_ids[:6]}")
-frames = data.build("kitti", os.environ.get("KITTI_ROOT", "datasets/toy"), "all", limit=2)
+frames = data.build(**mine, limit=2)
 print(frames.summary)
 pictures, shown = zip(*(frames.raw(index) for index in range(2)))
 figure = plots.detections(pictures, shown, {}, frames.classes)
@@ -382,11 +385,11 @@ figure
 # three runs take some 100, 32 and 38 minutes of one core; `--teacher
 # weights/kitti_teacher_dino.safetensors` spares the first:
 #
-#     make kitti-backbones                                # two ImageNet backbones, by pip
-#     C=splits/kitti_cyclists; SPLITS="--train-split ${C}_train.txt --val-split ${C}_tune.txt"
-#     python train.py fit     --recipe small-teacher --root DIR $SPLITS --out runs/teacher
-#     python train.py fit     --recipe small-student --root DIR $SPLITS --out runs/alone
-#     python train.py distill --recipe small-student --root DIR $SPLITS --out runs/both \
+#     make kitti-backbones && . .venv/bin/activate
+#     C=splits/kitti_cyclists; SPLITS=(--train-split ${C}_train.txt --val-split ${C}_tune.txt)
+#     python train.py fit     --recipe small-teacher --root DIR ${SPLITS[@]} --out runs/teacher
+#     python train.py fit     --recipe small-student --root DIR ${SPLITS[@]} --out runs/alone
+#     python train.py distill --recipe small-student --root DIR ${SPLITS[@]} --out runs/both \
 #         --teacher runs/teacher --teacher-cache 2
 #
 # They train on 703 frames and measure on the 90 for tuning; without the splits a run trains on all
@@ -397,11 +400,11 @@ figure
 # differ](../results/kitti/README.md#what-this-does-not-say)), which give other numbers.
 #
 # **Your own folder:** the same three commands with `--data coco`, or with `--class-map Car,Dog` in
-# KITTI's layout, and without `$SPLITS`. In COCO's layout leave out `--teacher-cache`. Images shrink
-# to at most 128 x 424; for another size give all three the same `--size SHORT,LONGEST`.
+# KITTI's layout, and without `${SPLITS[@]}`. In COCO's layout leave out `--teacher-cache`. Images
+# shrink to at most 128 x 424; for another size give all three the same `--size SHORT,LONGEST`.
 #
-# Five lessons. Those of 1 to 4 come from DINO on the 90 frames, which no table uses, with **one run
-# of each setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
+# Five lessons. 1 to 4 are of DINO on the 90 frames, which no table uses, with **one run of each
+# setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
 #    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
@@ -409,10 +412,9 @@ figure
 # 2. **A curve that flattens may still be far from its best.** It flattens because the learning rate
 #    falls (picture below).
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
-#    above the student with as many steps. Asked with its learned contents at the true boxes,
-#    moved by noise, it names 98 % of the classes right from an image's own memory, and 48 % from
-#    another image's ([the finished
-#    teacher](../results/kitti/README.md#does-the-teacher-read-the-image); always *Car*: 64 %).
+#    above the student with as many steps. Asked with its learned contents at the true boxes, moved
+#    by noise, it names 98 % of the classes right from an image's own memory, and 48 % from another
+#    image's (always *Car*: 64 %; `reading` in [look.py](../experiments/look.py) measures it).
 # 4. **A larger image costs time; what it gains was not tried.** At 128 x 424 half of the objects
 #    are less than 20 pixels high, and after 1,600 steps AP is .122 for small objects, .379 for
 #    large ones. At 160 x 530 a step takes 1.6 times as long.
@@ -461,14 +463,15 @@ for recipe in ("kitti-student", "coco-student"):
 #
 # - **The learning rate belongs to a total batch**: 16 images, Deformable DETR 32. The KITTI
 #   commands above and `table kitti` have 8 per process, as in the authors' earlier public code. On
-#   one GPU add `--batch-size 16` (or 32), with `--accumulate` if it does not fit, or a lower `--lr`
-#   (untried).
+#   one GPU add `--batch-size 16` (or 32), with `--accumulate` if it does not fit, or lower `--lr`
+#   and `--backbone-lr` (untried).
 # - **The weights are ratios of gradients**, 50 for the memory part and 1 for the logit part
 #   (`cls+l1+giou`), chosen on the toy. On small KITTI a sixteenth of both tied and four times both
 #   was worse; on digits all is undecided (one run each). At full size nothing tunes them.
-# - **Contents and S** are as the method is described: queries ask with labels, and the scale mask
-#   is on. `--method-options preset=DETECTOR` takes the small recipes' options, with the teacher's
-#   own contents (untried at full size). What is shown of both: [notebook 3](3_ablations.ipynb).
+# - **Contents and S** are as the method is described: DINO's queries ask with labels (the others'
+#   with a random row per class), and the scale mask is on. `--method-options preset=DETECTOR` takes
+#   the small recipes' options, with the teacher's own contents (untried at full size). What is
+#   shown of both: [notebook 3](3_ablations.ipynb).
 # - **The start** is an ImageNet backbone. 5,985 images are few for a DETR: a detector trained on
 #   COCO (section 6) should be the better start, above all for the teacher.
 #
@@ -568,8 +571,9 @@ assert "heads=8" in refusal and "\n" not in refusal
 # 4. `train.py eval` of the teacher on your `val`, with `--eval-batch 1`: near its published AP, or
 #    it was not loaded. And clearly above the student alone.
 # 5. The student alone at two lengths: if twice the steps still raise its AP, train longer first.
-# 6. `train.py table kitti --dry-run`, then one short run of each kind; read its first line of
-#    gradient norms ([notebook 1](1_the_method.ipynb) says what to look for).
+# 6. `train.py table kitti --dry-run`, then one short run of each kind; read `report` of step 200 in
+#    its `log.jsonl` ([notebook 1](1_the_method.ipynb) says what to look for; at step 0 all parts
+#    are off).
 #
 # ## Exercises
 #

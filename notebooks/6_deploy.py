@@ -2,12 +2,12 @@
 # # 6 From a checkpoint to a program without torch
 #
 # A small student is trained for a small machine, and that machine often has no PyTorch. This
-# notebook writes the shipped distilled student as **one ONNX file** and reads it with a program of
-# twenty lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow
-# and [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). This notebook itself needs `pip
-# install onnx onnxscript onnxruntime`.
+# notebook writes notebook 1's distilled DINO as **one ONNX file** and reads it with a program of
+# twenty lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow and
+# [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). (`make .venv` has installed what this
+# notebook itself needs.)
 #
-# **Look at** the arrow that points down: the file is all that the two machines share.
+# **Look at** the arrow that points down: only the file and `detect.py` go to the other machine.
 
 # %%
 import os
@@ -44,9 +44,9 @@ plots.deployment_drawing()
 #
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
-# For your own student add `--size H,W`, or `--image PHOTO.jpg` for the size at which it reads this
-# photo. Export one file for each shape: `detect.py` stretches a photo of another shape, which
-# `train.py predict` does not do.
+# For your own student add `--image PHOTO.jpg`: the file gets the size at which it reads this photo.
+# (Or `--size H,W`, which is not training's SHORT,LONGEST.) Export one file for each shape:
+# `detect.py` stretches others.
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
 # fractions of the picture, differ by less than 1e-5. (`export` refuses to write a file that is more
@@ -69,7 +69,10 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 # classes from the file's metadata. `to_onnx` compares nothing, so the last three lines do:
 #
 # ```python
-# proto = deploy.to_onnx(module, [images], dynamic=False)           # a tensor (1, H, W, 3) uint8
+# import json, onnx
+# from experiments import deploy
+#
+# proto = deploy.to_onnx(module, [images], dynamic=False)           # a photo, (1, H, W, 3) uint8
 # for key, value in {"size": [H, W], "classes": ["Car", "Dog"]}.items():
 #     proto.metadata_props.add(key=key, value=json.dumps(value))
 # onnx.save(proto, "mine.onnx")
@@ -78,7 +81,7 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 # assert deploy.disagreement(ours, theirs, (H, W)) < 1e-4
 # ```
 #
-# Run them in this repository's folder: `deploy` imports its modules.
+# Save it in this repository's folder: `deploy` imports its modules.
 #
 # ## What is hard to export
 #
@@ -175,8 +178,8 @@ keys = "boxes", "scores", "labels"
 pair = [[np.asarray(side[key])[None] for key in keys] for side in (found, result)]
 apart = deploy.disagreement(*pair, scenes.sizes[index])
 sure = found["scores"] >= 0.4
-print(f"{sure.sum()} detections of 0.4 or more; scores and boxes (as fractions) differ by at most "
-      f"{apart:.1e}")
+print(f"{len(sure)} detections, {sure.sum()} of 0.4 or more: scores and boxes (as fractions) "
+      f"differ by at most {apart:.1e}")
 assert apart < 1e-4 and sure.any()
 
 # %% [markdown]
@@ -222,8 +225,8 @@ assert sizes[1] < sizes[0] / 2
 # %% [markdown]
 # ## What it costs
 #
-# The figures of this section are measured once, by `python train.py deploy` (8-bit ranges from 100
-# pictures, not 50), and read from [results/deploy/toy.json](../results/deploy/toy.json).
+# The figures here were measured once (8-bit ranges: 100 pictures) and lie in `results/deploy`:
+# `train.py deploy` makes them, and writes over them without `--out runs/deploy-anew`.
 #
 # **Claim.** On all 500 validation images of the toy, 8 bits cost each of its nine models
 # (three detectors, three roles) less than .01 AP.
@@ -314,7 +317,7 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # ```
 # There is no error: the numbers have the right type and shape. Three of the four stay; the rider's
 # 0.42 becomes 0.36. One picture looks nearly right, and the AP of a hundred falls from .402 to
-# .350. So compare *the whole program*, photo to boxes, with PyTorch, as the cell above does.
+# .350. So compare *the whole program*, photo to boxes, with PyTorch, as above "Eight bits".
 # </details>
 #
 # **2.** You normalise the photo yourself and hand it over, because all your other programs want
@@ -353,9 +356,9 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #     program = deploy.open_program("ONNX int8", None, folder / name)
 #     print(name, round(deploy.average_precision(program, hundred, (48, 160))["AP"], 3))
 # ```
-# DINO's student has four of them, in self-attention between queries: $QK^T$ and the product of its
-# softmax with $V$, in two decoder layers. Deformable attention has none. AP on the hundred images:
-# .400 without them and .400 with them in 8 bits, the same.
+# DINO's student has four, in self-attention between queries: $QK^T$ and the product of its softmax
+# with $V$, in two decoder layers. (48 less 43 is five: one has constants only and is folded.)
+# Deformable attention has none. AP on the hundred images: .400 with and without them.
 #
 # DAB-DETR is dense: its encoder and its cross-attention are such products too, over all tokens. Try
 # its teacher: it loses .03 AP (one model, measured once), which is why these products keep 32 bits.

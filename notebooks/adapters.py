@@ -59,9 +59,11 @@ def covered(mask):
 def batch_of(found):
     """A Batch from what a processor of transformers returns for images with annotations.
 
-    The fractions of its boxes are of the padded image.
+    The fractions of its boxes are of the padded image. found.to(device) leaves them on the CPU.
     """
-    mask, targets = found["pixel_mask"], found["labels"]
+    mask = found["pixel_mask"]
+    targets = [{key: value.to(mask.device) for key, value in one.items()}
+               for one in found["labels"]]
     boxes = [one["boxes"] / size.repeat(2) for one, size in zip(targets, covered(mask))]
     return Batch(found["pixel_values"], mask, [one["class_labels"] for one in targets], boxes,
                  targets)

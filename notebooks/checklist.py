@@ -55,13 +55,19 @@ def quiet(pair):
 
 
 def memory_is_right(pair, batch):
-    """Of memory_step: the teacher is frozen and in eval mode, shapes are (height, width), padding is
-    known, and the loss reaches backbone and encoder, not the decoder."""
+    """The checks of memory_step; prints what is wrong."""
     done = memory_step(pair, batch)
     memory = done.losses["memory"]
-    return (the_teacher_is_frozen_and_in_eval_mode(pair, batch) and upright(done.learned, batch)
-            and knows_padding(done.learned, batch) and gradient(pair, memory, "backbone.") > 0
-            and is_of_the_encoder(pair, memory))
+    answers = {"the teacher is frozen and in eval mode":
+                   the_teacher_is_frozen_and_in_eval_mode(pair, batch),
+               "shapes are (height, width)": upright(done.learned, batch),
+               "padding is known": knows_padding(done.learned, batch),
+               "the loss reaches the backbone": gradient(pair, memory, "backbone.") > 0,
+               "and the encoder, not the decoder": is_of_the_encoder(pair, memory)}
+    for what, right in answers.items():
+        if not right:
+            print(f"NO: {what}")
+    return all(answers.values())
 
 
 # ----------------------------------------------------------------------------------------------

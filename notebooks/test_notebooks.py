@@ -17,7 +17,7 @@ import torch
 import transformers
 from build import HERE, run
 from clockdistill import CLoCKDistill
-from three_detectors import examples, fit, resnet
+from three_detectors import deformable_detr, examples, fit, resnet
 
 TWINS = sorted(HERE.glob("[0-9]_*.py"))
 LONGEST = 2 * 180                                # CPU seconds of each: three minutes of two cores, if they are free
@@ -159,6 +159,16 @@ def test_weigh_wants_eight_batches():
     with pytest.raises(ValueError, match="wants 8 batches, got 2"):
         adapters.weigh(pair, None, iter([1, 2]), None)
     assert pair.distill.lambda_mem == 3.0
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_one_stage_deformable_detr_can_be_asked(refine, detectors):
+    """Its position for a box is a fixed random map; its own answers stay what they are."""
+    teacher, _, batch = detectors["Deformable DETR"]
+    student = deformable_detr(32, 2, two_stage=False, with_box_refine=refine)
+    method = CLoCKDistill(32, 64, content="random_label", num_classes=3, at_least=1)
+    pair = adapters.Pair(teacher, student, adapters.ask_deformable_detr, method)
+    assert checklist.our_queries_leave_its_answers_alone(pair, batch)
 
 
 # What the page tells of DETR and Conditional DETR of transformers, in its fold.

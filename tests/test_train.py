@@ -403,6 +403,14 @@ def test_a_run_with_a_cached_teacher_has_the_losses_of_one_without(toy, teacher,
         train.fit(distilling(toy, teacher), Run(out=str(tmp_path / "anew"), workers=0, teacher_cache=0.1))
 
 
+def test_a_number_may_be_a_fraction():
+    known = {"memory": 1.0}
+    assert train.read_options(["memory=1/16"], known, "--balance") == {"memory": 0.0625}
+    for bad in ("1/0", "1/", "/2", "1/2/3", "inf", "x"):
+        with pytest.raises(ValueError, match="want a float"):
+            train.read_options([f"memory={bad}"], known, "--balance")
+
+
 def test_the_ratio_of_two_gradients_by_hand():
     """Detection's gradient is (3, 4) in what both reach, 5 long, and 12 in the decoder, which memory does not reach."""
     shared, decoder = torch.tensor([1., 2.], requires_grad=True), torch.tensor([1.], requires_grad=True)
