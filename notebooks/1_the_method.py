@@ -76,8 +76,8 @@ plots.detections([picture], [truth], results, val.classes)
 # %% [markdown]
 # *Look at the two pedestrians. Both students have a box on each: alone with scores of .35 and .34
 # (dotted: the truth), distilled with .44 and .49. Boxes are drawn from 0.4 on. Hatched: detections
-# there are not counted.* This scene was picked, and one run is one run: over five seeds the
-# distilled student has +0.132 AP (95 % interval +0.106 to +0.158; [results](../results/README.md)).
+# there are not counted.* This scene was picked. Over five seeds this student (without the mask $S$
+# of part 1) has +0.132 AP (95 % interval +0.106 to +0.158; [results](../results/README.md)).
 #
 # ## A DETR, and the method, in one drawing
 
@@ -144,8 +144,8 @@ plots.method_drawing()
 # over twice the number of points: a large box is read more widely. One more linear layer joins the
 # heads. (`attention.DeformableAttention` is this equation.)
 #
-# **Claim.** The next three cells are all of DINO's forward pass in inference, for an image without
-# padding and maps under 50 cells a side.
+# **Claim.** The next three cells are all of DINO's forward pass in inference, but for padding and
+# for anchors within .01 of the border, which are left out.
 #
 # ### From the image to the memory
 
@@ -296,9 +296,9 @@ assert abs(before) < 0.3 < 0.8 < after
 #
 # Padded cells have $M = S = 0$ and do not count in $N_\mathrm{bg}$.
 #
-# On an axis of $n$ cells a box touches cells $\lfloor (c - s/2) n \rfloor$ up to, but not
-# including, $\lceil (c + s/2) n \rceil$. Rows and columns are computed apart; a cell is inside if
-# both its row and its column are.
+# On an axis of $n$ cells a box with the centre $c$ and the side $s$, fractions of the *padded*
+# image, touches cells $\lfloor (c - s/2) n \rfloor$ to $\lceil (c + s/2) n \rceil - 1$. A cell is
+# inside if both its row and its column are.
 
 # %%
 def touched(centre, side, n):
@@ -423,7 +423,7 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 # $$q_k = E[c_k] \text{ as content}, \qquad b_k = \text{the true box} \text{ as reference box}$$
 #
 # The true box as reference is [O]. $c_k$ is the object's class, $E$ an embedding of the classes [T,
-# P]. We take the teacher's, frozen [O]: DINO has one, `label_embedding`. Deformable DETR and
+# P]. We take the teacher's, frozen [O]: DINO's `label_embedding`, of denoising. Deformable DETR and
 # DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A student of
 # another width reads $q_k$ through a second learned linear map [O].
 #
@@ -513,8 +513,8 @@ plots.self_attention(among, [*range(2 * group), *range(noised, noised + learned 
 #
 # ## One question, two answers
 #
-# **Claim.** Asked by the same target-aware query, the two models answer nearly the same box.
-# Learned queries of the same number may answer the same object or not.
+# **Claim.** The two models' boxes agree better when asked by the same target-aware query than by
+# learned queries of the same number, which may mean other objects.
 
 # %%
 @torch.no_grad()
@@ -662,9 +662,10 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #    default of all recipes but the toy's. Memory's gradient reaches backbone and encoder only,
 #    never the decoder and the heads. (Gradients are clipped together, so a long one of memory
 #    shrinks theirs as well.)
-# 2. **Read the gradient norms** in the run's `log.jsonl` (`report`: share and norm of each part,
-#    every 200 steps, over all parameters; at step 0 the parts are still off). If the detection loss
-#    stops falling, the ratios are too large (a rule of thumb, not measured).
+# 2. **Watch the detection loss** (`loss_..` in the run's `log.jsonl`). If it stops falling, the
+#    ratios are too large (a rule of thumb, not measured). `report` says how hard each part pulls:
+#    share and gradient norm, every 200 steps, over all parameters; 0 at step 0, where the parts are
+#    off.
 # 3. **If you can afford trials**, try memory 3, 12 and 50, with answers at a fiftieth of each
 #    (1/16, 1/4, 1), then the best of the three without $S$. Train each for a quarter of the steps
 #    (`small-student` has 2,400). Compare on images that are neither trained on nor reported: two
@@ -672,10 +673,10 @@ for layer, logits in zip(("middle", "last"), t_logits):
 #    runs at nearly the same ratio differ by that: table below), take the default. One trial (first
 #    `make kitti-backbones`; `runs/big` is a `small-teacher`):
 #
-#        python train.py distill --recipe small-student --data coco --root DIR --teacher runs/big \
-#            --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 \
+#        .venv/bin/python train.py distill --recipe small-student --data coco --root DIR \
+#            --teacher runs/big --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 \
 #            --train-split REST.txt --val-split TUNE.txt
-#        # the same without S, the recipe's other options kept:
+#        # without S, the other options kept:
 #        #   --method-options preset=dino scale=False
 #
 # Why 50? It was chosen on the toy's trials, and tried in short runs on two other sets of images. No
@@ -692,7 +693,7 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # On KITTI 3 to 50 differ by .006, undecided, and 200 is worse. On digits the ratios differ by at
 # most .011: undecided. On the toy 200 is undecided: it lies between the two runs of 50.
 #
-# ## A training step in ten lines
+# ## A whole training
 #
 # The lines from `for` to `optimizer.step()` are a whole training, here of a fresh student on 8
 # images per step. `train.clockdistill_step` does this: without gradient, the teacher encodes the

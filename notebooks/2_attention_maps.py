@@ -17,11 +17,11 @@
 #    spread evenly over the cells that the box touches, it would have .48.
 # 3. "It looks where the teacher looks" needs a baseline and a cell size. The distilled DAB-DETR and
 #    Deformable DETR attend more like the teacher than the lone ones; why is open. With DINO's own
-#    queries the sign depends on the cell size.
+#    queries the lead turns round with the cell size.
 # 4. A teacher can be wrong. Asked with target-aware queries, the teachers of DAB-DETR and
 #    Deformable DETR are wrong more often than right (another class, or an IoU below .5).
 #
-# Numbers are mean ± half of the 95 % interval over images. Each student is one run: the intervals
+# ± is half of the 95 % interval over images. Each student is one run: the intervals
 # leave out the scatter between seeds.
 
 # %%
@@ -155,8 +155,8 @@ plots.dots({f"R², {part}": {"": rows} for part, rows in R2.items()},
            marks={"place alone": MARK, "untrained, mapped": GREY}, one_scale=True)
 
 # %% [markdown]
-# *Compare the green dots with the orange triangles.* The background gains too, although in the loss
-# a background cell weighs 1/500 of an object's cell.
+# *Green leads orange.* On the background DAB-DETR's orange only ties with *place alone*. Green
+# leads there too, though in the loss a background cell weighs 1/500 of an object's cell.
 #
 # # Where decoders look
 #
@@ -221,10 +221,10 @@ plots.around_object(panels, "Where each teacher's own query for one car looks")
 # car more than to the car. Deformable DETR's gathers on the car. DINO's is there at once:* it
 # starts from a box that the encoder proposed.
 #
-# **Claim.** In the last layer most of the attention of sampling points lies in the object's box,
-# and most of DAB-DETR's lies outside. (Its cells of 8 pixels spill over, but attention spread
-# evenly on just the cells that the box touches would have .48 inside. It has .22, four times the
-# box's share of the image.) An attention map is not a segmentation.
+# **Claim.** In the last layer Deformable DETR's and DINO's attention lies mostly in the object's
+# box, DAB-DETR's mostly outside: .22 is inside. (Spread evenly on the 8-pixel cells that the box
+# touches, .48 would be. But the encoder mixes cells: a token off the car may know of the car.) An
+# attention map is not a segmentation.
 
 # %%
 def inside(gaze, layer):
@@ -471,13 +471,13 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 # the full one: how much weight $w$ takes from wrong answers:* .17 ± .02 with Deformable DETR, .03 ±
 # .01 with DINO, .01 ± .02 (undecided) with DAB-DETR.
 #
-# Do wrong answers harm? That is not measured. The cell above tells how often *your* teacher is
-# wrong, before you switch the logit part on.
+# Do wrong answers harm? That is not measured. How often *your* teacher is wrong, `look.answers`
+# tells of its `look.gaze` at labelled images.
 #
 # Why are DINO's answers good and the others' bad? Perhaps a teacher answers well what it was
 # trained on (not tested). DINO was trained to restore denoising queries, which start near true
-# boxes. Deformable DETR's teacher was never trained on positions made of boxes. DAB-DETR's learned
-# reference boxes are much larger than the objects:
+# boxes. Deformable DETR's teacher was never trained on positions made of boxes. DAB-DETR's first
+# layer learned on boxes much larger than the objects:
 
 # %%
 anchors = families["DAB-DETR"]["teacher"].anchors.weight.detach().sigmoid()           # (60, 4)

@@ -29,6 +29,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def rewritten(name, rule=lambda columns: columns, width=160):
     leaves it out. Of every second image only the left `width` columns stay (for 1.2)."""
     folder = SCRATCH / name / "training"
     for kind in ("image_2", "label_2"):
-        (folder / kind).mkdir(parents=True)
+        os.makedirs(folder / kind, exist_ok=True)
     for index, image in enumerate(map(Path, val.paths)):
         lines = (image.parents[1] / "label_2" / f"{image.stem}.txt").read_text().splitlines()
         lines = [" ".join(rule(line.split()) or []) for line in lines]
@@ -111,9 +112,9 @@ plots.stacked({name: {"teacher": value} for name, value in bars.items()}, "avera
               "One set of detections, five numbers", "{:.3f}".format)
 
 # %% [markdown]
-# A number without its protocol says nothing. For KITTI's own, write the boxes of `predict
-# --min-score 0` (its default of 0.4 would cut AP) as KITTI's result files (type, -1, -1, -10, the
-# box, seven unknowns, score) and give them to its devkit; this repository does not.
+# A number without its protocol says nothing. For KITTI's own, write what `predict --min-score 0`
+# (its default of 0.4 would cut AP) finds in the images of `val` as KITTI's result files (type, -1,
+# -1, -10, the box, seven unknowns, score) and give them to its devkit; this repository does not.
 #
 # ### 1.2 Padding moves boxes and scores
 #
@@ -178,8 +179,8 @@ figure
 def coco_folder(name, images, boxes, ids, names):
     """A COCO folder of toy images. boxes: per image rows (category id, four numbers of bbox)."""
     root = SCRATCH / name
-    (root / "val2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
+    for folder in ("val2017", "annotations"):
+        os.makedirs(root / folder, exist_ok=True)
     listed, notes = [], []
     for number, (image, rows) in enumerate(zip(images, boxes), 1):
         shutil.copy(image, root / "val2017" / f"{number}.png")
@@ -259,9 +260,9 @@ assert "clipped" in wrong.summary and "clipped" not in right.summary
 
 # %%
 resized = [one | {"boxes": one["boxes"] * 1331 / 1242} for one in perfect]
-scores = data.evaluate(resized, val)
-print(f"pixels of the resized image: AP {scores['AP']:.3f}, AP50 {scores['AP50']:.3f}")
-assert scores["AP"] < 0.5
+moved = data.evaluate(resized, val)
+print(f"pixels of the resized image: AP {moved['AP']:.3f}, AP50 {moved['AP50']:.3f}")
+assert moved["AP"] < 0.5
 
 
 def shares(index):
@@ -283,11 +284,12 @@ plots.predictions(val.raw(chosen)[0], resized[chosen], val.classes, truth=truths
 #
 # ## 2. First debugging step: overfit a few images
 #
-# A detector that cannot learn a handful of images by heart has a bug, or a wrong learning rate.
-# Train and evaluate on the *same* two images, without augmentation. On frames of real KITTI, some 6
-# minutes of one core (own classes in this layout: `--class-map Car,Dog`; COCO's layout: `--data
-# coco`, and `val` for both `all`):
+# A detector that never learns a handful of images by heart has a bug, or a wrong learning rate.
+# Train and evaluate on the *same* two images, without augmentation. On frames of real KITTI
+# (layouts: section 3), some 6 CPU minutes (own classes: `--class-map Car,Dog`; COCO's layout:
+# `--data coco`, and `val` for both `all`):
 #
+#     . .venv/bin/activate
 #     python train.py fit --recipe toy-student --data kitti --root DIR --limit 2 \
 #         --train-split all --val-split all --size 160,600 --no-augment --steps 1800 \
 #         --batch-size 2 --warmup 30 --ema 0.95 --eval-every 200 --out runs/overfit
@@ -307,7 +309,7 @@ def overfit(ema):
     cfg, run = train.configure(
         "fit", recipe="toy-student", train_split="val", val_split="val", limit=2, augment=False,
         steps=150, batch_size=2, warmup=30, ema=ema, eval_every=25, workers=0,
-        out=str(SCRATCH / f"overfit_{ema}"))
+        out=tempfile.mkdtemp())
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         result = train.fit(cfg, run)
     return [(point["step"], point["AP50"]) for point in result["history"]]
@@ -382,10 +384,10 @@ figure
 # ## 4. Small real runs, and what they taught
 #
 # `small-teacher` and `small-student` are made for a few hundred real frames and two CPU cores. The
-# three runs take some 100, 32 and 38 minutes of one core; `--teacher
+# three runs take some 100, 32 and 38 CPU minutes, up to twice that by the clock; `--teacher
 # weights/kitti_teacher_dino.safetensors` spares the first:
 #
-#     make kitti-backbones && . .venv/bin/activate
+#     make kitti-backbones                                # two ImageNet backbones, by pip
 #     C=splits/kitti_cyclists; SPLITS=(--train-split ${C}_train.txt --val-split ${C}_tune.txt)
 #     python train.py fit     --recipe small-teacher --root DIR ${SPLITS[@]} --out runs/teacher
 #     python train.py fit     --recipe small-student --root DIR ${SPLITS[@]} --out runs/alone
@@ -399,9 +401,10 @@ figure
 # Their labels are not KITTI's official ones ([how they
 # differ](../results/kitti/README.md#what-this-does-not-say)), which give other numbers.
 #
-# **Your own folder:** the same three commands with `--data coco`, or with `--class-map Car,Dog` in
-# KITTI's layout, and without `${SPLITS[@]}`. In COCO's layout leave out `--teacher-cache`. Images
-# shrink to at most 128 x 424; for another size give all three the same `--size SHORT,LONGEST`.
+# **Your own folder:** the same three commands, each with another `--out`, and with `--data coco`,
+# or with `--class-map Car,Dog` in KITTI's layout, and without `${SPLITS[@]}`. In COCO's layout
+# leave out `--teacher-cache`. Images shrink to at most 424 x 128 (640 x 480 to 170 x 128); for
+# another size give all three the same `--size SHORT,LONGEST`.
 #
 # Five lessons. 1 to 4 are of DINO on the 90 frames, which no table uses, with **one run of each
 # setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
@@ -409,15 +412,15 @@ figure
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
 #    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
 #    its gain may be speed alone.
-# 2. **A curve that flattens may still be far from its best.** It flattens because the learning rate
+# 2. **A curve that flattens may still be far from its best.** It can flatten as the learning rate
 #    falls (picture below).
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
 #    above the student with as many steps. Asked with its learned contents at the true boxes, moved
 #    by noise, it names 98 % of the classes right from an image's own memory, and 48 % from another
 #    image's (always *Car*: 64 %; `reading` in [look.py](../experiments/look.py) measures it).
-# 4. **A larger image costs time; what it gains was not tried.** At 128 x 424 half of the objects
+# 4. **A larger image costs time; what it gains was not tried.** At 424 x 128 half of the objects
 #    are less than 20 pixels high, and after 1,600 steps AP is .122 for small objects, .379 for
-#    large ones. At 160 x 530 a step takes 1.6 times as long.
+#    large ones. At 530 x 160 a step takes 1.6 times as long.
 # 5. **The teacher need not encode an image twice.** Images are only flipped: with `--teacher-cache
 #    2` (GB) a distilled step takes 0.9 CPU seconds in place of 1.3 to 1.5.
 #
@@ -440,10 +443,10 @@ figure
 #
 # ## 5. The paper's size: decisions, and the cost
 #
-#     python train.py fit     --recipe kitti-teacher --root DIR --out runs/teacher
-#     python train.py fit     --recipe kitti-student --root DIR --out runs/alone
-#     python train.py distill --recipe kitti-student --root DIR --out runs/both \
-#         --teacher runs/teacher
+#     python train.py fit     --recipe kitti-teacher --root DIR --out runs/r50
+#     python train.py fit     --recipe kitti-student --root DIR --out runs/r18
+#     python train.py distill --recipe kitti-student --root DIR --out runs/r18-distilled \
+#         --teacher runs/r50
 #
 # `coco-*` likewise; `--detector` chooses one of three. A ResNet-50 teaches a ResNet-18, our choice.
 # Learning rates and epochs are the detectors' official ones for COCO; on KITTI as many epochs see a
@@ -514,7 +517,7 @@ assert 24 < hours < 24 * 7 and memory < 24
 # For COCO a teacher need not be trained:
 #
 #     python train.py fit --recipe coco-teacher --root DIR --init-from FILE --steps 0 \
-#         --out runs/teacher
+#         --out runs/coco
 #
 # loads it, evaluates it and writes what `distill --teacher` reads. One line reports what was
 # loaded, resized, skipped and missing.
@@ -525,8 +528,8 @@ assert 24 < hours < 24 * 7 and memory < 24
 #
 # Detectors differ in what no tensor shows: how many heads attention has, the temperature of the
 # position encoding. **Claim.** What a file says of itself, or what its program usually has, is
-# compared with your model; a difference is refused in one line with the remedy. Here the toy's
-# teacher is the file.
+# compared with your model; a difference is refused in one line with the remedy (of `fit`: `--heads
+# 8`). Here the toy's teacher is the file.
 
 # %%
 FILE = "weights/toy_teacher_dino.safetensors"

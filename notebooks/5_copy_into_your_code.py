@@ -92,8 +92,9 @@ plots.wiring_drawing()
 # | from | to ours |
 # |---|---|
 # | fractions of the own size (Facebook's DETR, the original DINO) | as they are; `mask = ~samples.mask` |
+# | the same (RT-DETR of `transformers`, whose processor stretches images) | as they are; `mask=None`, no `batch_of` |
 # | corners in pixels of the image (MMDetection) | `box_convert(boxes, "xyxy", "cxcywh")` over (w, h, w, h) |
-# | fractions of the *padded* image (processors of `transformers` that pad) | `batch = batch_of(found)`; then, unless your teacher was trained on padded fractions (the hub's were not), `batch.targets = [dict(t, boxes=b) for t, b in zip(batch.targets, batch.boxes)]` |
+# | fractions of the *padded* image (its others, which pad) | `batch = batch_of(found)`; then, for a teacher of own fractions (the hub's), `batch.targets = [dict(t, boxes=b) for t, b in zip(batch.targets, batch.boxes)]` |
 #
 # `extent` (B, 2), the covered part of the padded width and height, is read off `mask`. **No check
 # sees fractions of the padded image, or (x, y, w, h)**: draw a padded image, or convert a known box
@@ -154,6 +155,8 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 # `detector.inner.decoder.decoder` (the original RT-DETR).
 #
 # ```python
+# from types import SimpleNamespace
+#
 # class AsAsked(nn.Module):
 #     def __init__(self, inner, classes, layers):          # layers: of its decoder
 #         super().__init__()
@@ -184,7 +187,8 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 # ```python
 # pair = Pair(teacher, student, memory_of, distill)
 # warm_up = torch.optim.AdamW(Learner(pair).parameters(), lr=1e-5)
-# weigh(pair, memory_step, batches, warm_up)           # once ("How heavy?"); note both lambdas
+# weigh(pair, memory_step, batches, warm_up)           # once ("How heavy?")
+# print(distill.lambda_mem, distill.lambda_log)        # note them, to resume
 #
 # learner = Learner(pair, memory_step)                 # distill's linear map learns too
 # optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)     # or your groups + distill's
@@ -199,7 +203,7 @@ show(memory_of, Pair, hooked, memory_step, Learner)
 # - **Mixed precision.** Put autocast around `learner(batch)`, not around `weigh`: fp16 would round
 #   memory's small gradient to 0.
 # - **A moving average** is one of `student`; a copy of `learner` would copy the teacher.
-# - **To resume**, load `learner.state_dict()`, which holds `distill`'s maps too, give
+# - **To resume**, save and load `learner.state_dict()`, which holds `distill`'s maps too, give
 #   `CLoCKDistill` the lambdas that you noted (they are in no state_dict), and skip `weigh`.
 #
 # ## Then the answers too
@@ -262,8 +266,8 @@ show(adapters.together)
 # *point* is computed.
 #
 # - **Content and position.** Contents start as zeros; what is learned is the *position*. So
-#   `content="own"` asks with the teacher's learned positions, the first object of an image with
-#   row 0, the second with row 1, and they go where positions go.
+#   `content="own"` asks with the teacher's learned positions, an image's query 0 with row 0,
+#   its query 1 with row 1, and so on; they go where positions go.
 # - **Reference.** The centre of the true box: a point has no width and height.
 # - **Mask.** `nn.MultiheadAttention` wants it once per head: `(~may).repeat_interleave(heads, 0)`.
 # - **Heads.** Softmax over the classes and "no object": `classes="softmax"`.
@@ -290,11 +294,12 @@ for name, value in step(dense, batch).losses.items():
 # ### Is it right?
 #
 # Mistakes in an adapter mostly give no error message. After *if not* stands what training would
-# show (reasoned, not measured). Run them on `checklist.quiet(pair)`, a copy without dropout, with
-# `groups=1, box_noise=0` (the defaults). Take a batch in which every image has objects, image 0 has
-# fewer than another, and image 1 has wide padding (if your detector pads). A NO may be rounding
-# (bounds are 1e-4 and 1e-5): repeat it with models, `distill` and batch in float64, and models of
-# `transformers` with `set_attn_implementation("eager")` (its sdpa misreads masks of float32 there).
+# show (reasoned, not measured). Run the checks on `checklist.quiet(pair)`, a copy without dropout,
+# with `groups=1, box_noise=0` (the defaults). Take a batch in which every image has objects, image
+# 0 has fewer than another, and image 1 has wide padding (if your detector pads). A NO may be
+# rounding (bounds are 1e-4 and 1e-5): repeat it with models, `distill` and batch in float64, and
+# models of `transformers` with `set_attn_implementation("eager")` (its sdpa misreads masks of
+# float32 there).
 
 # %%
 assert not checklist.run(checklist.quiet(dense), batch)
@@ -344,19 +349,18 @@ weighed(dense, step, batch)
 show(weigh)
 
 # %% [markdown]
-# $\lambda_{mem}$ is large because $\alpha$, the weight of cells on objects, is small (5e-5), and
-# the wanted ratio is 50. It says nothing about another detector: the rule gives the three of this
-# page from under 2,000 to some 40,000.
+# $\lambda_{mem}$ is large because $\alpha$, the weight of cells on objects, is small (5e-5). It
+# differs by detector: here from under 2,000 to some 40,000. If the own loss stops falling in your
+# training, take smaller ratios (a rule of thumb, not measured). All our runs had AdamW.
 #
-# **Then compare AP, on images that no table of yours reports.** Weigh fresh students with memory :
-# answers 3 : 1/16, 12 : 1/4 and 50 : 1 (`weigh(..., memory=3, answers=1/16)`). Train each for a
-# quarter of your steps, the schedule shortened too. Repeat the best with `scale=False`, from a
-# fresh student and weighed anew. If the best leads 50 : 1 by less than .03, take 50 : 1 (two toy
-# runs at nearly the same ratio differ by that).
+# **Then compare AP, on images that no table of yours reports.** Train one student alone, and fresh
+# ones weighed with memory : answers 3 : 1/16, 12 : 1/4 and 50 : 1 (`weigh(..., memory=3,
+# answers=1/16)`), each for a quarter of your steps, the schedule shortened too. Repeat the best
+# with `scale=False`, from a fresh student and weighed anew. If the best leads 50 : 1 by less than
+# .03, take 50 : 1 (two toy runs at nearly the same ratio differ by that).
 #
-# Why does `weigh` start with 50? In short trials of one seed it led 12 on the toy (.222, .195
-# against .163), and 3 to 50 tie on KITTI. KITTI's tables use 3 : 1/16; no full run on real images
-# has 50 : 1.
+# Why does `weigh` start with 50? See [notebook 1, part 3](1_the_method.ipynb). KITTI's tables use 3
+# : 1/16; no full run on real images has 50 : 1.
 #
 # **Which options?** Our tables measured `groups=3, box_noise=0.4, normalise="confidence"` for DINO:
 # start from these, with your `content` and `at_least=1`. What `groups`, noise and `normalise` add

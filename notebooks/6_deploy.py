@@ -3,9 +3,9 @@
 #
 # A small student is trained for a small machine, and that machine often has no PyTorch. This
 # notebook writes notebook 1's distilled DINO as **one ONNX file** and reads it with a program of
-# twenty lines, [experiments/detect.py](../experiments/detect.py), that needs only numpy, Pillow and
-# [ONNX Runtime](https://onnxruntime.ai/docs/api/python/). (`make .venv` has installed what this
-# notebook itself needs.)
+# twenty lines, [experiments/detect.py](../experiments/detect.py), that needs only `pip install
+# numpy pillow onnxruntime` ([ONNX Runtime](https://onnxruntime.ai/docs/api/python/); 1.32 ran
+# here). (`make .venv` has installed what this notebook itself needs.)
 #
 # **Look at** the arrow that points down: only the file and `detect.py` go to the other machine.
 
@@ -44,8 +44,8 @@ plots.deployment_drawing()
 #
 #     python train.py export --checkpoint weights/toy_distilled_dino.safetensors --out student.onnx
 #
-# For your own student add `--image PHOTO.jpg`: the file gets the size at which it reads this photo.
-# (Or `--size H,W`, which is not training's SHORT,LONGEST.) Export one file for each shape:
+# For your own student add `--image PHOTO.jpg`: the file gets the size at which `predict` reads this
+# photo. (Or `--size H,W`, which is not training's SHORT,LONGEST.) Export one file for each shape:
 # `detect.py` stretches others.
 #
 # **Claim.** PyTorch and ONNX Runtime give the same answer to one picture: scores, and boxes as
@@ -63,10 +63,11 @@ assert difference < 1e-5 and json.loads(facts["size"]) == [48, 160]
 
 # %% [markdown]
 # **A detector of your own.** `export` needs a checkpoint of this repository. For another detector
-# call its core, `deploy.to_onnx`. Your module must be in eval mode, normalise pixels (1, H, W, 3),
-# and return boxes (1, k, 4), corners in pixels of this H x W; scores (1, k), the best first; and
-# labels (1, k), indices into `classes` (ours is `deploy.Program`). `detect.py` reads size and
-# classes from the file's metadata. `to_onnx` compares nothing, so the last three lines do:
+# call its core, `deploy.to_onnx`. Your module must be in eval mode on the CPU, normalise pixels
+# (uint8, (1, H, W, 3)), and return boxes (1, k, 4), corners in pixels of this H x W; scores (1, k),
+# the best first; and labels (1, k), indices into `classes` (ours is `deploy.Program`). `detect.py`
+# reads size and classes from the file's metadata. `to_onnx` compares nothing, so the last three
+# lines do:
 #
 # ```python
 # import json, onnx
@@ -118,8 +119,9 @@ assert operators["GridSample"] == layers * 3 and operators["TopK"] == 2
 # ## Twenty lines without torch
 
 # %%
-_, _, code = Path("experiments/detect.py").read_text().split('"""')
-print(code.strip())
+program = Path("experiments/detect.py").read_text()
+print(program.strip())
+_, _, code = program.split('"""')
 lines = [line for line in code.splitlines() if line and not line.startswith("#")]
 assert len(lines) == 20
 
@@ -156,9 +158,9 @@ plots.predictions(photo, found, scenes.classes, truth=truth)
 # sight.
 #
 # **Claim.** The same box is in the answer three times, once for each class. Each class has a
-# sigmoid of its own, and a detection is a *pair* of query and class: the best 100 stay, here all
-# 72. There is no second step that removes doubles. The right name has the lower score, and the
-# threshold of 0.4 hides it.
+# sigmoid of its own, and a detection is a *pair* of query and class: the best 100 stay, here all 24
+# x 3 = 72. There is no second step that removes doubles. The right name has the lower score, and
+# the threshold of 0.4 hides it.
 
 # %%
 rider = np.flatnonzero((found["labels"] == 1) & (found["scores"] >= 0.4))[-1]
@@ -170,7 +172,8 @@ assert {1, 2} <= set(found["labels"][same])
 
 # %% [markdown]
 # **Claim.** The mistake is the student's, not the file's: PyTorch gives the same classes, scores
-# and boxes. (A toy photo has the file's size, so Pillow's resize does nothing here.)
+# and boxes. (A toy photo has the file's size. Where one is resized, Pillow and torchvision may
+# round differently.)
 
 # %%
 result, = train.answer(model, data.collate([scenes[index]]))
@@ -194,11 +197,12 @@ assert apart < 1e-4 and sure.any()
 # w \approx s q, \quad -127 \le q \le 127, \qquad x \approx s_x (p - z), \quad -128 \le p \le 127
 # $$
 #
-# What comes out of them keeps 32 bits until the next such operator reads it. ONNX Runtime's default
-# rounds it at once, which costs much on real KITTI: of .356 AP on 90 tuning images the distilled
-# DINO student keeps .353 as here, and .300 with rounded outputs. The probable cause: KITTI's
-# backbone has ReLU6, which keeps 0 to 6 of outputs that range 4 to 34 times as wide. Rounded before
-# it, some 64 to 8 of the 256 steps are left; rounded after it, all ([the
+# What comes out of them keeps 32 bits until the next such operator reads it. (So ONNX Runtime
+# computes the convolutions in 32 bits, of rounded numbers; only linear layers run in 8.) Its
+# default rounds the outputs at once, which costs much on real KITTI: of .356 AP on 90 tuning images
+# the distilled DINO student keeps .353 as here, and .300 with rounded outputs. The probable cause:
+# KITTI's backbone has ReLU6, which keeps 0 to 6 of outputs that range 4 to 34 times as wide.
+# Rounded before it, some 64 to 8 of the 256 steps are left; rounded after it, all ([the
 # trials](../results/deploy/README.md#8-bits-on-real-kitti-why-outputs-keep-32)).
 #
 # All other operators keep 32 bits, attention's products among them (exercise 3). A linear layer is
@@ -264,9 +268,9 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 # PyTorch, in 1/11 and 1/8 of its CUDA build's RAM. KITTI's teacher takes 37.3 ms, its student 15.7,
 # for .014 AP less (seed 0).*
 #
-# 8 bits make the file smaller and the answer **not** faster: against ONNX fp32 it takes 3 to 15 %
-# longer on two threads; on one, from 4 % less to 12 % longer (nine models of the toy, three of
-# KITTI; [all rows](../results/deploy/README.md)).
+# 8 bits make the file smaller and the answer **not** faster (its convolutions compute in 32):
+# against ONNX fp32 it takes 3 to 15 % longer on two threads; on one, from 4 % less to 12 % longer
+# (nine models of the toy, three of KITTI; [all rows](../results/deploy/README.md)).
 #
 # **No small machine was tried.** These times are of a server, an AMD EPYC of unknown model. Measure
 # on yours, at your image size and with nothing else running, by these lines at the end of
@@ -284,13 +288,13 @@ for name, role in (("toy", "distilled"), ("kitti", "distilled"), ("kitti", "teac
 #
 # **On the 198 images of [real KITTI](../results/deploy/kitti.md) 8 bits cost at most .0043 AP**
 # (three models, each measured once: so little may be chance). So before you ship 8 bits measure AP
-# on your own images, by `deploy.average_precision` (exercise 3).
+# on your own images, as exercise 3 does (`data.build("coco", DIR, "val")` opens yours).
 #
 # ![AP against latency: teacher, student and distilled student](../results/deploy/toy.png)
 #
 # Alone and distilled, a student is the same program with other weights, so a distilled one should
-# stand above, not to the right. DINO's in PyTorch does not (6.1 ms, alone 5.4): by 13 % a single
-# row can be off.
+# stand above, not to the right. DINO's in PyTorch is to the right (6.1 ms, alone 5.4): a single row
+# can be 13 % off.
 #
 # ## Exercises
 #
