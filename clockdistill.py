@@ -561,6 +561,7 @@ def is_detection(name):
 def gradients_of(loss, parameters):
     """One gradient per parameter; None where it is frozen, where the loss does not reach it, or where
     the loss is off (a constant)."""
+    parameters = list(parameters)                            # a generator can be read only once
     learning = [p for p in parameters if p.requires_grad]
     if not loss.requires_grad or not learning:
         return [None] * len(parameters)
@@ -583,6 +584,7 @@ def gradient_ratio(losses, names, parameters):
     """
     if not any(map(is_detection, losses)):
         raise ValueError(f'no loss of {", ".join(losses)} is detection\'s: those begin with "loss_"')
+    parameters = list(parameters)
     part = gradients_of(sum(losses[name] for name in names), parameters)
     detection = gradients_of(
         sum(value for name, value in losses.items() if is_detection(name)), parameters)
@@ -611,6 +613,7 @@ class Balance(nn.Module):
     def measure(self, losses, step, parameters):
         """Remember the ratios of this step, if it is one of the first."""
         if step < len(self.measured):
+            parameters = list(parameters)
             row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
             # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
             row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)

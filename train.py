@@ -1295,7 +1295,7 @@ def build_data(cfg, split, augment=False):
     augment: the training augmentation of that kind of data; without, as in evaluation.
     """
     # Otherwise the toy, in KITTI's layout too, would be trained on for hours.
-    if cfg.data != "toy" and cfg.root == Config.root:
+    if cfg.data != "toy" and Path(cfg.root) == Path(Config.root):
         raise ValueError(f"give --root, the folder of the {cfg.data} images; {cfg.root}, the "
                          "default, holds the toy (--data toy)")
     # The other processes wait for the first one, which may have to draw the toy.
@@ -1361,8 +1361,9 @@ def read_options(pairs, known, what):
                 options[name] = {"true": True, "false": False, "1": True, "0": False}[text.lower()]
             elif kind is float:
                 over, slash, under = text.partition("/")     # 1/16 is a number too
-                options[name] = float(over) / (float(under) if slash else 1)
-                if not math.isfinite(options[name]):
+                over, under = float(over), float(under) if slash else 1.0
+                options[name] = over / under
+                if not all(map(math.isfinite, (over, under, options[name]))):
                     raise ValueError
             else:
                 options[name] = kind(text)

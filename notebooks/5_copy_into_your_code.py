@@ -135,9 +135,9 @@ show(adapters.Batch, batch_of)
 #
 # **In your code.** Put your names into `memory_of`, below (rows memory, shapes, padding of the
 # table under "An adapter"); arguments without names are in `args`. `memory_is_right` checks it on a
-# padded batch that is not square. It prints what is wrong where the teacher is not frozen or not in
-# eval mode, shapes are (width, height), padding is forgotten, the backbone is frozen, or the hook
-# lies before the encoder or behind it (inside it, no check says no). Without
+# padded batch that is not square. It prints the mistake, or ends with an error, where the teacher
+# is not frozen or not in eval mode, shapes are (width, height), padding is forgotten, the backbone
+# is frozen, or the hook lies before the encoder or behind it (inside it, no check says no). Without
 # padding `padding`, `mask` and `extent` are None. Another order of axes, or a decoder that is told
 # no shapes: "Another interface", below.
 
@@ -295,11 +295,11 @@ for name, value in step(dense, batch).losses.items():
 #
 # Mistakes in an adapter mostly give no error message. After *if not* stands what training would
 # show (reasoned, not measured). Run the checks on `checklist.quiet(pair)`, a copy without dropout,
-# with `groups=1, box_noise=0` (the defaults). Take a batch in which every image has objects, image
-# 0 has fewer than another, and image 1 has wide padding (if your detector pads). A NO may be
-# rounding (bounds are 1e-4 and 1e-5): repeat it with models, `distill` and batch in float64, and
-# models of `transformers` with `set_attn_implementation("eager")` (its sdpa misreads masks of
-# float32 there).
+# with `groups=1, box_noise=0, random_queries=0` (the defaults). Take a batch in which every image
+# has objects, image 0 has fewer than another, and image 1 has wide padding (if your detector pads).
+# A NO may be rounding (bounds are 1e-4 and 1e-5): repeat it with models, `distill` and batch in
+# float64, and models of `transformers` with `set_attn_implementation("eager")` (its sdpa misreads
+# masks of float32 there).
 
 # %%
 assert not checklist.run(checklist.quiet(dense), batch)
@@ -394,8 +394,9 @@ show(weigh)
 #
 # <details><summary><b>DETR and Conditional DETR of transformers</b></summary>
 #
-# Both decoders take no mask and are told no shapes, and both need `auxiliary_loss=True` to return
-# the states of all layers.
+# Both decoders take no mask and are told no shapes. Both need `detector.config.auxiliary_loss =
+# True` to return the states of all layers, and no gradient checkpointing, which would run a layer
+# again without our mask.
 #
 # - **Conditional DETR**: `ask_conditional_detr`. It makes its points inside, from positions: a hook
 #   puts ours there. A [test](test_notebooks.py) runs the whole checklist on it.
@@ -480,7 +481,7 @@ def one_of_two(rank, pair, batch, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mine = [[0, 2, 4], [1, 3, 5]][rank]
     part = {key: [getattr(batch, key)[i] for i in mine] for key in ("labels", "boxes", "targets")}
-    part |= {key: getattr(batch, key)[mine] for key in ("images", "mask", "extent")}
+    part |= {key: getattr(batch, key)[mine] for key in ("images", "mask")}
     learner = nn.parallel.DistributedDataParallel(Learner(pair))
     learner(replace(batch, **part)).backward()
     torch.save({n: p.grad for n, p in learner.module.named_parameters()}, f"{folder}/{rank}.pt")

@@ -44,26 +44,30 @@ class Batch:
     labels: list                 # B tensors (K,)
     boxes: list                  # B tensors (K, 4), (cx, cy, w, h), fractions of its OWN size
     targets: list                # the same objects, as the detector's own loss wants them
-    extent: Tensor = None        # (B, 2): how much of W and H each image covers; None: as mask says
 
-    def __post_init__(self):
-        if self.extent is None and self.mask is not None:
-            self.extent = covered(self.mask)
+    @property
+    def extent(self):
+        """How much of width and height each image covers: (B, 2), or None without a mask."""
+        return None if self.mask is None else covered(self.mask)
 
 
 def covered(mask):
     """How much of width and height the images cover: (B, H, W), 1 where one is -> (B, 2)."""
+    if mask.ndim != 3 or not mask[:, 0, 0].all():
+        raise ValueError("mask must be (B, H, W), 1 where an image is: a mask of padding is turned "
+                         "round by ~")
     return torch.stack([mask[:, 0].float().mean(1), mask[:, :, 0].float().mean(1)], 1)
 
 
 def batch_of(found):
-    """A Batch from what a processor of transformers returns for images with annotations.
+    """A Batch from what a processor of transformers returns for images with annotations, padded and
+    with return_tensors="pt".
 
     The fractions of its boxes are of the padded image. found.to(device) leaves them on the CPU.
     """
     mask = found["pixel_mask"]
-    targets = [{key: value.to(mask.device) for key, value in one.items()}
-               for one in found["labels"]]
+    targets = [{key: value.to(mask.device) if isinstance(value, Tensor) else value
+                for key, value in one.items()} for one in found["labels"]]
     boxes = [one["boxes"] / size.repeat(2) for one, size in zip(targets, covered(mask))]
     return Batch(found["pixel_values"], mask, [one["class_labels"] for one in targets], boxes,
                  targets)
@@ -130,17 +134,22 @@ def weigh(pair, step, batches, optimizer, memory=50.0, answers=1.0):
     distill, batches = pair.distill, list(itertools.islice(batches, 8))
     if len(batches) < 8:
         raise ValueError(f"weigh wants 8 batches, got {len(batches)}: repeat them")
-    distill.lambda_mem, distill.lambda_log = (float(weight > 0) for weight in
-                                              (distill.lambda_mem, distill.lambda_log))
-    ratios = {"memory": memory * distill.lambda_mem, "cls+l1+giou": answers * distill.lambda_log}
+    before = distill.lambda_mem, distill.lambda_log
+    on = tuple(float(weight > 0) for weight in before)
+    ratios = {"memory": memory * on[0], "cls+l1+giou": answers * on[1]}
     balance = Balance({part: ratio for part, ratio in ratios.items() if ratio})
-    for index, batch in enumerate(batches):
-        losses = step(pair, batch).losses
-        balance.measure(losses, index, [*pair.student.parameters()])
-        optimizer.zero_grad()
-        losses["loss_own"].backward()
-        optimizer.step()
-    factors = balance.factors(8)
+    try:
+        distill.lambda_mem, distill.lambda_log = on
+        for index, batch in enumerate(batches):
+            losses = step(pair, batch).losses
+            balance.measure(losses, index, pair.student.parameters())
+            optimizer.zero_grad()
+            losses["loss_own"].backward()
+            optimizer.step()
+        factors = balance.factors(8)
+    except BaseException:
+        distill.lambda_mem, distill.lambda_log = before
+        raise
     distill.lambda_mem, distill.lambda_log = (factors.get(part, 0.0) for part in ratios)
 
 
@@ -164,6 +173,9 @@ def hooked(modules, before=None, after=None):
 
 def at_self_attention(decoder, hook):
     """hook(module, args, call) before each self-attention of a decoder that takes no mask."""
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers):
+        raise ValueError("gradient checkpointing runs the decoder's layers once more when the hook "
+                         "is gone, without the mask: switch it off")
     return hooked([layer.self_attn for layer in decoder.layers], hook)
 
 
@@ -277,10 +289,14 @@ def ask_deformable_detr(detector, content, boxes, attend, alone=False):
 
 @contextmanager
 def ask_conditional_detr(detector, content, boxes, attend, alone=False):
-    """The same for a ConditionalDetrForObjectDetection with auxiliary_loss=True.
+    """The same for a ConditionalDetrForObjectDetection with auxiliary_loss=True, without gradient
+    checkpointing.
 
     Its contents start as zeros: our contents are positions, as for the dense DETR.
     """
+    if not detector.config.auxiliary_loss:
+        raise ValueError("set detector.config.auxiliary_loss = True: otherwise its decoder returns "
+                         "the last layer only")
     decoder, answer = detector.model.decoder, SimpleNamespace()
     start = boxes[..., :2].logit(1e-5)                            # (B, Q, 2)
 

@@ -48,26 +48,33 @@ def quiet(pair):
     """The pair with a copy of the student that has no dropout, neither modules nor numbers."""
     student = copy.deepcopy(pair.student)
     for module in student.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return replace(pair, student=student)
 
 
 def memory_is_right(pair, batch):
-    """The checks of memory_step; prints what is wrong."""
+    """The checks of memory_step; prints each mistake."""
     done = memory_step(pair, batch)
     memory = done.losses["memory"]
-    answers = {"the teacher is frozen and in eval mode":
-                   the_teacher_is_frozen_and_in_eval_mode(pair, batch),
-               "shapes are (height, width)": upright(done.learned, batch),
-               "padding is known": knows_padding(done.learned, batch),
-               "the loss reaches the backbone": gradient(pair, memory, "backbone.") > 0,
-               "and the encoder, not the decoder": is_of_the_encoder(pair, memory)}
-    for what, right in answers.items():
-        if not right:
+    mistakes = {
+        "the teacher is not frozen, or not in eval mode":
+            lambda: not the_teacher_is_frozen_and_in_eval_mode(pair, batch),
+        "shapes are (width, height)": lambda: not upright(done.learned, batch),
+        "padding is forgotten": lambda: not knows_padding(done.learned, batch),
+        "the loss does not reach the backbone: it is frozen, or cut off":
+            lambda: gradient(pair, memory, "backbone.") == 0,
+        "the loss does not reach the encoder: it is frozen, or the hook lies before it":
+            lambda: gradient(pair, memory, "encoder.") == 0,
+        "the loss reaches the decoder: the hook lies behind the encoder":
+            lambda: gradient(pair, memory, "decoder.layers.") > 0}
+    right = True
+    for what, made in mistakes.items():
+        if made():
             print(f"NO: {what}")
-    return all(answers.values())
+            right = False
+    return right
 
 
 # ----------------------------------------------------------------------------------------------

@@ -92,13 +92,15 @@ def test_the_checks_want_a_quiet_copy(name, ask, detectors):
     assert all(getattr(module, key) == 0.1 for module, key in rates)
 
 
-@pytest.mark.parametrize("wrong, said", [("padding", checklist.padding_is_known),
-                                         ("encoder", checklist.memory_is_of_the_encoder),
-                                         ("shapes", checklist.shapes_are_height_and_width)])
-def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_encoder(wrong, said, detectors):
+@pytest.mark.parametrize("wrong, said, printed", [
+    ("padding", checklist.padding_is_known, "padding is forgotten"),
+    ("encoder", checklist.memory_is_of_the_encoder,
+     "the loss does not reach the encoder: it is frozen, or the hook lies before it"),
+    ("shapes", checklist.shapes_are_height_and_width, "shapes are (width, height)")])
+def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_encoder(wrong, said, printed, detectors, capsys):
     teacher, student, batch = detectors["dense DETR"]
     if wrong == "shapes":                                # with padding these are an error, and seen by all checks
-        batch = replace(batch, mask=torch.ones_like(batch.mask), extent=None)
+        batch = replace(batch, mask=torch.ones_like(batch.mask))
 
     def mistaken(ask):
         @contextlib.contextmanager
@@ -123,17 +125,16 @@ def test_the_checks_see_forgotten_padding_turned_shapes_and_a_hook_before_the_en
         return adapters.Pair(teacher, student, ask, method, teacher.model.queries.weight)
 
     assert [*checklist.missed(pair(mistaken(adapters.ask_dense)), batch)] == [said]
-    assert checklist.memory_is_right(pair(adapters.memory_of, 0), batch)
+    assert checklist.memory_is_right(pair(adapters.memory_of, 0), batch) and not capsys.readouterr().out
     assert not checklist.memory_is_right(pair(mistaken(adapters.memory_of), 0), batch)
+    assert capsys.readouterr().out == f"NO: {printed}\n"
 
 
 def test_padding_thinner_than_a_token_is_no_mistake(detectors):
     teacher, student, batch = detectors["dense DETR"]
     mask = torch.ones_like(batch.mask)
     mask[1, :, -4:] = 0
-    extent = torch.ones(len(mask), 2)
-    extent[1, 0] = 1 - 4 / mask.shape[2]
-    thin = replace(batch, mask=mask, extent=extent)
+    thin = replace(batch, mask=mask)
     pair = adapters.Pair(teacher, student, adapters.memory_of, CLoCKDistill(32, 64, lambda_log=0))
     assert checklist.memory_is_right(pair, thin)
 
@@ -145,6 +146,12 @@ def test_weigh_takes_a_student_with_a_frozen_stem(detectors):
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
     adapters.weigh(pair, adapters.memory_step, [batch] * 8, optimizer)
     assert pair.distill.lambda_mem > 1 and pair.distill.lambda_log == 0
+    found = pair.distill.lambda_mem
+    for part in (student.model.backbone, student.model.encoder):
+        part.requires_grad_(False)
+    with pytest.raises(ValueError, match="no gradient"):
+        adapters.weigh(pair, adapters.memory_step, [batch] * 8, optimizer)
+    assert pair.distill.lambda_mem == found
 
 
 def test_a_batch_reads_its_extent_off_its_mask():
@@ -152,6 +159,11 @@ def test_a_batch_reads_its_extent_off_its_mask():
     mask[0], mask[1, :3, :5] = 1, 1
     batch = adapters.Batch(torch.zeros(2, 3, 4, 10), mask, [], [], [])
     torch.testing.assert_close(batch.extent, torch.tensor([[1., 1.], [0.5, 0.75]]))
+    torch.testing.assert_close(replace(batch, mask=mask[1:, :, :5]).extent, torch.tensor([[1., 0.75]]))
+    assert replace(batch, mask=None).extent is None
+    for wrong in (1 - mask, mask[:, None]):              # 1 where padding is; an axis too many
+        with pytest.raises(ValueError, match="1 where an image is"):
+            replace(batch, mask=wrong).extent
 
 
 def test_weigh_wants_eight_batches():
@@ -199,6 +211,14 @@ def test_conditional_detr_passes_all_checks(detectors):
     pair = adapters.Pair(teacher, student, adapters.ask_conditional_detr, method,
                          teacher.model.query_position_embeddings.weight)
     assert not checklist.missed(pair, batch)
+
+    student.config.auxiliary_loss = False
+    with pytest.raises(ValueError, match="auxiliary_loss = True"):
+        adapters.step(pair, batch)
+    student.config.auxiliary_loss = True
+    student.model.decoder.layers[0].gradient_checkpointing = True        # its second run would have no mask
+    with pytest.raises(ValueError, match="switch it off"):
+        adapters.step(pair, batch)
 
 
 @contextlib.contextmanager

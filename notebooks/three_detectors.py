@@ -203,8 +203,7 @@ def examples():
     drawn = data.collate(items)
     targets = [{"class_labels": labels, "boxes": boxes}               # transformers' words
                for labels, boxes in zip(drawn.labels, drawn.boxes)]
-    padded = Batch(drawn.images, (~drawn.padding).long(), drawn.labels, drawn.boxes, targets,
-                   drawn.extent)
+    padded = Batch(drawn.images, (~drawn.padding).long(), drawn.labels, drawn.boxes, targets)
     images = torch.cat([F.interpolate(x[None], (64, 192), mode="bilinear") for x, _ in items])
     stretched = Batch(images, None, drawn.labels, drawn.boxes, targets)
     found = {}

@@ -406,7 +406,7 @@ def test_a_run_with_a_cached_teacher_has_the_losses_of_one_without(toy, teacher,
 def test_a_number_may_be_a_fraction():
     known = {"memory": 1.0}
     assert train.read_options(["memory=1/16"], known, "--balance") == {"memory": 0.0625}
-    for bad in ("1/0", "1/", "/2", "1/2/3", "inf", "x"):
+    for bad in ("1/0", "1/", "/2", "1/2/3", "inf", "1/1e999", "x"):
         with pytest.raises(ValueError, match="want a float"):
             train.read_options([f"memory={bad}"], known, "--balance")
 
@@ -421,6 +421,7 @@ def test_the_ratio_of_two_gradients_by_hand():
     frozen = torch.tensor([7.])
     assert clockdistill.gradient_ratio(losses, ["memory"], [frozen, shared, decoder]) == pytest.approx(0.5 / 5)
     assert math.isnan(clockdistill.gradient_ratio(losses, ["memory"], [frozen]))
+    assert clockdistill.gradient_ratio(losses, ["memory"], iter([shared, decoder])) == pytest.approx(0.5 / 5)
     assert math.isnan(clockdistill.gradient_ratio(losses | {"memory": torch.zeros(())}, ["memory"], [shared]))
     with pytest.raises(ValueError, match='begin with "loss_"'):
         clockdistill.gradient_ratio({"memory": losses["memory"]}, ["memory"], [shared])
