@@ -366,7 +366,8 @@ plots.numbers({"M": (M, "{:.0f}".format), "S": (S, lambda v: f"1/{1 / v:.0f}"),
 #
 # ## The same on the scene
 #
-# **Claim.** With the masks of the three levels, the loss is one line.
+# **Claim.** With the masks of the three levels, the loss is one line. (Without padding: else the
+# boxes need scaling.)
 
 # %%
 levels = [masks(batch.boxes[0], *shape) for shape in shapes]            # (M, S) of each
@@ -424,8 +425,8 @@ plots.stacked(share, "part of the loss", "Who gets how much of the memory loss, 
 #
 # The true box as reference is [O]. $c_k$ is the object's class, $E$ an embedding of the classes [T,
 # P]. We take the teacher's, frozen [O]: DINO's `label_embedding`, of denoising. Deformable DETR and
-# DAB-DETR have none; there a frozen random row per class stands in (`random_label`). A student of
-# another width reads $q_k$ through a second learned linear map [O].
+# DAB-DETR have none: set `content="random_label"` (a frozen random row per class) or `"own"`
+# (below). A student of another width reads $q_k$ through a second learned linear map [O].
 #
 # A label as content gives a part of the answer away. Shown noise instead of a memory, the toy's
 # teacher still names 64 % of the classes. With the learned contents of its own queries it names
@@ -669,9 +670,10 @@ for layer, logits in zip(("middle", "last"), t_logits):
 # 3. **If you can afford trials**, try memory 3, 12 and 50, with answers at a fiftieth of each
 #    (1/16, 1/4, 1), then the best of the three without $S$. Train each for a quarter of the steps
 #    (`small-student` has 2,400). Compare on images that are neither trained on nor reported: two
-#    files with one image id per line. If the best trial leads the default by less than .03 (two toy
-#    runs at nearly the same ratio differ by that: table below), take the default. One trial (first
-#    `make kitti-backbones`; `runs/big` is a `small-teacher`):
+#    files with one image id per line (where a COCO folder repeats ids in its splits, two `.json`
+#    files). If the best trial leads the default by less than .03 (two toy runs at nearly the same
+#    ratio differ by that: table below), take the default. One trial (first `make kitti-backbones`;
+#    `runs/big` is a `small-teacher`):
 #
 #        .venv/bin/python train.py distill --recipe small-student --data coco --root DIR \
 #            --teacher runs/big --out runs/m12 --balance memory=12 cls+l1+giou=0.25 --steps 600 \
@@ -801,7 +803,7 @@ plots.lines({"memory's gradient norm over detection's": curves}, "training step"
 # | logit part on top of that memory part (DINO) | 3, half | -0.003 (-0.045 to +0.039) | undecided |
 # | memory part as a plain copy, minus alone (Deformable DETR) | 3, half | +0.064 (+0.048 to +0.081) | **helps** |
 # | memory part alone: $M$ minus a plain copy (Deformable DETR) | 3, half | +0.003 (-0.020 to +0.027) | undecided |
-# | both parts: with $S$ minus without (DINO; Deformable DETR) | 5, all; 3, half | -0.021 (-0.037 to -0.004); -0.027 (-0.030 to -0.023) | costs AP at the weights tried; three more comparisons: undecided |
+# | both parts: with $S$ minus without (DINO; Deformable DETR, with 24 random queries) | 5, all; 3, half | -0.021 (-0.037 to -0.004); -0.027 (-0.030 to -0.023) | costs AP at the weights tried; three more comparisons: undecided |
 #
 # **On [real KITTI](../results/kitti/README.md)**, DINO, five seeds, all steps. All rows have the
 # ratios 3.1 and 1/16 (a tie when they were chosen: step 3 of the rule would take 50 and 1), so no

@@ -370,7 +370,7 @@ plots.dots(panels, "Does the distilled student attend more like the teacher than
 # *Right of the bold line the distilled student agrees more with the teacher than the lone one.*
 # That holds for DAB-DETR and for Deformable DETR, in both panels, on every cell size. Why is open.
 # On the left, only the distilled student was trained on such queries. In both panels its boxes may
-# be more like the teacher's, and attention follows the box.
+# be more like the teacher's, and with them its attention.
 #
 # For DINO it depends on the cell size. Asked, the distilled student agrees a little more on 4, 2
 # and 1 pixels; on 8 this is undecided. With its own queries it agrees *less* on 8 and 4 pixels and
@@ -471,8 +471,8 @@ plots.dots({"part of the answers that is wrong": {"": fifths},
 # the full one: how much weight $w$ takes from wrong answers:* .17 ± .02 with Deformable DETR, .03 ±
 # .01 with DINO, .01 ± .02 (undecided) with DAB-DETR.
 #
-# Do wrong answers harm? That is not measured. How often *your* teacher is wrong, `look.answers`
-# tells of its `look.gaze` at labelled images.
+# Do wrong answers harm? That is not measured. *Your* teacher, asked as above:
+# `look.answers([look.gaze(teacher, *scene, queries), ...])`.
 #
 # Why are DINO's answers good and the others' bad? Perhaps a teacher answers well what it was
 # trained on (not tested). DINO was trained to restore denoising queries, which start near true
@@ -554,8 +554,8 @@ print(f"median area in pixels: DAB-DETR's reference boxes {anchor_area:.0f}, "
 # ```
 # </details>
 #
-# **On your own pictures**, `train.py look --checkpoint runs/teacher --checkpoint runs/student
-# IMAGE...` draws such maps of own queries. Its baseline is uniform over the teacher's box, its
-# cells are the finest map's only (here 8 pixels, where DINO's sign is not that of 1 pixel).
+# **On your own pictures**, `.venv/bin/python train.py look --checkpoint TEACHER --checkpoint
+# STUDENT IMAGE...` draws such maps of own queries. Its baseline is uniform over the teacher's box,
+# its cells are the finest map's only (here 8 pixels, where DINO's sign is not that of 1 pixel).
 #
 # **Next:** [what is and is not shown about each part](3_ablations.ipynb).

@@ -317,7 +317,7 @@ forest(parts, "The toy: half the steps, three seeds (full length: five seeds)")
 #   What it adds to the memory part is undecided in both.
 # - **M** against a plain copy is undecided. **S costs AP** in two of the four rows that add S
 #   alone, at the weights tried: both parts in DINO (full length) and in Deformable DETR (half the
-#   steps). The other two are undecided, and so is DAB-DETR, not drawn
+#   steps). The other two are undecided, and so is DAB-DETR, not drawn and not at S's best weight
 #   ([results](../results/README.md#do-the-masks-help)). The plain copy was tuned twice: M and S are
 #   behind the one, and undecided against the other, of four times the weight.
 # - **Target-aware queries** alone, about four an image, teach Deformable DETR less than 24 random
@@ -537,8 +537,8 @@ forest(compared | {"Masks, real KITTI, with the logit part, 5 seeds": masks},
 # teacher's decoder three memories to answer from: the image's own, another image's, and noise with
 # each channel's mean and spread. A class that it names right from noise was in the question, or was
 # a guess. The best guess, the dashed line, is always Car: right for 377 of the toy's 831 objects,
-# and for 439 of KITTI's 683 (both of `tune`). Such a question teaches nothing about the image.
-# (Another image's memory holds objects of its own.)
+# and for 439 of KITTI's 683 (both of `tune`). A question that holds its answer teaches nothing
+# about the image. (Another image's memory holds objects of its own.)
 #
 # Six contents were asked with. `label` is the embedding of the true class (noise 0.25: for a
 # quarter of the objects, of a class drawn at random). `own` are the teacher's learned ones.

@@ -384,10 +384,10 @@ figure
 # ## 4. Small real runs, and what they taught
 #
 # `small-teacher` and `small-student` are made for a few hundred real frames and two CPU cores. The
-# three runs take some 100, 32 and 38 CPU minutes, up to twice that by the clock; `--teacher
+# three runs take some 100, 32 and 38 CPU minutes, up to three times that by the clock; `--teacher
 # weights/kitti_teacher_dino.safetensors` spares the first:
 #
-#     make kitti-backbones                                # two ImageNet backbones, by pip
+#     make kitti-backbones; . .venv/bin/activate          # two ImageNet backbones, by pip
 #     C=splits/kitti_cyclists; SPLITS=(--train-split ${C}_train.txt --val-split ${C}_tune.txt)
 #     python train.py fit     --recipe small-teacher --root DIR ${SPLITS[@]} --out runs/teacher
 #     python train.py fit     --recipe small-student --root DIR ${SPLITS[@]} --out runs/alone
@@ -410,8 +410,8 @@ figure
 # setting**, hence no intervals ([the plan](../results/kitti/PLAN.md)):
 #
 # 1. **Length before anything else.** The student alone has AP .270 after 1,600 steps, and .339
-#    after twice as many. A method that is compared at 1,600 steps meets a student that is not done:
-#    its gain may be speed alone.
+#    after twice as many. The recipe's 2,400 are too few as well (on `val` twice as many give +.043,
+#    one run): a gain may be speed alone.
 # 2. **A curve that flattens may still be far from its best.** It can flatten as the learning rate
 #    falls (picture below).
 # 3. **Check that the teacher is better, and that it reads the image.** `small-teacher` ends .058
@@ -505,7 +505,7 @@ assert 24 < hours < 24 * 7 and memory < 24
 # | detector | teacher R50 | student R18 alone |
 # |---|---|---|
 # | DAB-DETR, 50 epochs | 42.2 (its README) | 36.2 ([KD-DETR](https://arxiv.org/abs/2211.08071)) |
-# | Deformable DETR, 50 epochs | 44.5; with refinement 46.2 (its README) | 40.0 (DETRDistill's README) |
+# | Deformable DETR, 50 epochs | 44.5; with refinement 46.2 (its README) | 40.0, named "25e" (DETRDistill's README) |
 # | DINO 4-scale, 12 epochs | 49.0 (its README) | none known |
 #
 # On KITTI we know of no number that is comparable. The paper's abstract says gains of 2.2 to 6.4 %

@@ -94,7 +94,7 @@ plots.wiring_drawing()
 # | fractions of the own size (Facebook's DETR, the original DINO) | as they are; `mask = ~samples.mask` |
 # | the same (RT-DETR of `transformers`, whose processor stretches images) | as they are; `mask=None`, no `batch_of` |
 # | corners in pixels of the image (MMDetection) | `box_convert(boxes, "xyxy", "cxcywh")` over (w, h, w, h) |
-# | fractions of the *padded* image (its others, which pad) | `batch = batch_of(found)`; then, for a teacher of own fractions (the hub's), `batch.targets = [dict(t, boxes=b) for t, b in zip(batch.targets, batch.boxes)]` |
+# | fractions of the *padded* image (all other processors of `transformers`) | `batch = batch_of(found)`; then, for a teacher of own fractions (the hub's), `batch.targets = [dict(t, boxes=b) for t, b in zip(batch.targets, batch.boxes)]` |
 #
 # `extent` (B, 2), the covered part of the padded width and height, is read off `mask`. **No check
 # sees fractions of the padded image, or (x, y, w, h)**: draw a padded image, or convert a known box
@@ -362,10 +362,10 @@ show(weigh)
 # Why does `weigh` start with 50? See [notebook 1, part 3](1_the_method.ipynb). KITTI's tables use 3
 # : 1/16; no full run on real images has 50 : 1.
 #
-# **Which options?** Our tables measured `groups=3, box_noise=0.4, normalise="confidence"` for DINO:
-# start from these, with your `content` and `at_least=1`. What `groups`, noise and `normalise` add
-# for your detector is not shown. `scale=False` gained DINO +.021 on the toy (+.004 to +.037, five
-# seeds, at the weights tried); on KITTI it is undecided.
+# **Which options?** Our tables had `box_noise=0.4, normalise="confidence"`, and `groups=3` for
+# DINO, `random_queries=24` for the others. Start so, with your `content` and `at_least=1`; what
+# each adds to the memory part is not shown. `scale=False` gained DINO +.021 on the toy (+.004 to
+# +.037, five seeds, at the weights tried); on KITTI it is undecided.
 #
 # ## Other detectors
 #
@@ -381,7 +381,7 @@ show(weigh)
 # - **Mask.** The decoder passes `attention_mask` on to self-attention. It must be **additive**, 0
 #   or minus infinity (a boolean mask works with some attention kernels only).
 # - **Heads.** One per layer; each corrects the references of the layer before.
-# - A fresh model freezes its ResNet as a whole: `detector.model.unfreeze_backbone()`.
+# - A fresh model freezes all of a `ResNetConfig`: `detector.model.unfreeze_backbone()`.
 #
 # **RT-DETR v2**, `ask_rt_detr`:
 #
@@ -531,7 +531,7 @@ assert apart < 1e-3 and all(torch.equal(first[n], second[n]) for n in first)
 # confidence, a different mean for each term. So $\lambda_{log}$ has to be set anew.
 # </details>
 #
-# **2.** `transformers` freezes the ResNet of a fresh Deformable DETR as a whole. Do that to the
+# **2.** `transformers` freezes all of a fresh Deformable DETR's `ResNetConfig`. Do that to the
 # student. Which check finds it? Does anything crash?
 #
 # <details><summary>Answer</summary>

@@ -276,7 +276,7 @@ def test_detr_has_a_memory_and_three_checks_do_not_apply_to_its_answers(detector
 
     def learned_positions(pair, batch):
         B, N = len(batch.labels), len(pair.embedding)
-        yes = torch.ones(B, N, N, dtype=torch.bool)
+        yes = torch.ones(B, N, N, dtype=torch.bool, device=pair.embedding.device)
         return pair.embedding.expand(B, -1, -1), None, yes, yes[:, 0]
 
     for module in (adapters, checklist):
