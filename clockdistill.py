@@ -617,7 +617,10 @@ class Balance(nn.Module):
             row = [gradient_ratio(losses, part.split("+"), parameters) for part in self.ratios]
             # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
             row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)
-            self.measured[step] = _mean_over_processes(row)      # the same factors in all of them
+            # The same factors in all processes. One without objects (NaN) leaves it to the others.
+            known = row.isfinite().float()
+            total = _mean_over_processes(row.nan_to_num())
+            self.measured[step] = total / _mean_over_processes(known)                   # (parts,)
 
     def factors(self, step):
         """{part: its factor at this step}. Raises ValueError when a part never had a gradient."""

@@ -146,17 +146,17 @@ for key, name in DETECTORS.items():
           f"{np.corrcoef(alone, taught)[0, 1]:+.2f}")
 
 # %% [markdown]
-# It does not help here: the interval is no narrower for DINO and wider for the other
+# It does not help here: the interval is as wide for DINO and wider for the other
 # two. (DAB-DETR's is a third wider: its five pairs happen to be negatively correlated, and
 # differences then scatter more.) All tables use pairs all the same: to choose the narrower of two
 # intervals afterwards would be to fool oneself.
 #
 # ## The whole method gains
 #
-# No run is the method as described ([notebook 1](1_the_method.ipynb)). The queries' contents are
-# the teacher's learned ones, not labels; those drawn next, of the toy, also lack the scale mask S,
-# which lets each object count the same, near or far. From here on a dot is a mean difference, and a
-# bar its 95 % interval:
+# No run is the method as described ([notebook 1](1_the_method.ipynb)). Queries have the teacher's
+# learned contents, not labels. The toy's runs, drawn next, lack the scale mask S (each object
+# counts the same); all but DINO's add 24 random queries. From here on a dot is a mean difference,
+# and a bar its 95 % interval:
 #
 # - **more** (green), **less** (orange): the bar does not touch 0. The sign is known, as surely as
 #   one interval can tell, for this teacher and these images.
@@ -357,9 +357,9 @@ forest(of, "The toy: CLoCKDistill minus each rival, three seeds")
 # %% [markdown]
 # Without S it is ahead of all four that teach the decoder, and of GKD and MGD; against FitNets, the
 # plain copy, and FGD it is undecided. With S three of the four that copy the memory have the higher
-# mean, each undecided, and it is ahead of GKD, Hinton and DETRDistill only. GKD's and Hinton's best
-# weight lies at an end of the four tried. This is one detector of the toy, and CLoCKDistill had
-# more trials.
+# mean, each undecided, and it is ahead of GKD, Hinton and DETRDistill only. GKD's, Hinton's and
+# CLoCKDistill's best weight lies at an end of those tried. This is one detector of the toy, and
+# CLoCKDistill had more trials.
 #
 # ## How much care do the settings need?
 #
@@ -490,9 +490,9 @@ plots.paired(panels, "AP on val", "DINO, pairs of one seed: the toy and real KIT
 #
 # ### Which part does it there?
 #
-# The toy's questions, DINO; but here the memory part has S too. All rows keep the ratios that
-# tuning chose for the whole method. In seeds 2 and 3 "alone" and "both" ran on another processor
-# than the other rows.
+# The toy's questions, DINO; but here the memory part has S too. All rows keep the whole method's
+# ratios; no part was tuned alone. In seeds 2 and 3 "alone" and "both" ran on another processor than
+# the other rows.
 #
 # **Look for** a part that does on KITTI what it does not do on the toy.
 
@@ -578,7 +578,7 @@ plots.reading({"The toy": on_toy, "Real KITTI": on_kitti},
 # | Do target-aware queries teach more than random ones? | Deformable DETR: about four an image (one per object) less than 24 random ones, -.020 (-.027 to -.013); what they add to random ones is undecided | not measured |
 # | Does M help, against a plain copy? | Deformable DETR, memory part alone: undecided, +.003 (-.020 to +.027) | undecided: +.005 (-.000 to +.011), both parts |
 # | Does S help? | both parts, at the weights tried: it costs DINO .021 (.004 to .037) at full length, five seeds; Deformable DETR .027 at half the steps; else undecided | undecided: -.001 (-.011 to +.009), both parts |
-# | Is it better than its rivals? | Deformable DETR, with more trials: ahead of six of eight without S, of three with S; the others undecided | its best of five seeds: .352, rivals of that seed .304 to .334; no answer ([table](../results/kitti/README.md#question-4-rivals)) |
+# | Is it better than its rivals? | Deformable DETR, with more trials: ahead of six of eight without S, of three with S; the others undecided | two seeds, no answer: .352 and .342; FGD and FitNets .329 to .340, KD-DETR and MGD .287 to .305 ([table](../results/kitti/README.md#question-4-rivals)) |
 # | Speed, or a higher ceiling? | neither is shown (three seeds: the gain grows, then shrinks) | not shown: one seed has +.050, and +.027 at twice the steps |
 #
 # How many of this page's bars miss the true difference?

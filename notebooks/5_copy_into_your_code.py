@@ -94,7 +94,7 @@ plots.wiring_drawing()
 # | fractions of the own size (Facebook's DETR, the original DINO) | as they are; `mask = ~samples.mask` |
 # | the same (RT-DETR of `transformers`, whose processor stretches images) | as they are; `mask=None`, no `batch_of` |
 # | corners in pixels of the image (MMDetection) | `box_convert(boxes, "xyxy", "cxcywh")` over (w, h, w, h) |
-# | fractions of the *padded* image (all other processors of `transformers`) | `batch = batch_of(found)`; then, for a teacher of own fractions (the hub's), `batch.targets = [dict(t, boxes=b) for t, b in zip(batch.targets, batch.boxes)]` |
+# | fractions of the *padded* image (all other processors of `transformers`) | `batch = batch_of(found)`; then, for a teacher of own fractions (weights of the authors), `batch.targets = [dict(t, boxes=b) for t, b in zip(batch.targets, batch.boxes)]` |
 #
 # `extent` (B, 2), the covered part of the padded width and height, is read off `mask`. **No check
 # sees fractions of the padded image, or (x, y, w, h)**: draw a padded image, or convert a known box
@@ -129,15 +129,14 @@ show(adapters.Batch, batch_of)
 #
 # Begin here: with DINO on real KITTI the memory part alone gained +.049 AP (+.025 to +.072, five
 # seeds, at a lighter weight than the rule's: "How heavy?"); what the answers add to it is
-# undecided, -.007 (-.013 to +.000) ([results](../results/kitti/README.md)). It needs no queries, no
-# mask and no second answer, only a hook that reads three arguments. `lambda_log=0` turns the rest
-# off.
+# undecided, -.007 (-.013 to +.000) ([results](../results/kitti/README.md)). It needs no queries and
+# no answers, only a hook that reads three arguments. `lambda_log=0` turns the rest off.
 #
 # **In your code.** Put your names into `memory_of`, below (rows memory, shapes, padding of the
 # table under "An adapter"); arguments without names are in `args`. `memory_is_right` checks it on a
 # padded batch that is not square. It prints the mistake, or ends with an error, where the teacher
 # is not frozen or not in eval mode, shapes are (width, height), padding is forgotten, the backbone
-# is frozen, or the hook lies before the encoder or behind it (inside it, no check says no). Without
+# is frozen, or the hook lies before the encoder or in the decoder (in the encoder: unseen). Without
 # padding `padding`, `mask` and `extent` are None. Another order of axes, or a decoder that is told
 # no shapes: "Another interface", below.
 

@@ -67,7 +67,7 @@ def memory_is_right(pair, batch):
             lambda: gradient(pair, memory, "backbone.") == 0,
         "the loss does not reach the encoder: it is frozen, or the hook lies before it":
             lambda: gradient(pair, memory, "encoder.") == 0,
-        "the loss reaches the decoder: the hook lies behind the encoder":
+        "the loss reaches the decoder: what is kept comes out of it":
             lambda: gradient(pair, memory, "decoder.layers.") > 0}
     right = True
     for what, made in mistakes.items():
@@ -262,7 +262,7 @@ def both_parts_reach_the_backbone(pair, batch):
 
 
 def memory_is_of_the_encoder(pair, batch):
-    """Little is taught, or detection suffers: what was hooked lies before the encoder or behind it."""
+    """Little is taught, or detection suffers: what is kept is not what the decoder is given."""
     return is_of_the_encoder(pair, step(pair, batch).losses["memory"])
 
 
