@@ -618,9 +618,9 @@ class Balance(nn.Module):
             # On the losses' device, since NCCL knows no CPU; what was measured stays on the CPU.
             row = torch.tensor(row, device=next(iter(losses.values())).device)          # (parts,)
             # The same factors in all processes. One without objects (NaN) leaves it to the others.
-            known = row.isfinite().float()
-            total = _mean_over_processes(row.nan_to_num())
-            self.measured[step] = total / _mean_over_processes(known)                   # (parts,)
+            known = torch.stack([row.nan_to_num(), row.isfinite().float()])             # (2, parts)
+            total, count = _mean_over_processes(known)
+            self.measured[step] = total / count                  # NaN where no process knows
 
     def factors(self, step):
         """{part: its factor at this step}. Raises ValueError when a part never had a gradient."""

@@ -407,8 +407,8 @@ def test_a_process_without_objects_leaves_the_ratio_to_the_others(monkeypatch):
     """This process measures (2, NaN), another one (NaN, 6); of the last part neither knows."""
     ratios = {"memory": 2., "cls": math.nan, "l1": math.nan}
     monkeypatch.setattr(clockdistill, "gradient_ratio", lambda losses, names, parameters: ratios[names[0]])
-    others = [torch.tensor([0., 6., 0.]), torch.tensor([0., 1., 0.])]        # sums of its ratios, and how many
-    monkeypatch.setattr(clockdistill, "_mean_over_processes", lambda mine: (mine + others.pop(0)) / 2)
+    other = torch.tensor([[0., 6., 0.], [0., 1., 0.]])                       # its ratios, and whether it knows them
+    monkeypatch.setattr(clockdistill, "_mean_over_processes", lambda mine: (mine + other) / 2)
     balance = clockdistill.Balance(dict.fromkeys(ratios, 1.0), steps=1)
     balance.measure({"loss_ce": torch.zeros(())}, 0, [])
     assert balance.measured[0, :2].tolist() == [2., 6.] and balance.measured[0, 2].isnan()
