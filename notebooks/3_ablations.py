@@ -650,3 +650,25 @@ print(f"{len(known)} different bars on this page, {undecided} undecided; one in 
 # other interval asks whether other *students* would. And by luck of the order these two pairs have
 # the highest gains of the five, so the place of the narrow interval says little.
 # </details>
+#
+# **4.** Of the toy's tokens 39 % lie on objects. *Predict before you run it*: which part of the
+# memory's whole weight lies there for a plain copy (`location=False, scale=False`), for M alone
+# (`scale=False`), and for M alone with `beta=5e-5`, which is alpha's value?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# import torch
+# from clockdistill import memory_weights
+#
+# boxes = [val[i][1]["boxes"] for i in range(len(val))]
+# valid = torch.ones(len(boxes), 160, dtype=torch.bool)
+# M = memory_weights(boxes, shapes, valid, alpha=1, beta=0, scale=False)          # (500, 160)
+# for options in dict(location=False, scale=False), dict(scale=False), dict(scale=False, beta=5e-5):
+#     weights = memory_weights(boxes, shapes, valid, **options)
+#     print(options, f"{(weights * M).sum() / weights.sum():.1%}")
+# ```
+# 39.2, 99.7 and 39.2 %. A plain copy weighs all tokens alike. M alone counts one on an object 500
+# times as much: (39 x 500) / (39 x 500 + 61). With beta = alpha it is a plain copy again. On KITTI,
+# where 17 % lie on objects, M alone gives them 99.0 %: it leaves the other 83 % of the tokens out.
+# </details>
