@@ -644,9 +644,9 @@ assert "heads=8" in refusal and "\n" not in refusal
 # mean, falls to .879: the same detections, another number.
 # </details>
 #
-# **4.** In a frame of 424 x 128 pixels a far pedestrian has a box of 4 x 9 pixels, a near car one of
-# 120 x 60. *Predict before you run it*: how many times the pedestrian's is the car's weight in the
-# memory loss without $S$ (`scale=False`), and how many times with it?
+# **4.** In a frame of 424 x 128 pixels a far pedestrian has a box of 4 x 9 pixels, a near car one
+# of 120 x 60. *Predict before you run it*: how many times the pedestrian's is the car's weight in
+# the memory loss without $S$ (`scale=False`), and how many times with it?
 #
 # <details><summary>Answer</summary>
 #
@@ -655,13 +655,14 @@ assert "heads=8" in refusal and "\n" not in refusal
 #
 # shapes = [(16, 53), (8, 27), (4, 14)]                       # strides 8, 16 and 32
 # size = torch.tensor([424., 128., 424., 128.])
-# pedestrian, car = (torch.tensor([box]) / size for box in ([84., 60., 4., 9.], [300., 70., 120., 60.]))
+# pedestrian = torch.tensor([[84., 60., 4., 9.]]) / size      # cx, cy, w, h
+# car = torch.tensor([[300., 70., 120., 60.]]) / size
 # valid = torch.ones(1, 1120, dtype=torch.bool)
 # for options in dict(scale=False), {}:
 #     small, large = (memory_weights([box], shapes, valid, beta=0, **options).sum()
 #                     for box in (pedestrian, car))
 #     print(options, f"{large / small:.1f}")
 # ```
-# 25 times, not the 200 times of the areas: the smallest box owns a cell on each level. With $S$ they
-# weigh the same. Whether that gains AP on real KITTI is undecided.
+# 25 times, not the 200 times of the areas: the smallest box owns a cell on each level. With $S$
+# they weigh the same. Whether that gains AP on real KITTI is undecided.
 # </details>
