@@ -127,11 +127,6 @@ def knows_padding(answer, batch):
     return real.all().item() or (answer.padding is not None and answer.padding.any().item())
 
 
-def is_of_the_encoder(pair, memory):
-    """Whether the memory loss reaches the encoder, and not the decoder."""
-    return gradient(pair, memory, "encoder.") > 0 and gradient(pair, memory, "decoder.layers.") == 0
-
-
 def gradient(pair, loss, module):
     """The norm of a loss's gradient on a part of the student, 0 if it is frozen."""
     # A ResNet of transformers holds an "encoder." of its own.
@@ -263,7 +258,8 @@ def both_parts_reach_the_backbone(pair, batch):
 
 def memory_is_of_the_encoder(pair, batch):
     """Little is taught, or detection suffers: what is kept is not what the decoder is given."""
-    return is_of_the_encoder(pair, step(pair, batch).losses["memory"])
+    memory = step(pair, batch).losses["memory"]
+    return gradient(pair, memory, "encoder.") > 0 and gradient(pair, memory, "decoder.layers.") == 0
 
 
 def shapes_are_height_and_width(pair, batch):
